@@ -1,0 +1,35 @@
+"""The CUDA and C++ sources of model_new.py: the one place where they are edited.
+
+``python -m kernels`` writes them into model_new.py, between its begin and end markers, so that the file works alone.
+``python -m kernels --check`` only says whether that copy is fresh.
+"""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+MODEL_NEW = FOLDER.parent / "model_new.py"
+
+#: In the order of reading: what is included comes first.
+SOURCES = (
+    "geometry.h",
+    "launch.cuh",
+    "conv_transpose3d_generic.cu",
+    "conv_transpose3d_dweight_generic.cu",
+    "relu_group_norm_generic.cu",
+    "cpu_backend.cpp",
+)
+
+BEGIN = "# ---- begin of the embedded copy of kernels/ (written by: python -m kernels; do not edit here)\n"
+END = "# ---- end of the embedded copy of kernels/\n"
+
+
+def embedded(text: str) -> str:
+    """The text of model_new.py with a fresh copy of the sources between its markers."""
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    blocks = []
+    for name in SOURCES:
+        source = (FOLDER / name).read_text()
+        assert "'''" not in source, f"{name} would end the string that embeds it"
+        blocks.append(f"_SOURCES[{name!r}] = r'''\n{source}'''\n")
+    return head + BEGIN + "\n" + "\n".join(blocks) + "\n" + END + tail
