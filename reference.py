@@ -101,13 +101,11 @@ SMALL_PROBLEMS = (
     _plain("depthwise", (2, 6, 5, 6, 7), 6, 12, 3, stride=2, padding=1, groups=6),
     _plain("padding_beyond_kernel", (2, 4, 7, 8, 9), 4, 4, 3, stride=2, padding=(3, 4, 5)),
     _plain("empty_batch", (0, 4, 3, 4, 5), 4, 6, 3, stride=2, bias=True),
-    _plain("empty_output", (2, 4, 2, 2, 2), 4, 6, 1, padding=1),
     _fused("fused_odd", (3, 5, 4, 5, 7), 5, 12, 3, 3, bias=True),
     _fused("fused_one_group", (2, 8, 3, 5, 4), 8, 16, 3, 1, padding=1),
     _fused("fused_instance", (2, 8, 5, 3, 4), 8, 16, 3, 16, bias=True),
     _fused("fused_stride_2", (2, 16, 4, 5, 6), 16, 32, 3, 8, stride=2, padding=1, output_padding=1),
     _fused("fused_kernel_135", (2, 6, 4, 5, 6), 6, 8, (1, 3, 5), 4, padding=(0, 1, 2)),
     _fused("fused_dilated", (2, 6, 4, 5, 6), 6, 8, 3, 2, dilation=2),
-    _fused("fused_unbatched", (6, 4, 5, 6), 6, 8, 3, 2, bias=True),
     _fused("fused_empty_batch", (0, 6, 4, 5, 6), 6, 8, 3, 2, bias=True),
 )

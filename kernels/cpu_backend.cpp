@@ -146,8 +146,9 @@ int dbias(const Geometry& g, int threads, const T* dout, T* out) {
 struct NormShape { int64_t N, C, S, num_groups; };    // as in relu_group_norm_generic.cu
 
 template <typename T>
-int group_norm_forward(const NormShape& s, int threads, const T* r, const T* gamma, const T* beta, double eps, T* y, double* mean, double* rstd) {
+int group_norm_forward(const NormShape& s, int threads, const T* r, const T* gamma, const T* beta, double eps, T* y, double* statistics) {
     const int64_t channels = s.C / s.num_groups, count = channels * s.S;
+    double *mean = statistics, *rstd = statistics + s.N * s.num_groups;    // (2, N, num_groups)
 #pragma omp parallel for num_threads(threads)
     for (int64_t group = 0; group < s.N * s.num_groups; group++) {
         const T* values = r + group * count;
@@ -170,8 +171,9 @@ int group_norm_forward(const NormShape& s, int threads, const T* r, const T* gam
 }
 
 template <typename T>
-int relu_group_norm_backward(const NormShape& s, int threads, const T* dy, const T* r, const double* mean, const double* rstd, const T* gamma, T* dz, T* dgamma, T* dbeta) {
+int relu_group_norm_backward(const NormShape& s, int threads, const T* dy, const T* r, const double* statistics, const T* gamma, T* dz, T* dgamma, T* dbeta) {
     const int64_t channels = s.C / s.num_groups, count = channels * s.S;
+    const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
     std::vector<double> sums(s.N * s.C), products(s.N * s.C);    // per (n, c): sums of dy and of dy * xhat
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < s.N * s.C; row++) {
@@ -245,17 +247,17 @@ extern "C" int conv_transpose3d_dbias_cpu(const Geometry* g, int dtype, int thre
     });
 }
 
-extern "C" int group_norm_forward_cpu(const cpu_backend::NormShape* s, int dtype, int threads, const void* r, const void* gamma, const void* beta, double eps, void* y, double* mean, double* rstd) {
+extern "C" int group_norm_forward_cpu(const cpu_backend::NormShape* s, int dtype, int threads, const void* r, const void* gamma, const void* beta, double eps, void* y, double* statistics) {
     return with_dtype(dtype, [&](auto e) {
         using T = decltype(e);
-        return cpu_backend::group_norm_forward<T>(*s, threads, (const T*)r, (const T*)gamma, (const T*)beta, eps, (T*)y, mean, rstd);
+        return cpu_backend::group_norm_forward<T>(*s, threads, (const T*)r, (const T*)gamma, (const T*)beta, eps, (T*)y, statistics);
     });
 }
 
-extern "C" int relu_group_norm_backward_cpu(const cpu_backend::NormShape* s, int dtype, int threads, const void* dy, const void* r, const double* mean, const double* rstd,
+extern "C" int relu_group_norm_backward_cpu(const cpu_backend::NormShape* s, int dtype, int threads, const void* dy, const void* r, const double* statistics,
                                             const void* gamma, void* dz, void* dgamma, void* dbeta) {
     return with_dtype(dtype, [&](auto e) {
         using T = decltype(e);
-        return cpu_backend::relu_group_norm_backward<T>(*s, threads, (const T*)dy, (const T*)r, mean, rstd, (const T*)gamma, (T*)dz, (T*)dgamma, (T*)dbeta);
+        return cpu_backend::relu_group_norm_backward<T>(*s, threads, (const T*)dy, (const T*)r, statistics, (const T*)gamma, (T*)dz, (T*)dgamma, (T*)dbeta);
     });
 }

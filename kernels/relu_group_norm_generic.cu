@@ -5,7 +5,7 @@
 //             m1, m2 = mean over the group of gamma * dy and of gamma * dy * xhat;   dz = dr where r > 0 (or NaN), else 0
 //             dgamma[c] = sum over n, s of dy * xhat,   dbeta[c] = sum over n, s of dy
 //
-//   r, dz (N, C, S) of type T   y, dy (N, C, S) of type Y   mean, rstd (N, num_groups) float64   gamma, beta, dgamma, dbeta (C) Acc<T>
+//   r, dz (N, C, S) of type T   y, dy (N, C, S) of type Y   statistics (2, N, num_groups) float64: mean, rstd   gamma, beta, dgamma, dbeta (C) Acc<T>
 //
 // Sums are taken in float64, of values shifted by the group's first element, so neither a large mean nor a large range
 // cancels; they are added in a fixed order. Formula: torch.nn.GroupNorm.
@@ -202,7 +202,7 @@ extern "C" int64_t group_norm_forward_generic_workspace(const RgnShape* s, int) 
 
 // y may be r (in place) where the types agree.
 extern "C" int group_norm_forward_generic(const RgnShape* shape, int r_dtype, int y_dtype, int device, void* stream, void* workspace,
-                                          const void* r, const void* gamma, const void* beta, double eps, void* y, double* mean, double* rstd) {
+                                          const void* r, const void* gamma, const void* beta, double eps, void* y, double* statistics) {
     using namespace relu_group_norm_generic;
     DeviceGuard guard(device);
     const Shape s = *shape;
@@ -210,6 +210,7 @@ extern "C" int group_norm_forward_generic(const RgnShape* shape, int r_dtype, in
         using T = decltype(r_element);
         using Y = decltype(y_element);
         const int64_t splits = ceil_div(s.group_count(), kSplitElements);
+        double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
         auto* partial = static_cast<Pair*>(workspace);
         RETURN_IF_ERROR(launch(statistics_kernel<T>, s.N * s.num_groups * splits, kThreads, stream, s, splits, static_cast<const T*>(r), partial));
         RETURN_IF_ERROR(launch(finish_statistics_kernel<T>, s.N * s.num_groups, kThreads, stream, s, splits, eps, static_cast<const T*>(r), static_cast<const Pair*>(partial), mean, rstd));
@@ -225,7 +226,7 @@ extern "C" int64_t relu_group_norm_backward_generic_workspace(const RgnShape* s,
 
 // dz, or dgamma and dbeta, may be null: not wanted.
 extern "C" int relu_group_norm_backward_generic(const RgnShape* shape, int r_dtype, int y_dtype, int device, void* stream, void* workspace,
-                                                const void* dy, const void* r, const double* mean, const double* rstd, const void* gamma, void* dz, void* dgamma, void* dbeta) {
+                                                const void* dy, const void* r, const double* statistics, const void* gamma, void* dz, void* dgamma, void* dbeta) {
     using namespace relu_group_norm_generic;
     DeviceGuard guard(device);
     const Shape s = *shape;
@@ -234,6 +235,7 @@ extern "C" int relu_group_norm_backward_generic(const RgnShape* shape, int r_dty
         using Y = decltype(y_element);
         using A = Acc<T>;
         const int64_t splits = ceil_div(s.S, kSplitElements);
+        const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
         Pair* partial = static_cast<Pair*>(workspace);                      // (N * C, splits)
         Pair* channel_sums = partial + s.N * s.C * splits;                  // (N, C)
         Pair* group_means = channel_sums + s.N * s.C;                       // (N, num_groups)
