@@ -111,7 +111,7 @@ def main(arguments=None):
             return doctor()
         candidate = load(args.candidate or "model_new.py")
     except (KeyError, ImportError, OSError, RuntimeError) as error:
-        print(f"check.py: {error.args[0] if error.args else error}", file=sys.stderr)
+        print(f"check.py: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
     print(environment.header(device))
     recorder = getattr(candidate, "record_launches", NoRecorder)

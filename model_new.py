@@ -7,7 +7,7 @@
 The same weights, initial values and gradients as torch.nn's modules. This file is complete: copy it anywhere. It compiles
 its kernels when it is imported (once; they are cached) and needs torch >= 2.8, ninja, nvcc and g++.
 
-Limits: first-order gradients only; contiguous (N, C, D, H, W) outputs; NVIDIA GPUs of compute capability 8.0 and up, or
+Limits: first-order gradients only, none of torch.func's transforms; contiguous (N, C, D, H, W) outputs; NVIDIA GPUs of compute capability 8.0 and up, or
 the CPU (slow: for tests). Every size, stride, padding and dilation of one axis is below 2**30.
 """
 
@@ -104,17 +104,18 @@ def conv_transpose3d_relu_group_norm(input, weight, bias, gn_weight, gn_bias, nu
         gn_weight, gn_bias: (C_out), of input's dtype (or float32 beside a low-precision input), or None.
         num_groups, eps: as torch.nn.functional.group_norm's.
     Returns:
-        (N, C_out, D_out, H_out, W_out), contiguous, of input's dtype; under autocast float32, as torch's group_norm.
+        (N, C_out, D_out, H_out, W_out), contiguous, of input's dtype; float32 under CUDA's autocast, as torch's group_norm.
     Raises:
         RuntimeError, ValueError: what torch refuses too.
     """
-    autocast = torch.is_autocast_enabled(input.device.type)
+    # On CUDA, autocast runs group_norm in float32; on the CPU it leaves group_norm alone.
+    float32_output = input.device.type == "cuda" and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda")
     input, weight, bias = _autocast(input, weight, bias)
     tensors = (input, weight, bias, gn_weight, gn_bias)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     sizes = (_triple("stride", stride), _triple("padding", padding), _triple("output_padding", output_padding))
     output = _call("conv_transpose3d_relu_group_norm", _batched(input), weight, bias, gn_weight, gn_bias, num_groups, eps, *sizes, groups,
-                   _triple("dilation", dilation), autocast and input.dtype != torch.float64, save)[0]
+                   _triple("dilation", dilation), float32_output, save)[0]
     return output.squeeze(0) if input.dim() == 4 else output
 
 

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Times model_new.py against PyTorch on the fixed problems of reference.py, after verifying what it times.
+
+    python bench.py                      every problem against every competitor (slow: torch.compile tunes)
+    python bench.py --quick              without the compiled competitors
+    python bench.py --problem fused      one problem (several with commas)
+    python bench.py --compare A.json B.json
+
+Each competitor runs in a process of its own, cudnn.benchmark set before its first call; ours runs first and again last,
+and the two must agree. Times are medians of CUDA events with a cold L2. "% of floor" is the time that the measured copy
+bandwidth and fp16 matrix rate of this GPU leave at the least, over ours. On a machine without a GPU the CPU backend is
+timed, at batch 1: that says whether it works, not how fast the kernels are.
+
+Exit code: 0 measured, 1 a timed result was wrong, 2 cannot run.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+
+import torch
+
+import reference
+from harness import environment, peers, report, timing
+
+WRONG = 5e-2    # relative error of a timed tensor beyond which no precision flag explains it
+DRIFT = 0.1     # relative difference of our own two timings that is worth a warning
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problem", action="append", default=[], help="a problem's name, or several with commas")
+    parser.add_argument("--quick", action="store_true", help="leave out the competitors that compile")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE", help="write the results here too")
+    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two files of --json; nothing is run")
+    parser.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
+    parser.add_argument("--update-readme", action="store_true", help="write the table into README.md")
+    return parser.parse_args(arguments)
+
+
+def select(names):
+    problems = {p.name: p for p in reference.PROBLEMS}
+    unknown = [name for name in names if name not in problems]
+    if unknown:
+        raise KeyError(f"--problem: no such problem: {', '.join(unknown)}; there are {', '.join(problems)}")
+    return [problems[name] for name in names] if names else list(problems.values())
+
+
+def run_peer(peer, problems, device, seed):
+    """{problem name: times} of one competitor, from its own process; what failed is said and left out."""
+    command = [sys.executable, "-m", "harness.peers", peer.name, json.dumps([dataclasses.asdict(p) for p in problems]), str(device), str(seed)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"peer"')]
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"{peer.name}: failed after {len(lines)} of its problems: {last}", file=sys.stderr)
+        if peer.ours:
+            raise RuntimeError(done.stderr)
+    return {line.pop("problem"): line for line in lines}
+
+
+def run_all(problems, device, quick):
+    """(results {problem: {peer: times}}, names of wrong results)."""
+    seed = random.SystemRandom().randrange(2**31)
+    results, wrong = {p.name: {} for p in problems}, []
+    chosen = [p for p in peers.PEERS if not (quick and p.slow)]
+    if device.type == "cpu":
+        chosen = [p for p in chosen if p.name in ("ours", "eager")]
+    for peer in chosen:
+        print(f"# timing: {peer.name}", file=sys.stderr, flush=True)
+        for name, times in run_peer(peer, problems, device, seed).items():
+            bad = {tensor: error for tensor, error in times["errors"].items() if not error <= WRONG}
+            if bad:
+                wrong.append(f"{peer.name} on {name}: relative errors {bad}")
+                continue
+            results[name][peer.name] = times
+    if device.type == "cuda" and not quick:
+        for name, times in run_peer(peers.PEERS[0], problems, device, seed).items():
+            first, last = (t["forward_backward"]["ms"] for t in (results[name]["ours"], times))
+            if abs(first - last) > DRIFT * first:
+                print(f"WARNING: {name}: ours took {first:.3f} ms at first and {last:.3f} ms in the end; the machine is not steady")
+    return results, wrong
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    try:
+        if args.compare:
+            print(report.compare(*(json.load(open(path)) for path in args.compare)))
+            return 0
+        device = torch.device(args.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("--device: there is no GPU that torch can use; try --device cpu")
+        if args.plot:
+            import matplotlib  # noqa: F401  (before the measurements, not after them)
+        problems = select([name for names in args.problem for name in names.split(",")])
+        if device.type == "cpu":
+            problems = [dataclasses.replace(p, input_shape=(1, *p.input_shape[1:])) for p in problems]
+        print(environment.header(device))
+        limits = timing.ceilings(device) if device.type == "cuda" else None
+        if limits:
+            print(f"# ceilings: copy {limits['copy_bytes_per_s'] / 1e12:.2f} TB/s (read and written), fp16 product {limits['fp16_flop_per_s'] / 1e12:.0f} TFLOP/s")
+            torch.cuda.empty_cache()
+        results, wrong = run_all(problems, device, args.quick)
+    except ModuleNotFoundError as error:
+        print(f"bench.py: {error}; --plot needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 2
+    except (KeyError, OSError, RuntimeError) as error:
+        print(f"bench.py: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 2
+    if wrong:
+        print("WRONG: " + "\nWRONG: ".join(wrong))
+    if any("ours" not in times for times in results.values()):
+        return 1
+    publish(args, problems, results, limits, device)
+    return 1 if wrong else 0
+
+
+def publish(args, problems, results, limits, device):
+    table = report.rows(problems, results, limits)
+    text = report.markdown(table) + "\n\n" + report.geometric_means(table)
+    print(text + "\n\n" + report.peers_table(problems, results))
+    if device.type == "cpu":
+        print("\nThis is the CPU backend at batch 1, beside torch's: it shows that the package works here. The kernels' speed needs a GPU.")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"environment": environment.describe(device), "ceilings": limits, "results": results}, file, indent=1, default=str)
+    if args.plot:
+        report.plot(args.plot, problems, results)
+    if args.update_readme:
+        report.update_readme("README.md", "\n".join(f"{name}: {value}  " for name, value in environment.describe(device).items()) + "\n\n" + text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def device(request):
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")

@@ -1,0 +1,93 @@
+"""bench.py's parts that need no long measurement: the competitors are right, the arithmetic of the table, the reports."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import bench
+from harness import peers, report, timing
+from reference import PROBLEMS
+
+SMALL = {p.name: dataclasses.replace(p, input_shape=(1, p.input_shape[1], 3, 4, 5)) for p in PROBLEMS}
+
+
+@pytest.mark.parametrize("peer", [p for p in peers.PEERS if not p.compiled], ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", SMALL.values(), ids=lambda p: p.name)
+def test_peers_compute_the_problem(peer, problem, monkeypatch):
+    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "MIN_CALLS", 1)
+    if peer.applies(problem):
+        times = peers.time_problem(peer, problem, torch.device("cpu"), seed=1)
+        assert max(times["errors"].values()) < 1e-4
+
+
+@pytest.mark.parametrize("problem", [p for p in SMALL.values() if p.model == "fused"], ids=lambda p: p.name)
+def test_the_flipped_rewrite_is_the_same_function(problem):
+    peer = next(p for p in peers.PEERS if p.rewrite == "flipped")
+    model, rewritten = peers.build(dataclasses.replace(peer, compiled=False), problem, torch.device("cpu"), 1)
+    x = torch.randn(problem.input_shape)
+    torch.testing.assert_close(rewritten(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_work_of_the_fixed_problems():
+    work = {p.name: timing.work(p)["forward"] for p in PROBLEMS}
+    assert round(work["fused"]["flop"] / 1e9) == 232
+    assert round(work["dense"]["flop"] / 1e9) == 56    # of 58: padding crops some
+    assert work["dense"]["flop"] == 4 * work["grouped"]["flop"]
+    assert work["dense"]["bytes"] == 4 * 4 * 32 * (32 * 64 * 128 + 63 * 127 * 255)
+
+
+def fake_results(factor=1.0):
+    def times(ms):
+        return {measure: {"ms": ms, "p20": ms, "p80": ms} for measure in report.MEASURES} | {"peak_memory_gib": 1.0, "errors": {"output": 1e-7}}
+
+    return {"fused": {"ours": times(1.0 * factor), "eager": times(4.0), "compile": times(2.0)}}
+
+
+def test_the_table():
+    limits = {"copy_bytes_per_s": 4.3e12, "fp16_flop_per_s": 790e12}
+    rows = report.rows([PROBLEMS[0]], fake_results(), limits)
+    assert rows[0]["x eager"] == 4 and rows[0]["x best"] == 2 and rows[0]["best of PyTorch"] == ("compile", 2.0)
+    assert 29 < rows[0]["% of floor"] < 30
+    assert "x best 2.00" in report.geometric_means(rows)
+    too_fast = report.rows([PROBLEMS[0]], fake_results(0.01), limits)
+    assert "BELOW THE FLOOR" in report.markdown(too_fast)
+
+
+def test_compare(tmp_path, capsys):
+    paths = []
+    for name, factor in (("a", 1.0), ("b", 0.5)):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"results": fake_results(factor)}))
+    assert bench.main(["--compare", *map(str, paths)]) == 0
+    assert "| fused | forward | 1.000 | 0.500 | 2.00 |" in capsys.readouterr().out
+
+
+def test_update_readme(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.update_readme(readme, "new")
+    assert readme.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    readme.write_text("no markers")
+    with pytest.raises(RuntimeError, match="lacks the lines"):
+        report.update_readme(readme, "new")
+
+
+def test_no_such_problem(capsys):
+    assert bench.main(["--problem", "nothing"]) == 2
+    assert "no such problem" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_work_on_another_stream_is_noticed():
+    stream, a = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+
+    def cheat(_):
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                a @ a
+
+    with pytest.raises(RuntimeError, match="another stream"):
+        timing.measure(cheat, lambda: None, torch.device("cuda", 0))
