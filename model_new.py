@@ -308,40 +308,40 @@ _recorders = []
 
 @functools.lru_cache(maxsize=4096)
 def _resolve(operation, shape, dtypes, device):
-    """(C function, its name, its dtype codes, bytes of workspace); the shape structs are compared by identity, being cached themselves."""
+    """(C function, its name, its first arguments, bytes of workspace); the shape structs are compared by identity, being cached themselves."""
     name = f"{operation}_{select_path(operation, shape, dtypes[0], device)}"
     library = _library(device.type)
-    codes = tuple(_DTYPES[dtype] for dtype in dtypes)
-    workspace_bytes = 0 if device.type == "cpu" else getattr(library, f"{name}_workspace")(shape, codes[0])
-    return getattr(library, name), name, codes, workspace_bytes
-
-
-def _pointer(argument):
-    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
+    if device.type == "cpu":
+        return getattr(library, name), name, (ctypes.addressof(shape),), 0
+    codes = [_DTYPES[dtype] for dtype in dtypes]
+    return getattr(library, name), name, (ctypes.addressof(shape), *codes, device.index), getattr(library, f"{name}_workspace")(ctypes.addressof(shape), codes[0])
 
 
 def _launch(operation, shape, dtypes, device, inputs, outputs):
     """Runs ``operation`` on ``device``'s current stream: contiguous ``inputs`` (tensors, numbers or None) into ``outputs``."""
-    function, name, codes, workspace_bytes = _resolve(operation, shape, dtypes, device)
+    function, name, first, workspace_bytes = _resolve(operation, shape, dtypes, device)
     for names in _recorders:
         names.append(name)
     if device.type == "cpu":
-        return _launch_cpu(function, shape, inputs, outputs)
+        return _launch_cpu(function, first, inputs, outputs)
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    error = function(shape, *codes, device.index, stream, workspace.data_ptr(), *map(_pointer, inputs), *map(_pointer, outputs))
+    error = function(*first, torch._C._cuda_getCurrentRawStream(device.index), workspace.data_ptr(), *_pointers(inputs), *_pointers(outputs))
     if error:
         raise RuntimeError(f"{name}: CUDA error {error}, {_library('cuda').cuda_error_string(error).decode()}")
 
 
-def _launch_cpu(function, shape, inputs, outputs):
+def _pointers(arguments):
+    return [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def _launch_cpu(function, first, inputs, outputs):
     """As _launch; the C++ code knows float32 and float64, so low precision is computed in float32."""
     def upcast(argument):
         return argument.float() if isinstance(argument, torch.Tensor) and argument.dtype in (torch.float16, torch.bfloat16) else argument
 
     high_inputs, high_outputs = [upcast(t) for t in inputs], [upcast(t) for t in outputs]
     dtype = next(t.dtype for t in high_outputs if t is not None)
-    error = function(shape, _DTYPES[dtype], torch.get_num_threads(), *map(_pointer, high_inputs), *map(_pointer, high_outputs))
+    error = function(*first, _DTYPES[dtype], torch.get_num_threads(), *_pointers(high_inputs), *_pointers(high_outputs))
     if error:
         raise RuntimeError(f"{function.__name__}: unknown dtype {dtype}")
     for low, high in zip(outputs, high_outputs):
@@ -534,13 +534,18 @@ def _call(name, *arguments):
     """Calls an operator: through torch's dispatcher when something there listens (a compiler, a mode, a transform, a tensor
     subclass), else directly, which saves some 30 microseconds a call."""
     operator = _operators[name]
-    plain = (type(arguments[0]) in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    plain = (type(arguments[0]) in _PLAIN_TENSORS and not torch.compiler.is_compiling()
              and torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None)
     if not plain:
         return operator.registered(*arguments)
-    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
-        return operator.apply(*arguments)
+    if torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                return operator.apply(*arguments)
     return operator.implementation(*arguments)
+
+
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
 def _register_operators():
@@ -651,8 +656,8 @@ def _library(backend):
 
 def _declare(library, backend):
     kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int, "d": ctypes.c_double}
+    shape = ctypes.c_void_p
     for operation, signature in _SIGNATURES.items():
-        shape = ctypes.POINTER(_NormShape if operation in _NORM_OPERATIONS else _Geometry)
         arguments = [kinds[kind] for kind in signature]
         if backend == "cpu":
             getattr(library, f"{operation}_cpu").argtypes = [shape, ctypes.c_int, ctypes.c_int, *arguments]

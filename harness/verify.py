@@ -123,7 +123,7 @@ def verify(problem, candidate_class, device, dtype, seed):
     before, version = x.clone(), x._version
     with poisoned_memory(device, 4 * grad.numel()):
         values = run(candidate, x, grad)
-    again = run(candidate, x, grad)
+        again = run(candidate, x, grad)
     truths = run(copy.deepcopy(reference).double(), x.double(), grad.double())
     references = run_reference(reference, x, grad)
     for name, truth in truths.items():
