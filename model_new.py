@@ -249,16 +249,32 @@ def _norm_shape(shape, num_groups):
 
 # ============================================================================================================ Dispatch
 #
-# Every operation is a C function `<operation>_<path>`; its path is the first row of its table whose condition holds.
+# Every operation is a C function `<operation>_<path>`; its path is the first row of its table whose condition holds. A
+# condition is a function of the geometry, the dtype, whether TF32 is allowed for float32, and the device.
 
 
-def _always(geometry, dtype, capability):
+def _always(geometry, dtype, tf32, device):
     return True
 
 
+def _sm90_stride_1(geometry, dtype, tf32, device):
+    """Hopper, stride 1, one group, kernels up to 7, TF32-equivalent arithmetic allowed, and enough work to fill tiles."""
+    return (_capability(device.index) == (9, 0) and geometry.groups == 1 and (tf32 if dtype == torch.float32 else dtype != torch.float64)
+            and all(axis.stride == 1 and axis.kernel <= 7 for axis in geometry.axis)
+            and _multiply_adds(geometry) >= 2**24 and bool(_library("cuda").conv_transpose3d_sm90_supports(ctypes.addressof(geometry), device.index)))
+
+
+def _multiply_adds(geometry):
+    count = geometry.N * geometry.C_in * geometry.C_out // geometry.groups
+    for axis in geometry.axis:
+        count *= axis.out_size * axis.kernel
+    return count
+
+
 _PATHS = {
-    # operation                 ((path, condition(geometry or norm shape, dtype, compute capability)), ...)
-    "conv_transpose3d_forward": (("generic", _always),),
+    # operation: ((path, condition), ...)
+    "conv_transpose3d_forward": (("sm90", _sm90_stride_1), ("generic", _always)),
+    "conv_transpose3d_relu_group_norm_forward": (("sm90", _sm90_stride_1), ("composed", _always)),    # composed of the operations above and below
     "conv_transpose3d_dinput": (("generic", _always),),
     "conv_transpose3d_dweight": (("generic", _always),),
     "conv_transpose3d_dbias": (("generic", _always),),
@@ -269,21 +285,35 @@ _PATHS = {
 # What follows an operation's common arguments: p a pointer, i an int, d a double.
 _SIGNATURES = {
     "conv_transpose3d_forward": "pppip",            # x, weight, bias, relu; out
+    "conv_transpose3d_relu_group_norm_forward": "pppppidppp",    # x, weight, bias, gamma, beta, num_groups, eps; activation, y, statistics
     "conv_transpose3d_dinput": "ppp",               # dout, weight; dx
     "conv_transpose3d_dweight": "ppp",              # x, dout; dweight
     "conv_transpose3d_dbias": "pp",                 # dout; dbias
     "group_norm_forward": "pppdpp",                 # r, gamma, beta, eps; y, statistics
     "relu_group_norm_backward": "ppppppp",          # dy, r, statistics, gamma; dz, dgamma, dbeta
 }
-_NORM_OPERATIONS = ("group_norm_forward", "relu_group_norm_backward")
+_TWO_DTYPES = ("conv_transpose3d_relu_group_norm_forward", "group_norm_forward", "relu_group_norm_backward")    # the activation's and the output's
 
 
-def select_path(operation, shape, dtype, device):
-    """The name of the path that runs ``operation`` (a key of the table above) on ``device``."""
+def select_path(operation, geometry, dtype, device):
+    """The name of the path that runs ``operation`` (a key of the table above) on ``device`` at the flags in force."""
+    return _select(operation, geometry, dtype, device, _tf32_allowed(dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(operation, geometry, dtype, device, tf32):
     if device.type == "cpu":
-        return "cpu"
-    capability = _capability(device.index)
-    return next(path for path, condition in _PATHS[operation] if condition(shape, dtype, capability))
+        return "composed" if _PATHS[operation][-1][0] == "composed" else "cpu"
+    return next(path for path, condition in _PATHS[operation] if condition(geometry, dtype, tf32, device))
+
+
+def _tf32_allowed(dtype):
+    """Whether torch lets cuDNN's convolutions round float32 to TF32."""
+    if dtype != torch.float32:
+        return False
+    if hasattr(torch._C, "_get_fp32_precision_getter"):    # torch 2.9 and later, where the older flag cannot always be read
+        return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+    return torch.backends.cudnn.allow_tf32
 
 
 @functools.lru_cache(maxsize=None)
@@ -307,19 +337,20 @@ _recorders = []
 
 
 @functools.lru_cache(maxsize=4096)
-def _resolve(operation, shape, dtypes, device):
+def _resolve(operation, shape, dtypes, device, tf32):
     """(C function, its name, its first arguments, bytes of workspace); the shape structs are compared by identity, being cached themselves."""
-    name = f"{operation}_{select_path(operation, shape, dtypes[0], device)}"
+    name = f"{operation}_{_select(operation, shape, dtypes[0], device, tf32)}"
     library = _library(device.type)
     if device.type == "cpu":
         return getattr(library, name), name, (ctypes.addressof(shape),), 0
     codes = [_DTYPES[dtype] for dtype in dtypes]
-    return getattr(library, name), name, (ctypes.addressof(shape), *codes, device.index), getattr(library, f"{name}_workspace")(ctypes.addressof(shape), codes[0])
+    workspace_bytes = getattr(library, f"{name}_workspace")(ctypes.addressof(shape), codes[0], device.index)
+    return getattr(library, name), name, (ctypes.addressof(shape), *codes, device.index), workspace_bytes
 
 
 def _launch(operation, shape, dtypes, device, inputs, outputs):
     """Runs ``operation`` on ``device``'s current stream: contiguous ``inputs`` (tensors, numbers or None) into ``outputs``."""
-    function, name, first, workspace_bytes = _resolve(operation, shape, dtypes, device)
+    function, name, first, workspace_bytes = _resolve(operation, shape, dtypes, device, _tf32_allowed(dtypes[0]))
     for names in _recorders:
         names.append(name)
     if device.type == "cpu":
@@ -411,10 +442,13 @@ def _fused_forward(input, weight, bias, gn_weight, gn_bias, num_groups, eps, str
     in_place = not save and output_dtype == input.dtype
     output = activation if in_place else torch.empty_like(activation, dtype=output_dtype)
     statistics = input.new_empty((2, activation.shape[0], num_groups), dtype=torch.float64)
-    if output.numel():
+    dtypes, gamma, beta = (input.dtype, output_dtype), _parameter(gn_weight, input), _parameter(gn_bias, input)
+    if output.numel() and select_path("conv_transpose3d_relu_group_norm_forward", geometry, input.dtype, input.device) == "composed":
         _launch_forward(geometry, input, weight, bias, True, activation)
-        _launch("group_norm_forward", norm_shape, (input.dtype, output_dtype), input.device,
-                (activation, _parameter(gn_weight, input), _parameter(gn_bias, input), eps), (output, statistics))
+        _launch("group_norm_forward", norm_shape, dtypes, input.device, (activation, gamma, beta, eps), (output, statistics))
+    elif output.numel():
+        _launch("conv_transpose3d_relu_group_norm_forward", geometry, dtypes, input.device,
+                (input.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), gamma, beta, num_groups, eps), (activation, output, statistics))
     return output, activation if save else input.new_empty(0), statistics
 
 
@@ -655,20 +689,23 @@ def _library(backend):
 
 
 def _declare(library, backend):
-    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int, "d": ctypes.c_double}
-    shape = ctypes.c_void_p
+    """Gives the C functions their argument types; the first is the address of the shape."""
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    kinds = {"p": pointer, "i": integer, "d": ctypes.c_double}
     for operation, signature in _SIGNATURES.items():
         arguments = [kinds[kind] for kind in signature]
-        if backend == "cpu":
-            getattr(library, f"{operation}_cpu").argtypes = [shape, ctypes.c_int, ctypes.c_int, *arguments]
-            continue
-        dtypes = [ctypes.c_int] * (2 if operation in _NORM_OPERATIONS else 1)
-        for path, _ in _PATHS[operation]:
-            getattr(library, f"{operation}_{path}").argtypes = [shape, *dtypes, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *arguments]
-            workspace = getattr(library, f"{operation}_{path}_workspace")
-            workspace.argtypes, workspace.restype = [shape, ctypes.c_int], ctypes.c_int64
+        dtypes = [integer] * (2 if operation in _TWO_DTYPES else 1)
+        for path in ("cpu",) if backend == "cpu" else [path for path, _ in _PATHS[operation]]:
+            function = getattr(library, f"{operation}_{path}", None)
+            if path == "cpu" and function:
+                function.argtypes = [pointer, integer, integer, *arguments]    # shape, dtype, threads
+            elif function:
+                function.argtypes = [pointer, *dtypes, integer, pointer, pointer, *arguments]    # shape, dtypes, device, stream, workspace
+                workspace = getattr(library, f"{operation}_{path}_workspace")
+                workspace.argtypes, workspace.restype = [pointer, integer, integer], ctypes.c_int64
     if backend == "cuda":
         library.cuda_error_string.restype = ctypes.c_char_p
+        library.conv_transpose3d_sm90_supports.argtypes = [pointer, integer]
     return library
 
 
@@ -1080,7 +1117,7 @@ int direct(const Geometry& g, int dtype, void* stream, const void* src, const vo
 
 }  // namespace direct_generic
 
-extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry* g, int dtype) {
+extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry* g, int dtype, int) {
     return direct_generic::packed_count<Direction::kForward>(*g) * acc_bytes(dtype);
 }
 
@@ -1091,7 +1128,7 @@ extern "C" int conv_transpose3d_forward_generic(const Geometry* g, int dtype, in
     return direct_generic::direct<Direction::kForward>(*g, dtype, stream, x, w, bias, apply_relu != 0, out, workspace);
 }
 
-extern "C" int64_t conv_transpose3d_dinput_generic_workspace(const Geometry* g, int dtype) {
+extern "C" int64_t conv_transpose3d_dinput_generic_workspace(const Geometry* g, int dtype, int) {
     return direct_generic::packed_count<Direction::kDInput>(*g) * acc_bytes(dtype);
 }
 
@@ -1281,7 +1318,7 @@ __global__ void __launch_bounds__(kBiasThreads) dbias_kernel(int64_t volume, con
 
 // ---------------------------------------------------------------------------------------------------- Launchers
 
-extern "C" int64_t conv_transpose3d_dweight_generic_workspace(const Geometry* g, int dtype) {
+extern "C" int64_t conv_transpose3d_dweight_generic_workspace(const Geometry* g, int dtype, int) {
     using namespace parameter_gradients_generic;
     const int64_t tiles = narrow(*g) ? num_tiles(*g, kNarrowM, kNarrowN) : num_tiles(*g, kSquare, kSquare);
     const Sizes sizes = sizes_of(*g, tiles);
@@ -1299,7 +1336,7 @@ extern "C" int conv_transpose3d_dweight_generic(const Geometry* g, int dtype, in
     });
 }
 
-extern "C" int64_t conv_transpose3d_dbias_generic_workspace(const Geometry* g, int) { return g->N * g->C_out * int64_t(sizeof(double)); }
+extern "C" int64_t conv_transpose3d_dbias_generic_workspace(const Geometry* g, int, int) { return g->N * g->C_out * int64_t(sizeof(double)); }
 
 extern "C" int conv_transpose3d_dbias_generic(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dout, void* dbias) {
     using namespace parameter_gradients_generic;
@@ -1511,7 +1548,7 @@ inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApply
 
 using RgnShape = relu_group_norm_generic::Shape;    // mirrored by `NormShape` in model_new.py
 
-extern "C" int64_t group_norm_forward_generic_workspace(const RgnShape* s, int) {
+extern "C" int64_t group_norm_forward_generic_workspace(const RgnShape* s, int, int) {
     using namespace relu_group_norm_generic;
     return s->N * s->num_groups * ceil_div(s->group_count(), kSplitElements) * int64_t(sizeof(Pair));
 }
@@ -1535,7 +1572,7 @@ extern "C" int group_norm_forward_generic(const RgnShape* shape, int r_dtype, in
     });
 }
 
-extern "C" int64_t relu_group_norm_backward_generic_workspace(const RgnShape* s, int) {
+extern "C" int64_t relu_group_norm_backward_generic_workspace(const RgnShape* s, int, int) {
     using namespace relu_group_norm_generic;
     return (s->N * s->C * (ceil_div(s->S, kSplitElements) + 1) + s->N * s->num_groups) * int64_t(sizeof(Pair));
 }
@@ -1566,6 +1603,1019 @@ extern "C" int relu_group_norm_backward_generic(const RgnShape* shape, int r_dty
 }
 
 extern "C" const char* cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+'''
+
+_SOURCES['ptx_sm90.cuh'] = r'''
+// PTX instructions of sm_90a, one per wrapper, named after it. Reference: the PTX ISA's chapters "Asynchronous warpgroup
+// level matrix instructions", "mbarrier" and "cp.async.bulk.tensor".
+#pragma once
+
+#include <cuda.h>
+
+#include "launch.cuh"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HAS_SM90A 1
+#endif
+
+// -------------------------------------------------------------------------------------------------- Shared memory
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Orders this thread's ordinary shared-memory writes before later accesses by the copy engine and the tensor cores.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// barrier.sync among `threads` threads of the block
+__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ------------------------------------------------------------------------------------------------------- mbarrier
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Waits until the phase of this parity has completed.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+
+// A ring of stages: the position of one of its users.
+struct RingPosition {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void advance(int stages) {
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------- Global memory flags
+
+__device__ __forceinline__ unsigned ld_acquire_gpu(const unsigned* p) {
+    unsigned v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+// ------------------------------------------------------------------------------------- Tensor memory access (copy engine)
+
+__device__ __forceinline__ void tma_load_3d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 ::"r"(shared_address(destination)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+__device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+                 ::"r"(shared_address(destination)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
+}
+
+// cuTensorMapEncodeTiled, looked up at run time so that nothing links libcuda.
+using TensorMapEncode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                                     CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+inline TensorMapEncode tensor_map_encode() {
+    static const TensorMapEncode encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+        return reinterpret_cast<TensorMapEncode>(function);
+    }();
+    return encode;
+}
+
+// The swizzle whose span is one row of a tile: 128, 64 or 32 bytes.
+inline CUtensorMapSwizzle swizzle_of(int row_bytes) {
+    return row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
+}
+
+// A map of a dense fp16 tensor; dims and box fastest first, rows of the box swizzled, zeros outside the tensor.
+template <int kRank> int make_tensor_map(CUtensorMap* map, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
+    cuuint64_t sizes[kRank], strides[kRank];
+    cuuint32_t boxes[kRank], steps[kRank];
+    cuuint64_t stride = 2;
+    for (int i = 0; i < kRank; i++) {
+        sizes[i] = dims[i], boxes[i] = box[i], steps[i] = 1;
+        stride *= dims[i];
+        strides[i] = stride;
+    }
+    if (!tensor_map_encode()) return cudaErrorNotSupported;
+    const CUresult result = tensor_map_encode()(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                                swizzle_of(box[0] * 2), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// --------------------------------------------------------------------------------------------------------- wgmma
+
+#ifdef HAS_SM90A
+
+template <int kRegisters> __device__ __forceinline__ void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+template <int kRegisters> __device__ __forceinline__ void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending> __device__ __forceinline__ void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
+
+// A K-major operand of rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address.
+// The hardware swizzles absolute addresses, so the address may be any row of a tile, not only a multiple of eight.
+__device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes) {
+    const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+    return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(1) << 16;
+}
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t address) { return base | (address & 0x3ffff) >> 4; }
+
+// d (64, kN) += a (64, 16) * b (kN, 16) transposed; fp16 operands in shared memory, fp32 sums in registers:
+// element i of lane l in warp w is row 16 * w + l / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + l % 4 * 2 + i % 2.
+template <int kN> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[kN / 2], uint64_t a, uint64_t b);
+
+#define REGS10(t) "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
+#define ACC10(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9])
+
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<64>(float (&d)[32], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b));
+}
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<128>(float (&d)[64], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b));
+}
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<160>(float (&d)[80], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70) : "l"(a), "l"(b));
+}
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<192>(float (&d)[96], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " "%90, %91, %92, %93, %94, %95" "}, %96, %97, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]) : "l"(a), "l"(b));
+}
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<216>(float (&d)[108], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n216k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " "%100, %101, %102, %103, %104, %105, %106, %107" "}, %108, %109, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]) : "l"(a), "l"(b));
+}
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<232>(float (&d)[116], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b));
+}
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<256>(float (&d)[128], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " REGS10("11") ", " "%120, %121, %122, %123, %124, %125, %126, %127" "}, %128, %129, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), ACC10(110), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127]) : "l"(a), "l"(b));
+}
+
+#undef REGS10
+#undef ACC10
+
+#endif  // HAS_SM90A
+'''
+
+_SOURCES['scaled_half.cuh'] = r'''
+// The operands of the fp16 tensor-core paths: channels-last fp16 copies, scaled by powers of two.
+//
+// fp16 keeps as many mantissa bits as TF32 (10). A tensor's largest finite magnitude is scaled to [2^14, 2^15), so every
+// element within 28 binades of it rounds exactly as TF32 rounds it, to nearest, and a smaller one is off by at most 2^-39 of
+// the maximum. NaN and Inf stay what they are. Products of two such numbers are exact in float32.
+// Activations have one scale per sample, weights one per row (destination channel). The scale lives in device memory as the
+// bits of the maximum: nothing synchronises with the host.
+#pragma once
+
+#include "launch.cuh"
+
+namespace scaled_half {
+
+constexpr int kThreads = 256;
+constexpr int kMaxShift = 120;             // keeps the scale and its inverse normal float32 numbers
+
+// scale = 2^shift, from the bits of the largest finite magnitude
+__device__ __forceinline__ int shift_of(unsigned max_bits) {
+    const int shift = 14 - (int(max_bits >> 23) - 127);
+    return max_bits == 0 ? 0 : shift < kMaxShift ? shift : kMaxShift;
+}
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+__device__ __forceinline__ unsigned finite_magnitude(float v) {
+    const unsigned bits = __float_as_uint(v) & 0x7fffffff;
+    return bits < 0x7f800000 ? bits : 0;
+}
+
+// The product of a sum with 2^-(shift_a + shift_b), in two exact steps.
+struct Unscale {
+    float first, second;
+    __device__ Unscale(int shift_a, int shift_b) : first(power_of_two(-shift_a)), second(power_of_two(-shift_b)) {}
+    __device__ __forceinline__ float operator()(float v) const { return v * first * second; }
+};
+
+// ---------------------------------------------------------------------------------------------------- Parameters
+
+// x (N, C, S) of the input's dtype -> activation (N, S, C_pad) fp16, zeros in the added channels.
+// w (rows x columns channels, taps) -> weight (taps, M_pad, C_pad) fp16, zeros in the added rows and columns.
+struct Pack {
+    int64_t N, C, S, C_pad;
+    int64_t rows, M_pad, taps;                     // rows: destination channels; its columns are the C source channels
+    int64_t row_stride, column_stride;             // of w, in elements; taps are contiguous
+    bool flip;                                     // take tap taps - 1 - k in place of k
+    const void *x, *w;
+    __half *activation, *weight;
+    unsigned *activation_max, *weight_max;         // (N), (M_pad): bits of the largest finite magnitudes; activation_max starts at 0
+    unsigned *ticket, *done;                       // start at 0; done (rounds)
+    int64_t round_samples;                         // samples whose data stays in L2 between the two readings
+};
+
+constexpr int64_t kMaxElements = 16384;            // of one item of the search for the maximum
+constexpr int kPositions = 64, kChannels = 64;     // of one item of the copy
+constexpr int64_t kRoundBytes = 12 << 20;
+
+HOST_DEVICE int64_t round_samples(int64_t N, int64_t sample_bytes) {
+    const int64_t samples = kRoundBytes / (sample_bytes > 0 ? sample_bytes : 1);
+    return samples < 1 ? 1 : samples < N ? samples : N;
+}
+
+// -------------------------------------------------------------------------------------------------------- Kernel
+
+// The maximum over the block, in every thread.
+__device__ __forceinline__ unsigned block_max(unsigned v) {
+    __shared__ unsigned warps[kThreads / 32];
+    v = __reduce_max_sync(~0u, v);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+    __syncthreads();
+    unsigned max = 0;
+    for (int i = 0; i < kThreads / 32; i++) max = warps[i] > max ? warps[i] : max;
+    return max;
+}
+
+// One destination channel of the weight.
+template <typename T> __device__ void pack_weight_row(const Pack& p, int64_t row) {
+    const T* w = static_cast<const T*>(p.w) + row * p.row_stride;
+    const int64_t count = p.taps * p.C_pad;
+    unsigned max = 0;
+    if (row < p.rows)
+        for (int64_t i = threadIdx.x; i < p.C * p.taps; i += kThreads) max = umax(max, finite_magnitude(to_acc(w[i / p.taps * p.column_stride + i % p.taps])));
+    max = block_max(max);
+    const float scale = power_of_two(shift_of(max));
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+        const int64_t tap = i / p.C_pad, c = i % p.C_pad;
+        const bool inside = row < p.rows && c < p.C;
+        const int64_t source = c * p.column_stride + (p.flip ? p.taps - 1 - tap : tap);
+        p.weight[(tap * p.M_pad + row) * p.C_pad + c] = __float2half_rn(inside ? to_acc(w[source]) * scale : 0.0f);
+    }
+    if (threadIdx.x == 0) p.weight_max[row] = max;
+}
+
+// The maximum of kMaxElements elements of one sample.
+template <typename T> __device__ void find_max(const Pack& p, int64_t n, int64_t item) {
+    const T* sample = static_cast<const T*>(p.x) + n * p.C * p.S;
+    const int64_t begin = item * kMaxElements, left = p.C * p.S - begin;
+    const int count = left < kMaxElements ? left : kMaxElements;
+    unsigned max = 0;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < count; i += kThreads) max = umax(max, finite_magnitude(to_acc(sample[begin + i])));
+    max = block_max(max);
+    if (threadIdx.x == 0) atomicMax(p.activation_max + n, max);
+}
+
+// kChannels x kPositions of one sample, transposed through shared memory.
+template <typename T> __device__ void copy_tile(const Pack& p, int64_t n, int64_t item) {
+    __shared__ __half2 tile[kPositions][kChannels / 2 + 1];    // (positions, channel pairs), padded: no bank conflicts
+    const int64_t channel_blocks = ceil_div(p.C_pad, kChannels);
+    const int64_t c0 = item % channel_blocks * kChannels, s0 = item / channel_blocks * kPositions;
+    const float scale = power_of_two(shift_of(*static_cast<volatile unsigned*>(p.activation_max + n)));
+    const T* source = static_cast<const T*>(p.x) + n * p.C * p.S + s0;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int half = 0; half < kPositions / 32; half++) {
+        const int s = half * 32 + lane;
+#pragma unroll
+        for (int pair = warp; pair < kChannels / 2; pair += kThreads / 32) {
+            const int64_t c = c0 + 2 * pair;
+            const bool inside = s0 + s < p.S;
+            const float low = inside && c < p.C ? to_acc(source[c * p.S + s]) * scale : 0.0f;
+            const float high = inside && c + 1 < p.C ? to_acc(source[(c + 1) * p.S + s]) * scale : 0.0f;
+            tile[s][pair] = __floats2half2_rn(low, high);
+        }
+    }
+    __syncthreads();
+    constexpr int kVectors = kChannels / 8;                    // of 16 bytes per position
+    for (int i = threadIdx.x; i < kPositions * kVectors; i += kThreads) {
+        const int s = i / kVectors, v = i % kVectors;
+        if (s0 + s >= p.S || c0 + v * 8 >= p.C_pad) continue;
+        uint4 value;
+        value.x = *reinterpret_cast<const unsigned*>(&tile[s][v * 4]);
+        value.y = *reinterpret_cast<const unsigned*>(&tile[s][v * 4 + 1]);
+        value.z = *reinterpret_cast<const unsigned*>(&tile[s][v * 4 + 2]);
+        value.w = *reinterpret_cast<const unsigned*>(&tile[s][v * 4 + 3]);
+        *reinterpret_cast<uint4*>(p.activation + (n * p.S + s0 + s) * p.C_pad + c0 + v * 8) = value;
+    }
+}
+
+// The first M_pad blocks pack the weight. The others take items from one queue: for rounds of samples that fit into L2, first
+// the search for the maximum, then the copy, the next round's search in between. An item waits only for items that were taken
+// before it by blocks that are running, so the queue cannot stall, however few blocks are resident.
+template <typename T> __global__ void __launch_bounds__(kThreads) pack_kernel(Pack p) {
+    if (blockIdx.x < p.M_pad) return pack_weight_row<T>(p, blockIdx.x);
+    __shared__ int64_t shared_item;
+    const int64_t max_items = ceil_div(p.C * p.S, kMaxElements), copy_items = ceil_div(p.S, kPositions) * ceil_div(p.C_pad, kChannels);
+    const int64_t round_max = p.round_samples * max_items, round_copy = p.round_samples * copy_items;
+    const int64_t rounds = ceil_div(p.N, p.round_samples);
+    while (true) {
+        __syncthreads();
+        if (threadIdx.x == 0) shared_item = atomicAdd(p.ticket, 1u);
+        __syncthreads();
+        // Items: the search of round 0, then for each round r the search of round r + 1 and the copy of round r.
+        int64_t item = shared_item;
+        int64_t round = 0;
+        bool copy = false;
+        if (item >= round_max) {
+            item -= round_max;
+            round = item / (round_max + round_copy);
+            item %= round_max + round_copy;
+            copy = item >= round_max;
+            if (copy) item -= round_max;
+            else round++;
+        }
+        if (round >= rounds) {
+            if (copy) return;
+            continue;    // the search after the last round
+        }
+        const int64_t n = round * p.round_samples + item / (copy ? copy_items : max_items);
+        if (n >= p.N) continue;
+        const int64_t samples = p.N - round * p.round_samples < p.round_samples ? p.N - round * p.round_samples : p.round_samples;
+        if (copy) {
+            if (threadIdx.x == 0)
+                while (*static_cast<volatile unsigned*>(p.done + round) < samples * max_items) __nanosleep(100);
+            __syncthreads();
+            __threadfence();
+            copy_tile<T>(p, n, item % copy_items);
+        } else {
+            find_max<T>(p, n, item % max_items);
+            __threadfence();
+            if (threadIdx.x == 0) atomicAdd(p.done + round, 1u);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- Launcher
+
+// Bytes of the counters behind activation_max, ticket and done, which must be zero before the launch.
+inline int64_t counters(const Pack& p) { return p.N + 1 + ceil_div(p.N, p.round_samples); }
+
+template <typename T> int pack(const Pack& p, int multiprocessors, void* stream) {
+    const int64_t items = p.N * (ceil_div(p.C * p.S, kMaxElements) + ceil_div(p.S, kPositions) * ceil_div(p.C_pad, kChannels));
+    const int64_t resident = multiprocessors * int64_t(2048 / kThreads);
+    return launch(pack_kernel<T>, p.M_pad + (items < resident ? items : resident), kThreads, stream, p);
+}
+
+}  // namespace scaled_half
+'''
+
+_SOURCES['conv_transpose3d_forward_sm90.cu'] = r'''
+// Transposed convolution of stride 1 on Hopper's tensor cores, alone or with ReLU and GroupNorm behind it.
+//
+//   out[n, co, o] = bias[co] + sum over ci, k of x[n, ci, o + padding - k * dilation] * w[ci, co, k]
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
+//
+// Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = output channels, GEMM_N =
+// positions of one (n, d) plane of the output, GEMM_K = (tap, input channel).
+//
+// A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. The producer
+// copies a box of the input plane, halo included, once for all taps (kh, kw): positions are numbered along rows of `pitch`,
+// and a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. The weights of each tap
+// stream through a ring of stages. Where the whole width fits, neighbouring rows share the zeros of their halos.
+//
+// Fused: the epilogue writes relu(out) and, per tile and channel, the mean and the sum of squared deviations. Warps of the
+// producer's warpgroup that have nothing to load normalize the samples that are complete, from L2, while the tensor cores
+// work on the next ones. Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
+
+#include "ptx_sm90.cuh"
+#include "scaled_half.cuh"
+
+namespace conv_sm90 {
+
+// ---------------------------------------------------------------------------------------------------------- Tiling
+
+constexpr int kWarpgroupM = 64;                // output channels of a warpgroup
+constexpr int kMaxStages = 8;
+constexpr int kInputStages = 2;
+constexpr int kSharedBytes = 227 * 1024;
+constexpr int kThreads = 384;
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+
+// How the output is cut into tiles, and where a tile finds its input. Chosen by choose_tiling.
+struct Tiling {
+    int block_n;           // positions of a warpgroup
+    int split_m;           // 1: the two warpgroups have the same positions, other channels; 0: the other way round
+    int chunk;             // input channels of a stage: 16, 32 or 64
+    int C_pad, M_pad;      // channels of the scratch copies
+    int pitch;             // positions from one output row to the next, in a tile's numbering and in its box
+    int tile_w, w_tiles;   // output columns of a tile
+    int positions;         // of a block: block_n or 2 * block_n
+    int plane_tiles;       // tiles of one plane of H_out rows
+    int box_rows;          // of the input, halo included
+    int kh_per_box;        // taps kh that a box serves: all, or 1
+    int input_bytes, weight_bytes, weight_stages;    // of a stage; a stage of input ends with a margin of zeros
+    int64_t m_tiles, sample_tiles, tiles;
+};
+
+struct Problem {
+    Geometry g;
+    Tiling t;
+};
+
+inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
+
+// The tiling of least estimated time, or one of block_n 0 where none fits into shared memory.
+inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
+    const Axis &ad = g.axis[0], &ah = g.axis[1], &aw = g.axis[2];
+    const int64_t halo_h = (ah.kernel - 1) * ah.dilation, halo_w = (aw.kernel - 1) * aw.dilation;
+    Tiling best = {};
+    double best_time = 0;
+    for (int split_m = 0; split_m < 2; split_m++)
+    for (int block_n : {256, 232, 216, 192, 160, 128, 64})
+    for (int64_t w_tiles = 1; w_tiles <= ceil_div(aw.out, 8) && w_tiles <= 64; w_tiles++)
+    for (int kh_per_box : {int(ah.kernel), 1}) {
+        Tiling t = {};
+        t.block_n = block_n, t.split_m = split_m, t.kh_per_box = kh_per_box;
+        t.chunk = g.C_in <= 16 ? 16 : g.C_in <= 32 ? 32 : 64;
+        t.C_pad = round_up(g.C_in, t.chunk);
+        const int block_m = split_m ? 2 * kWarpgroupM : kWarpgroupM;
+        t.M_pad = round_up(g.C_out, block_m);
+        t.w_tiles = w_tiles, t.tile_w = ceil_div(aw.out, w_tiles);
+        int64_t pitch = t.tile_w + halo_w;
+        if (w_tiles == 1) {    // rows share their zeros; an even pitch keeps pairs of positions in one row
+            pitch = t.tile_w + (aw.padding < halo_w ? aw.padding : halo_w);
+            if (aw.out % 2 == 0 && pitch % 2 && pitch < t.tile_w + halo_w) pitch++;
+        }
+        t.positions = split_m ? block_n : 2 * block_n;
+        const int64_t row_bytes = 2 * t.chunk;
+        const int64_t rows = (pitch + t.positions - 2) / pitch + 1 + (kh_per_box == 1 ? 0 : halo_h);
+        if (pitch > 256 || rows > 256) continue;
+        t.pitch = pitch, t.box_rows = rows;
+        t.plane_tiles = ceil_div(ah.out * pitch, t.positions);
+        t.input_bytes = round_up((rows * pitch + halo_w) * row_bytes, 1024);
+        t.weight_bytes = block_m * row_bytes;
+        const int64_t left = kSharedBytes - 2048 - int64_t(kInputStages) * t.input_bytes;
+        t.weight_stages = left / t.weight_bytes < kMaxStages ? left / t.weight_bytes : kMaxStages;
+        if (left < 0 || t.weight_stages < 3) continue;
+        t.m_tiles = t.M_pad / block_m;
+        t.sample_tiles = ad.out * t.w_tiles * t.plane_tiles * t.m_tiles;
+        t.tiles = g.N * t.sample_tiles;
+        // Time of the busiest multiprocessor, in columns of wgmma: the tile's own, and a constant share for what is not overlapped.
+        const double boxes = kh_per_box == 1 ? double(ah.kernel) : 1.0;
+        const double load = 0.15 * boxes * rows * pitch / (ah.kernel * aw.kernel);
+        const double stages = t.weight_stages < 4 ? 1.1 : 1.0;
+        const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
+        const double time = waves * (2 * block_n + 24 + load) * stages;
+        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+    }
+    return best;
+}
+
+// ---------------------------------------------------------------------------------------------------- Parameters
+
+// Scratch of a call. Counters start at zero.
+struct Workspace {
+    unsigned *tile_ticket, *job_ticket;    // queues
+    unsigned *tiles_done, *groups_done;    // (N): warpgroups that finished a tile, groups with final statistics
+    float2* moments;                       // (N, parts, M_pad): mean and sum of squared deviations of a tile's channel
+    float* counts;                         // (N, parts): how many values they are of
+};
+
+struct Fusion {
+    int64_t num_groups;                    // 0: convolution alone
+    int y_dtype;
+    double eps;
+    const float *gamma, *beta;             // (C_out), or null
+    void* y;                               // (N, C_out, D_out, H_out, W_out); may be `out`
+    double *mean, *rstd;                   // (N, num_groups)
+};
+
+struct Parameters {
+    Problem p;
+    int dtype;
+    int apply_relu;
+    const void* bias;
+    void* out;
+    const unsigned *activation_max, *weight_max;
+    Workspace workspace;
+    Fusion fusion;
+};
+
+struct SharedHead {
+    uint64_t input_full[kInputStages], input_empty[kInputStages];
+    uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];
+    uint64_t tile_full[2], tile_empty[2];
+    int tiles[2];
+    unsigned job;
+    double sums[4];
+};
+static_assert(sizeof(SharedHead) <= 1024, "the stages begin 1 KB into shared memory");
+
+// Where a tile is.
+struct Tile {
+    int64_t n;
+    int d, w0, h0, q0, m0, part;    // first row of the box's outputs, position of the tile in it, first channel, part of the statistics
+    int64_t p0;                     // first position in the plane
+};
+
+__device__ __forceinline__ Tile locate(const Problem& problem, int64_t index) {
+    const Tiling& t = problem.t;
+    Tile tile;
+    tile.m0 = index % t.m_tiles * (t.split_m ? 2 * kWarpgroupM : kWarpgroupM);
+    index /= t.m_tiles;
+    tile.part = index % (t.sample_tiles / t.m_tiles);
+    tile.p0 = index % t.plane_tiles * t.positions;
+    index /= t.plane_tiles;
+    tile.w0 = index % t.w_tiles * t.tile_w;
+    index /= t.w_tiles;
+    tile.d = index % problem.g.axis[0].out;
+    tile.n = index / problem.g.axis[0].out;
+    tile.h0 = tile.p0 / t.pitch;
+    tile.q0 = tile.p0 % t.pitch;
+    return tile;
+}
+
+// The plane of the input that tap kd of output plane d reads, or -1.
+__device__ __forceinline__ int source_plane(const Geometry& g, int d, int kd) {
+    const int plane = d + int(g.axis[0].padding) - kd * int(g.axis[0].dilation);
+    return plane < int(g.axis[0].in) ? plane : -1;
+}
+
+#ifdef HAS_SM90A
+
+// ------------------------------------------------------------------------------------------------------- Producer
+
+// One thread: takes tiles from the queue, tells the consumers, loads boxes of input and stages of weights.
+__device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap* x_map, const CUtensorMap* w_map, SharedHead& head, uint8_t* input, uint8_t* weights) {
+    const Geometry& g = a.p.g;
+    const Tiling& t = a.p.t;
+    const Axis &ah = g.axis[1], &aw = g.axis[2];
+    const int K_d = g.axis[0].kernel, K_h = ah.kernel, K_w = aw.kernel;
+    const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
+    RingPosition in, weight, slot;
+    unsigned next = atomicAdd(a.workspace.tile_ticket, 1u);
+    while (true) {
+        const int64_t index = next;
+        mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
+        head.tiles[slot.stage] = index < t.tiles ? int(index) : -1;
+        mbarrier_arrive(head.tile_full + slot.stage);
+        slot.advance(2);
+        if (index >= t.tiles) return;
+        next = atomicAdd(a.workspace.tile_ticket, 1u);
+        const Tile tile = locate(a.p, index);
+        const int w_start = tile.w0 + int(aw.padding) - (K_w - 1) * int(aw.dilation);
+        for (int kd = 0; kd < K_d; kd++) {
+            const int plane = source_plane(g, tile.d, kd);
+            if (plane < 0) continue;
+            for (int kh0 = 0; kh0 < K_h; kh0 += t.kh_per_box)
+            for (int c = 0; c < t.C_pad; c += t.chunk) {
+                const int h_start = tile.h0 + int(ah.padding) - (kh0 + t.kh_per_box - 1) * int(ah.dilation);
+                mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
+                mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
+                tma_load_5d(input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, c, w_start, h_start, plane, int(tile.n));
+                in.advance(kInputStages);
+                for (int kh = kh0; kh < kh0 + t.kh_per_box; kh++)
+                for (int kw = 0; kw < K_w; kw++) {
+                    mbarrier_wait(head.weight_empty + weight.stage, weight.phase ^ 1);
+                    mbarrier_arrive_expect_tx(head.weight_full + weight.stage, t.weight_bytes);
+                    tma_load_3d(weights + weight.stage * t.weight_bytes, w_map, head.weight_full + weight.stage, c, tile.m0, (kd * K_h + kh) * K_w + kw);
+                    weight.advance(t.weight_stages);
+                }
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- Consumer
+
+// The sums of one tile: d (64 channels, kBlockN positions) of this warpgroup.
+template <int kBlockN>
+__device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, SharedHead& head, const uint8_t* input, const uint8_t* weights,
+                                         RingPosition& in, RingPosition& weight, float (&d)[kBlockN / 2]) {
+    const Geometry& g = a.p.g;
+    const Tiling& t = a.p.t;
+    const int warpgroup = threadIdx.x / 128 - 1;
+    const bool elected = threadIdx.x % 128 == 0;
+    const int row_bytes = t.chunk * 2, steps = t.chunk / 16;
+    const int K_d = g.axis[0].kernel, K_h = g.axis[1].kernel, K_w = g.axis[2].kernel;
+    const int dilation_h = g.axis[1].dilation, dilation_w = g.axis[2].dilation;
+    const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
+    const int a_offset = t.split_m ? warpgroup * kWarpgroupM * row_bytes : 0;
+    const int b_row = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN);
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+    int done_weight = -1, done_input = -1;    // stages whose last reader is the wgmma group in flight
+    for (int kd = 0; kd < K_d; kd++) {
+        if (source_plane(g, tile.d, kd) < 0) continue;
+        for (int kh0 = 0; kh0 < K_h; kh0 += t.kh_per_box)
+        for (int c = 0; c < t.C_pad; c += t.chunk) {
+            mbarrier_wait(head.input_full + in.stage, in.phase);
+            const uint32_t box = shared_address(input + in.stage * t.input_bytes) + b_row * row_bytes;
+            for (int kh = t.kh_per_box - 1; kh >= 0; kh--)
+            for (int kw = K_w - 1; kw >= 0; kw--) {
+                const uint32_t b = box + (kh * dilation_h * t.pitch + kw * dilation_w) * row_bytes;
+                mbarrier_wait(head.weight_full + weight.stage, weight.phase);
+                const uint32_t w = shared_address(weights + weight.stage * t.weight_bytes) + a_offset;
+#pragma unroll
+                for (int step = 0; step < 4; step++) {
+                    if (step >= steps) break;
+                    wgmma_fence();
+                    wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+                }
+                wgmma_commit_group();
+                wgmma_wait_group<1>();
+                if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
+                if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
+                done_input = -1, done_weight = weight.stage;
+                weight.advance(t.weight_stages);
+            }
+            done_input = in.stage;
+            in.advance(kInputStages);
+        }
+    }
+    wgmma_wait_group<0>();
+    if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
+    if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
+}
+
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+template <typename T> __device__ __forceinline__ void store_pair(T* p, float a, float b) { p[0] = from_acc<T>(a), p[1] = from_acc<T>(b); }
+template <> __device__ __forceinline__ void store_pair(float* p, float a, float b) { *reinterpret_cast<float2*>(p) = make_float2(a, b); }
+
+// Scales back, adds the bias, applies ReLU, stores, and leaves the tile's moments where the fusion wants them.
+template <int kBlockN, typename T>
+__device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, float (&d)[kBlockN / 2]) {
+    const Geometry& g = a.p.g;
+    const Tiling& t = a.p.t;
+    const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int H = g.axis[1].out, W = g.axis[2].out;
+    const int width = min(t.tile_w, W - tile.w0);
+    const int64_t plane = int64_t(H) * W, volume = g.axis[0].out * plane;
+    const bool fused = a.fusion.num_groups > 0;
+    // Pairs of positions stay in one row, and are aligned, where all of these are even.
+    const bool pairs = ((t.pitch | W | tile.w0 | t.tile_w) & 1) == 0;
+    const uint32_t magic = 0xffffffffu / t.pitch + 1;    // p / pitch = p * magic >> 32 for p < 2^16, pitch > 1
+    const int first = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN) + lane % 4 * 2;
+    const int shift_x = scaled_half::shift_of(a.activation_max[tile.n]);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int channel = tile.m0 + (t.split_m ? warpgroup * kWarpgroupM : 0) + warp * 16 + half * 8 + lane / 4;
+        const bool live = channel < g.C_out;
+        const scaled_half::Unscale unscale(shift_x, scaled_half::shift_of(a.weight_max[channel]));
+        const float bias = a.bias && live ? to_acc(static_cast<const T*>(a.bias)[channel]) : 0.0f;
+        T* out = static_cast<T*>(a.out) + (tile.n * g.C_out + channel) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
+        float sum = 0.0f;
+        int count = 0;
+        uint32_t inside[(kBlockN / 4 + 31) / 32] = {};
+#pragma unroll
+        for (int j = 0; j < kBlockN / 8; j++) {
+            const int p = first + j * 8;
+            float v[2];
+            bool in[2];
+            int offset[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int h = t.pitch == 1 ? p + e : int(__umulhi(p + e, magic)), w = p + e - h * t.pitch;
+                in[e] = w < width && tile.h0 + h < H;
+                offset[e] = h * W + w;
+                float& s = d[j * 4 + half * 2 + e];
+                s = unscale(s) + bias;
+                if (a.apply_relu) s = relu(s);
+                if (!in[e]) s = 0.0f;
+                v[e] = s;
+                sum += s;
+                count += in[e];
+                inside[(j * 2 + e) / 32] |= uint32_t(in[e]) << (j * 2 + e) % 32;
+            }
+            if (!live) continue;
+            if (pairs) {
+                if (in[0]) store_pair(out + offset[0], v[0], v[1]);
+            } else {
+                if (in[0]) out[offset[0]] = from_acc<T>(v[0]);
+                if (in[1]) out[offset[1]] = from_acc<T>(v[1]);
+            }
+        }
+        if (!fused) continue;
+        // Moments in two readings of the registers: nothing cancels.
+        const float total = quad_sum(float(count)), mean = total > 0 ? quad_sum(sum) / total : 0.0f;
+        float squares = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kBlockN / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const float deviation = d[j * 4 + half * 2 + e] - mean;
+                if (inside[(j * 2 + e) / 32] >> (j * 2 + e) % 32 & 1) squares += deviation * deviation;
+            }
+        squares = quad_sum(squares);
+        const int64_t parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
+        const int64_t part = tile.n * parts + (t.split_m ? tile.part : tile.part * 2 + warpgroup);
+        if (lane % 4 == 0) a.workspace.moments[part * t.M_pad + channel] = make_float2(mean, squares);
+        if (lane == 0 && warp == 0) a.workspace.counts[part] = total;    // the same from every tile of these positions
+    }
+    if (!fused) return;
+    __threadfence();
+    named_barrier(1 + warpgroup, 128);
+    if (threadIdx.x % 128 == 0) atomicAdd(a.workspace.tiles_done + tile.n, 1u);
+}
+
+template <int kBlockN>
+__device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, const uint8_t* input, const uint8_t* weights) {
+    RingPosition in, weight, slot;
+    float d[kBlockN / 2];
+    while (true) {
+        mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+        const int index = head.tiles[slot.stage];
+        mbarrier_arrive(head.tile_empty + slot.stage);
+        slot.advance(2);
+        if (index < 0) return;
+        const Tile tile = locate(a.p, index);
+        multiply<kBlockN>(a, tile, head, input, weights, in, weight, d);
+        switch (a.dtype) {
+            case kFloat32: finish<kBlockN, float>(a, tile, d); break;
+            case kFloat16: finish<kBlockN, __half>(a, tile, d); break;
+            default: finish<kBlockN, __nv_bfloat16>(a, tile, d); break;
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------- Normalizer
+
+constexpr int kNormThreads = 96;               // warps 1, 2 and 3 of the producer's warpgroup
+constexpr int kNormBarrier = 3;
+constexpr int64_t kNormElements = 16384;       // of one job
+
+__device__ __forceinline__ double norm_sum(double v, double* sums) {
+    const int thread = threadIdx.x - 32;
+    for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+    named_barrier(kNormBarrier, kNormThreads);
+    if (thread % 32 == 0) sums[thread / 32] = v;
+    named_barrier(kNormBarrier, kNormThreads);
+    return sums[0] + sums[1] + sums[2];
+}
+
+// Combines the moments of all parts and channels of a group, in a fixed order.
+__device__ __forceinline__ void finish_group(const Parameters& a, int64_t n, int64_t group, double* sums) {
+    const Tiling& t = a.p.t;
+    const int64_t channels = a.p.g.C_out / a.fusion.num_groups, parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
+    const float2* moments = a.workspace.moments + n * parts * t.M_pad + group * channels;
+    const float* counts = a.workspace.counts + n * parts;
+    const int thread = threadIdx.x - 32;
+    double sum = 0, squares = 0;
+    for (int64_t i = thread; i < parts * channels; i += kNormThreads) sum += double(__ldcg(counts + i / channels)) * __ldcg(moments + i / channels * t.M_pad + i % channels).x;
+    const double count = double(channels) * out_volume(a.p.g), mean = norm_sum(sum, sums) / count;
+    for (int64_t i = thread; i < parts * channels; i += kNormThreads) {
+        const float2 m = __ldcg(moments + i / channels * t.M_pad + i % channels);
+        const double deviation = m.x - mean;
+        squares += m.y + double(__ldcg(counts + i / channels)) * deviation * deviation;
+    }
+    const double variance = norm_sum(squares, sums) / count;
+    if (thread == 0) {
+        a.fusion.mean[n * a.fusion.num_groups + group] = mean;
+        a.fusion.rstd[n * a.fusion.num_groups + group] = 1 / sqrt(variance + a.fusion.eps);
+        __threadfence();
+        atomicAdd(a.workspace.groups_done + n, 1u);
+    }
+}
+
+// kNormElements elements of the row of one (n, channel).
+template <typename T, typename Y>
+__device__ __forceinline__ void normalize(const Parameters& a, int64_t n, int64_t channel, int64_t begin) {
+    const int64_t volume = out_volume(a.p.g), row = (n * a.p.g.C_out + channel) * volume;
+    const int64_t group = n * a.fusion.num_groups + channel / (a.p.g.C_out / a.fusion.num_groups);
+    const double mean = __ldcg(a.fusion.mean + group);
+    const float high = float(mean), low = float(mean - double(high));    // r - mean without losing the mean's low bits
+    const float scale = float(__ldcg(a.fusion.rstd + group)) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
+    const float offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
+    const T* r = static_cast<const T*>(a.out) + row;
+    Y* y = static_cast<Y*>(a.fusion.y) + row;
+    auto apply = [=](float v) { return ((v - high) - low) * scale + offset; };
+    const int64_t end = begin + kNormElements < volume ? begin + kNormElements : volume;
+    const int thread = threadIdx.x - 32;
+    if constexpr (sizeof(T) == 4 && sizeof(Y) == 4) {
+        // Head up to a multiple of 16 bytes, body in vectors, tail.
+        const int64_t head = begin + ((-(row + begin)) & 3) < end ? begin + ((-(row + begin)) & 3) : end;
+        const int64_t vectors = (end - head) / 4, tail = head + vectors * 4;
+        if (begin + thread < head) y[begin + thread] = apply(__ldcg(r + begin + thread));
+        if (tail + thread < end) y[tail + thread] = apply(__ldcg(r + tail + thread));
+        const float4* source = reinterpret_cast<const float4*>(r + head);
+        float4* target = reinterpret_cast<float4*>(y + head);
+        constexpr int kInFlight = 8;
+        for (int64_t i = thread; i < vectors; i += kInFlight * kNormThreads) {
+            float4 v[kInFlight];
+#pragma unroll
+            for (int k = 0; k < kInFlight; k++)
+                if (i + k * kNormThreads < vectors) v[k] = __ldcg(source + i + k * kNormThreads);
+#pragma unroll
+            for (int k = 0; k < kInFlight; k++)
+                if (i + k * kNormThreads < vectors) __stcs(target + i + k * kNormThreads, make_float4(apply(v[k].x), apply(v[k].y), apply(v[k].z), apply(v[k].w)));
+        }
+    } else {
+#pragma unroll 8
+        for (int64_t i = begin + thread; i < end; i += kNormThreads) y[i] = from_acc<Y>(apply(to_acc(__ldcg(r + i))));
+    }
+}
+
+// Jobs of a sample: its groups' statistics, then its channels' elements. Taken in order, a job waits only for tiles and jobs
+// taken before it by running blocks.
+__device__ __forceinline__ void normalize_samples(const Parameters& a, SharedHead& head) {
+    const Tiling& t = a.p.t;
+    const int64_t groups = a.fusion.num_groups, chunks = ceil_div(out_volume(a.p.g), kNormElements), jobs = groups + a.p.g.C_out * chunks;
+    while (true) {
+        named_barrier(kNormBarrier, kNormThreads);
+        if (threadIdx.x == 32) head.job = atomicAdd(a.workspace.job_ticket, 1u);
+        named_barrier(kNormBarrier, kNormThreads);
+        const int64_t n = head.job / jobs, job = head.job % jobs;
+        if (n >= a.p.g.N) return;
+        if (threadIdx.x == 32) {
+            const unsigned* flag = job < groups ? a.workspace.tiles_done + n : a.workspace.groups_done + n;
+            const unsigned target = job < groups ? t.sample_tiles * 2 : groups;
+            while (ld_acquire_gpu(flag) < target) __nanosleep(200);
+        }
+        named_barrier(kNormBarrier, kNormThreads);
+        __threadfence();
+        if (job < groups) {
+            finish_group(a, n, job, head.sums);
+            continue;
+        }
+        const int64_t channel = (job - groups) / chunks, begin = (job - groups) % chunks * kNormElements;
+        if (a.dtype == kFloat32) normalize<float, float>(a, n, channel, begin);
+        else if (a.dtype == kFloat16 && a.fusion.y_dtype == kFloat16) normalize<__half, __half>(a, n, channel, begin);
+        else if (a.dtype == kFloat16) normalize<__half, float>(a, n, channel, begin);
+        else if (a.fusion.y_dtype == kBFloat16) normalize<__nv_bfloat16, __nv_bfloat16>(a, n, channel, begin);
+        else normalize<__nv_bfloat16, float>(a, n, channel, begin);
+    }
+}
+
+#endif  // HAS_SM90A
+
+// --------------------------------------------------------------------------------------------------------- Kernel
+
+template <int kBlockN>
+__global__ void __launch_bounds__(kThreads, 1)
+conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Parameters a) {
+#ifdef HAS_SM90A
+    extern __shared__ __align__(1024) uint8_t shared[];
+    SharedHead& head = *reinterpret_cast<SharedHead*>(shared);
+    const Tiling& t = a.p.t;
+    uint8_t* input = shared + 1024;                                  // (kInputStages, box_rows, pitch, chunk) fp16 and margins
+    uint8_t* weights = input + kInputStages * t.input_bytes;         // (weight_stages, block_m, chunk) fp16
+
+    // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kInputStages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 2);
+        for (int i = 0; i < t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, 2);
+        for (int i = 0; i < 2; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256);
+        fence_mbarrier_init();
+    }
+    const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
+    for (int stage = 0; stage < kInputStages; stage++)
+        for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(input + stage * t.input_bytes + i) = 0;
+    fence_proxy_async();
+    __syncthreads();
+
+    if (threadIdx.x < 128) {
+        setmaxnreg_dec<kProducerRegisters>();
+        if (threadIdx.x == 0) produce(a, &x_map, &w_map, head, input, weights);
+        if (threadIdx.x >= 32 && a.fusion.num_groups > 0) normalize_samples(a, head);
+    } else {
+        setmaxnreg_inc<kConsumerRegisters>();
+        consume<kBlockN>(a, head, input, weights);
+    }
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------- Launcher
+
+// Bytes of scratch, or its parts: the same arithmetic for both.
+struct Layout {
+    int64_t bytes = 0;
+    uint8_t* base;
+    explicit Layout(void* base) : base(static_cast<uint8_t*>(base)) {}
+    template <typename T> T* take(int64_t count) {
+        T* p = reinterpret_cast<T*>(base + bytes);
+        bytes += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
+        return p;
+    }
+};
+
+struct Plan {
+    Problem problem;
+    scaled_half::Pack pack;
+    Workspace workspace;
+    unsigned* counters;
+    int64_t counter_bytes, bytes;
+};
+
+inline int multiprocessors_of(int device) {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
+inline Plan make_plan(const Geometry& g, int dtype, int multiprocessors, bool fused, void* base) {
+    Plan plan = {};
+    const Tiling t = choose_tiling(g, multiprocessors);
+    plan.problem = {g, t};
+    scaled_half::Pack& p = plan.pack;
+    p.N = g.N, p.C = g.C_in, p.S = in_volume(g), p.C_pad = t.C_pad;
+    p.rows = g.C_out, p.M_pad = t.M_pad, p.taps = kernel_volume(g);
+    p.row_stride = p.taps, p.column_stride = g.C_out * p.taps, p.flip = false;
+    p.round_samples = scaled_half::round_samples(g.N, p.C * p.S * (dtype == kFloat32 ? 4 : 2));
+    Layout layout(base);
+    const int64_t pack_counters = scaled_half::counters(p), parts = t.m_tiles ? t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2) : 0;
+    plan.counter_bytes = (pack_counters + 2 + 2 * g.N) * 4;
+    plan.counters = layout.take<unsigned>(pack_counters + 2 + 2 * g.N);
+    p.activation_max = plan.counters, p.ticket = plan.counters + g.N, p.done = p.ticket + 1;
+    Workspace& w = plan.workspace;
+    w.tile_ticket = plan.counters + pack_counters, w.job_ticket = w.tile_ticket + 1, w.tiles_done = w.job_ticket + 1, w.groups_done = w.tiles_done + g.N;
+    p.weight_max = layout.take<unsigned>(t.M_pad);
+    p.activation = layout.take<__half>(g.N * p.S * t.C_pad);
+    p.weight = layout.take<__half>(p.taps * t.M_pad * t.C_pad);
+    w.moments = layout.take<float2>(fused ? g.N * parts * t.M_pad : 0);
+    w.counts = layout.take<float>(fused ? g.N * parts : 0);
+    plan.bytes = layout.bytes;
+    return plan;
+}
+
+template <int kBlockN>
+int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
+    const Tiling& t = a.p.t;
+    const int bytes = 1024 + kInputStages * t.input_bytes + t.weight_stages * t.weight_bytes;
+    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
+    conv_kernel<kBlockN><<<unsigned(blocks), kThreads, bytes, stream>>>(x_map, w_map, a);
+    return cudaGetLastError();
+}
+
+inline int run(const Geometry& g, int dtype, int device, void* stream_pointer, void* workspace, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion) {
+    const auto stream = static_cast<cudaStream_t>(stream_pointer);
+    const int multiprocessors = multiprocessors_of(device);
+    Plan plan = make_plan(g, dtype, multiprocessors, fusion.num_groups > 0, workspace);
+    const Tiling& t = plan.problem.t;
+    if (t.block_n == 0) return cudaErrorNotSupported;
+    plan.pack.x = x, plan.pack.w = w;
+    RETURN_IF_ERROR(cudaMemsetAsync(plan.counters, 0, plan.counter_bytes, stream));
+    switch (dtype) {
+        case kFloat32: RETURN_IF_ERROR(scaled_half::pack<float>(plan.pack, multiprocessors, stream)); break;
+        case kFloat16: RETURN_IF_ERROR(scaled_half::pack<__half>(plan.pack, multiprocessors, stream)); break;
+        case kBFloat16: RETURN_IF_ERROR(scaled_half::pack<__nv_bfloat16>(plan.pack, multiprocessors, stream)); break;
+        default: return cudaErrorInvalidValue;
+    }
+    CUtensorMap x_map, w_map;
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, plan.pack.activation, {t.C_pad, g.axis[2].in, g.axis[1].in, g.axis[0].in, g.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, plan.pack.weight, {t.C_pad, t.M_pad, plan.pack.taps}, {t.chunk, t.split_m ? 2 * kWarpgroupM : kWarpgroupM, 1}));
+    const Parameters a = {plan.problem, dtype, apply_relu, bias, out, plan.pack.activation_max, plan.pack.weight_max, plan.workspace, fusion};
+    switch (t.block_n) {
+        case 256: return launch_conv<256>(x_map, w_map, a, multiprocessors, stream);
+        case 232: return launch_conv<232>(x_map, w_map, a, multiprocessors, stream);
+        case 216: return launch_conv<216>(x_map, w_map, a, multiprocessors, stream);
+        case 192: return launch_conv<192>(x_map, w_map, a, multiprocessors, stream);
+        case 160: return launch_conv<160>(x_map, w_map, a, multiprocessors, stream);
+        case 128: return launch_conv<128>(x_map, w_map, a, multiprocessors, stream);
+        default: return launch_conv<64>(x_map, w_map, a, multiprocessors, stream);
+    }
+}
+
+}  // namespace conv_sm90
+
+// Whether a tiling fits: 1 or 0.
+extern "C" int conv_transpose3d_sm90_supports(const Geometry* g, int device) {
+    return conv_sm90::choose_tiling(*g, conv_sm90::multiprocessors_of(device)).block_n > 0;
+}
+
+extern "C" int64_t conv_transpose3d_forward_sm90_workspace(const Geometry* g, int dtype, int device) {
+    return conv_sm90::make_plan(*g, dtype, conv_sm90::multiprocessors_of(device), false, nullptr).bytes;
+}
+
+extern "C" int conv_transpose3d_forward_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
+                                             const void* x, const void* w, const void* bias, int apply_relu, void* out) {
+    DeviceGuard guard(device);
+    return conv_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, apply_relu != 0, out, conv_sm90::Fusion{});
+}
+
+extern "C" int64_t conv_transpose3d_relu_group_norm_forward_sm90_workspace(const Geometry* g, int dtype, int device) {
+    return conv_sm90::make_plan(*g, dtype, conv_sm90::multiprocessors_of(device), true, nullptr).bytes;
+}
+
+// activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.
+extern "C" int conv_transpose3d_relu_group_norm_forward_sm90(const Geometry* g, int dtype, int y_dtype, int device, void* stream, void* workspace,
+                                                             const void* x, const void* w, const void* bias, const void* gamma, const void* beta, int num_groups, double eps,
+                                                             void* activation, void* y, double* statistics) {
+    DeviceGuard guard(device);
+    const conv_sm90::Fusion fusion = {num_groups, y_dtype, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, statistics + g->N * num_groups};
+    return conv_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion);
+}
 '''
 
 _SOURCES['cpu_backend.cpp'] = r'''

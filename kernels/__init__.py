@@ -16,6 +16,9 @@ SOURCES = (
     "conv_transpose3d_generic.cu",
     "conv_transpose3d_dweight_generic.cu",
     "relu_group_norm_generic.cu",
+    "ptx_sm90.cuh",
+    "scaled_half.cuh",
+    "conv_transpose3d_forward_sm90.cu",
     "cpu_backend.cpp",
 )
 

@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kBiasThreads) dbias_kernel(int64_t volume, con
 
 // ---------------------------------------------------------------------------------------------------- Launchers
 
-extern "C" int64_t conv_transpose3d_dweight_generic_workspace(const Geometry* g, int dtype) {
+extern "C" int64_t conv_transpose3d_dweight_generic_workspace(const Geometry* g, int dtype, int) {
     using namespace parameter_gradients_generic;
     const int64_t tiles = narrow(*g) ? num_tiles(*g, kNarrowM, kNarrowN) : num_tiles(*g, kSquare, kSquare);
     const Sizes sizes = sizes_of(*g, tiles);
@@ -194,7 +194,7 @@ extern "C" int conv_transpose3d_dweight_generic(const Geometry* g, int dtype, in
     });
 }
 
-extern "C" int64_t conv_transpose3d_dbias_generic_workspace(const Geometry* g, int) { return g->N * g->C_out * int64_t(sizeof(double)); }
+extern "C" int64_t conv_transpose3d_dbias_generic_workspace(const Geometry* g, int, int) { return g->N * g->C_out * int64_t(sizeof(double)); }
 
 extern "C" int conv_transpose3d_dbias_generic(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dout, void* dbias) {
     using namespace parameter_gradients_generic;

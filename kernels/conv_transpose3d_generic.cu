@@ -192,7 +192,7 @@ int direct(const Geometry& g, int dtype, void* stream, const void* src, const vo
 
 }  // namespace direct_generic
 
-extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry* g, int dtype) {
+extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry* g, int dtype, int) {
     return direct_generic::packed_count<Direction::kForward>(*g) * acc_bytes(dtype);
 }
 
@@ -203,7 +203,7 @@ extern "C" int conv_transpose3d_forward_generic(const Geometry* g, int dtype, in
     return direct_generic::direct<Direction::kForward>(*g, dtype, stream, x, w, bias, apply_relu != 0, out, workspace);
 }
 
-extern "C" int64_t conv_transpose3d_dinput_generic_workspace(const Geometry* g, int dtype) {
+extern "C" int64_t conv_transpose3d_dinput_generic_workspace(const Geometry* g, int dtype, int) {
     return direct_generic::packed_count<Direction::kDInput>(*g) * acc_bytes(dtype);
 }
 

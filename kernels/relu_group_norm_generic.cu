@@ -195,7 +195,7 @@ inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApply
 
 using RgnShape = relu_group_norm_generic::Shape;    // mirrored by `NormShape` in model_new.py
 
-extern "C" int64_t group_norm_forward_generic_workspace(const RgnShape* s, int) {
+extern "C" int64_t group_norm_forward_generic_workspace(const RgnShape* s, int, int) {
     using namespace relu_group_norm_generic;
     return s->N * s->num_groups * ceil_div(s->group_count(), kSplitElements) * int64_t(sizeof(Pair));
 }
@@ -219,7 +219,7 @@ extern "C" int group_norm_forward_generic(const RgnShape* shape, int r_dtype, in
     });
 }
 
-extern "C" int64_t relu_group_norm_backward_generic_workspace(const RgnShape* s, int) {
+extern "C" int64_t relu_group_norm_backward_generic_workspace(const RgnShape* s, int, int) {
     using namespace relu_group_norm_generic;
     return (s->N * s->C * (ceil_div(s->S, kSplitElements) + 1) + s->N * s->num_groups) * int64_t(sizeof(Pair));
 }

@@ -1,0 +1,641 @@
+// Transposed convolution of stride 1 on Hopper's tensor cores, alone or with ReLU and GroupNorm behind it.
+//
+//   out[n, co, o] = bias[co] + sum over ci, k of x[n, ci, o + padding - k * dilation] * w[ci, co, k]
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
+//
+// Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = output channels, GEMM_N =
+// positions of one (n, d) plane of the output, GEMM_K = (tap, input channel).
+//
+// A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. The producer
+// copies a box of the input plane, halo included, once for all taps (kh, kw): positions are numbered along rows of `pitch`,
+// and a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. The weights of each tap
+// stream through a ring of stages. Where the whole width fits, neighbouring rows share the zeros of their halos.
+//
+// Fused: the epilogue writes relu(out) and, per tile and channel, the mean and the sum of squared deviations. Warps of the
+// producer's warpgroup that have nothing to load normalize the samples that are complete, from L2, while the tensor cores
+// work on the next ones. Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
+
+#include "ptx_sm90.cuh"
+#include "scaled_half.cuh"
+
+namespace conv_sm90 {
+
+// ---------------------------------------------------------------------------------------------------------- Tiling
+
+constexpr int kWarpgroupM = 64;                // output channels of a warpgroup
+constexpr int kMaxStages = 8;
+constexpr int kInputStages = 2;
+constexpr int kSharedBytes = 227 * 1024;
+constexpr int kThreads = 384;
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+
+// How the output is cut into tiles, and where a tile finds its input. Chosen by choose_tiling.
+struct Tiling {
+    int block_n;           // positions of a warpgroup
+    int split_m;           // 1: the two warpgroups have the same positions, other channels; 0: the other way round
+    int chunk;             // input channels of a stage: 16, 32 or 64
+    int C_pad, M_pad;      // channels of the scratch copies
+    int pitch;             // positions from one output row to the next, in a tile's numbering and in its box
+    int tile_w, w_tiles;   // output columns of a tile
+    int positions;         // of a block: block_n or 2 * block_n
+    int plane_tiles;       // tiles of one plane of H_out rows
+    int box_rows;          // of the input, halo included
+    int kh_per_box;        // taps kh that a box serves: all, or 1
+    int input_bytes, weight_bytes, weight_stages;    // of a stage; a stage of input ends with a margin of zeros
+    int64_t m_tiles, sample_tiles, tiles;
+};
+
+struct Problem {
+    Geometry g;
+    Tiling t;
+};
+
+inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
+
+// The tiling of least estimated time, or one of block_n 0 where none fits into shared memory.
+inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
+    const Axis &ad = g.axis[0], &ah = g.axis[1], &aw = g.axis[2];
+    const int64_t halo_h = (ah.kernel - 1) * ah.dilation, halo_w = (aw.kernel - 1) * aw.dilation;
+    Tiling best = {};
+    double best_time = 0;
+    for (int split_m = 0; split_m < 2; split_m++)
+    for (int block_n : {256, 232, 216, 192, 160, 128, 64})
+    for (int64_t w_tiles = 1; w_tiles <= ceil_div(aw.out, 8) && w_tiles <= 64; w_tiles++)
+    for (int kh_per_box : {int(ah.kernel), 1}) {
+        Tiling t = {};
+        t.block_n = block_n, t.split_m = split_m, t.kh_per_box = kh_per_box;
+        t.chunk = g.C_in <= 16 ? 16 : g.C_in <= 32 ? 32 : 64;
+        t.C_pad = round_up(g.C_in, t.chunk);
+        const int block_m = split_m ? 2 * kWarpgroupM : kWarpgroupM;
+        t.M_pad = round_up(g.C_out, block_m);
+        t.w_tiles = w_tiles, t.tile_w = ceil_div(aw.out, w_tiles);
+        int64_t pitch = t.tile_w + halo_w;
+        if (w_tiles == 1) {    // rows share their zeros; an even pitch keeps pairs of positions in one row
+            pitch = t.tile_w + (aw.padding < halo_w ? aw.padding : halo_w);
+            if (aw.out % 2 == 0 && pitch % 2 && pitch < t.tile_w + halo_w) pitch++;
+        }
+        t.positions = split_m ? block_n : 2 * block_n;
+        const int64_t row_bytes = 2 * t.chunk;
+        const int64_t rows = (pitch + t.positions - 2) / pitch + 1 + (kh_per_box == 1 ? 0 : halo_h);
+        if (pitch > 256 || rows > 256) continue;
+        t.pitch = pitch, t.box_rows = rows;
+        t.plane_tiles = ceil_div(ah.out * pitch, t.positions);
+        t.input_bytes = round_up((rows * pitch + halo_w) * row_bytes, 1024);
+        t.weight_bytes = block_m * row_bytes;
+        const int64_t left = kSharedBytes - 2048 - int64_t(kInputStages) * t.input_bytes;
+        t.weight_stages = left / t.weight_bytes < kMaxStages ? left / t.weight_bytes : kMaxStages;
+        if (left < 0 || t.weight_stages < 3) continue;
+        t.m_tiles = t.M_pad / block_m;
+        t.sample_tiles = ad.out * t.w_tiles * t.plane_tiles * t.m_tiles;
+        t.tiles = g.N * t.sample_tiles;
+        // Time of the busiest multiprocessor, in columns of wgmma: the tile's own, and a constant share for what is not overlapped.
+        const double boxes = kh_per_box == 1 ? double(ah.kernel) : 1.0;
+        const double load = 0.15 * boxes * rows * pitch / (ah.kernel * aw.kernel);
+        const double stages = t.weight_stages < 4 ? 1.1 : 1.0;
+        const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
+        const double time = waves * (2 * block_n + 24 + load) * stages;
+        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+    }
+    return best;
+}
+
+// ---------------------------------------------------------------------------------------------------- Parameters
+
+// Scratch of a call. Counters start at zero.
+struct Workspace {
+    unsigned *tile_ticket, *job_ticket;    // queues
+    unsigned *tiles_done, *groups_done;    // (N): warpgroups that finished a tile, groups with final statistics
+    float2* moments;                       // (N, parts, M_pad): mean and sum of squared deviations of a tile's channel
+    float* counts;                         // (N, parts): how many values they are of
+};
+
+struct Fusion {
+    int64_t num_groups;                    // 0: convolution alone
+    int y_dtype;
+    double eps;
+    const float *gamma, *beta;             // (C_out), or null
+    void* y;                               // (N, C_out, D_out, H_out, W_out); may be `out`
+    double *mean, *rstd;                   // (N, num_groups)
+};
+
+struct Parameters {
+    Problem p;
+    int dtype;
+    int apply_relu;
+    const void* bias;
+    void* out;
+    const unsigned *activation_max, *weight_max;
+    Workspace workspace;
+    Fusion fusion;
+};
+
+struct SharedHead {
+    uint64_t input_full[kInputStages], input_empty[kInputStages];
+    uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];
+    uint64_t tile_full[2], tile_empty[2];
+    int tiles[2];
+    unsigned job;
+    double sums[4];
+};
+static_assert(sizeof(SharedHead) <= 1024, "the stages begin 1 KB into shared memory");
+
+// Where a tile is.
+struct Tile {
+    int64_t n;
+    int d, w0, h0, q0, m0, part;    // first row of the box's outputs, position of the tile in it, first channel, part of the statistics
+    int64_t p0;                     // first position in the plane
+};
+
+__device__ __forceinline__ Tile locate(const Problem& problem, int64_t index) {
+    const Tiling& t = problem.t;
+    Tile tile;
+    tile.m0 = index % t.m_tiles * (t.split_m ? 2 * kWarpgroupM : kWarpgroupM);
+    index /= t.m_tiles;
+    tile.part = index % (t.sample_tiles / t.m_tiles);
+    tile.p0 = index % t.plane_tiles * t.positions;
+    index /= t.plane_tiles;
+    tile.w0 = index % t.w_tiles * t.tile_w;
+    index /= t.w_tiles;
+    tile.d = index % problem.g.axis[0].out;
+    tile.n = index / problem.g.axis[0].out;
+    tile.h0 = tile.p0 / t.pitch;
+    tile.q0 = tile.p0 % t.pitch;
+    return tile;
+}
+
+// The plane of the input that tap kd of output plane d reads, or -1.
+__device__ __forceinline__ int source_plane(const Geometry& g, int d, int kd) {
+    const int plane = d + int(g.axis[0].padding) - kd * int(g.axis[0].dilation);
+    return plane < int(g.axis[0].in) ? plane : -1;
+}
+
+#ifdef HAS_SM90A
+
+// ------------------------------------------------------------------------------------------------------- Producer
+
+// One thread: takes tiles from the queue, tells the consumers, loads boxes of input and stages of weights.
+__device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap* x_map, const CUtensorMap* w_map, SharedHead& head, uint8_t* input, uint8_t* weights) {
+    const Geometry& g = a.p.g;
+    const Tiling& t = a.p.t;
+    const Axis &ah = g.axis[1], &aw = g.axis[2];
+    const int K_d = g.axis[0].kernel, K_h = ah.kernel, K_w = aw.kernel;
+    const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
+    RingPosition in, weight, slot;
+    unsigned next = atomicAdd(a.workspace.tile_ticket, 1u);
+    while (true) {
+        const int64_t index = next;
+        mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
+        head.tiles[slot.stage] = index < t.tiles ? int(index) : -1;
+        mbarrier_arrive(head.tile_full + slot.stage);
+        slot.advance(2);
+        if (index >= t.tiles) return;
+        next = atomicAdd(a.workspace.tile_ticket, 1u);
+        const Tile tile = locate(a.p, index);
+        const int w_start = tile.w0 + int(aw.padding) - (K_w - 1) * int(aw.dilation);
+        for (int kd = 0; kd < K_d; kd++) {
+            const int plane = source_plane(g, tile.d, kd);
+            if (plane < 0) continue;
+            for (int kh0 = 0; kh0 < K_h; kh0 += t.kh_per_box)
+            for (int c = 0; c < t.C_pad; c += t.chunk) {
+                const int h_start = tile.h0 + int(ah.padding) - (kh0 + t.kh_per_box - 1) * int(ah.dilation);
+                mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
+                mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
+                tma_load_5d(input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, c, w_start, h_start, plane, int(tile.n));
+                in.advance(kInputStages);
+                for (int kh = kh0; kh < kh0 + t.kh_per_box; kh++)
+                for (int kw = 0; kw < K_w; kw++) {
+                    mbarrier_wait(head.weight_empty + weight.stage, weight.phase ^ 1);
+                    mbarrier_arrive_expect_tx(head.weight_full + weight.stage, t.weight_bytes);
+                    tma_load_3d(weights + weight.stage * t.weight_bytes, w_map, head.weight_full + weight.stage, c, tile.m0, (kd * K_h + kh) * K_w + kw);
+                    weight.advance(t.weight_stages);
+                }
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- Consumer
+
+// The sums of one tile: d (64 channels, kBlockN positions) of this warpgroup.
+template <int kBlockN>
+__device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, SharedHead& head, const uint8_t* input, const uint8_t* weights,
+                                         RingPosition& in, RingPosition& weight, float (&d)[kBlockN / 2]) {
+    const Geometry& g = a.p.g;
+    const Tiling& t = a.p.t;
+    const int warpgroup = threadIdx.x / 128 - 1;
+    const bool elected = threadIdx.x % 128 == 0;
+    const int row_bytes = t.chunk * 2, steps = t.chunk / 16;
+    const int K_d = g.axis[0].kernel, K_h = g.axis[1].kernel, K_w = g.axis[2].kernel;
+    const int dilation_h = g.axis[1].dilation, dilation_w = g.axis[2].dilation;
+    const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
+    const int a_offset = t.split_m ? warpgroup * kWarpgroupM * row_bytes : 0;
+    const int b_row = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN);
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+    int done_weight = -1, done_input = -1;    // stages whose last reader is the wgmma group in flight
+    for (int kd = 0; kd < K_d; kd++) {
+        if (source_plane(g, tile.d, kd) < 0) continue;
+        for (int kh0 = 0; kh0 < K_h; kh0 += t.kh_per_box)
+        for (int c = 0; c < t.C_pad; c += t.chunk) {
+            mbarrier_wait(head.input_full + in.stage, in.phase);
+            const uint32_t box = shared_address(input + in.stage * t.input_bytes) + b_row * row_bytes;
+            for (int kh = t.kh_per_box - 1; kh >= 0; kh--)
+            for (int kw = K_w - 1; kw >= 0; kw--) {
+                const uint32_t b = box + (kh * dilation_h * t.pitch + kw * dilation_w) * row_bytes;
+                mbarrier_wait(head.weight_full + weight.stage, weight.phase);
+                const uint32_t w = shared_address(weights + weight.stage * t.weight_bytes) + a_offset;
+#pragma unroll
+                for (int step = 0; step < 4; step++) {
+                    if (step >= steps) break;
+                    wgmma_fence();
+                    wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+                }
+                wgmma_commit_group();
+                wgmma_wait_group<1>();
+                if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
+                if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
+                done_input = -1, done_weight = weight.stage;
+                weight.advance(t.weight_stages);
+            }
+            done_input = in.stage;
+            in.advance(kInputStages);
+        }
+    }
+    wgmma_wait_group<0>();
+    if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
+    if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
+}
+
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+template <typename T> __device__ __forceinline__ void store_pair(T* p, float a, float b) { p[0] = from_acc<T>(a), p[1] = from_acc<T>(b); }
+template <> __device__ __forceinline__ void store_pair(float* p, float a, float b) { *reinterpret_cast<float2*>(p) = make_float2(a, b); }
+
+// Scales back, adds the bias, applies ReLU, stores, and leaves the tile's moments where the fusion wants them.
+template <int kBlockN, typename T>
+__device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, float (&d)[kBlockN / 2]) {
+    const Geometry& g = a.p.g;
+    const Tiling& t = a.p.t;
+    const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int H = g.axis[1].out, W = g.axis[2].out;
+    const int width = min(t.tile_w, W - tile.w0);
+    const int64_t plane = int64_t(H) * W, volume = g.axis[0].out * plane;
+    const bool fused = a.fusion.num_groups > 0;
+    // Pairs of positions stay in one row, and are aligned, where all of these are even.
+    const bool pairs = ((t.pitch | W | tile.w0 | t.tile_w) & 1) == 0;
+    const uint32_t magic = 0xffffffffu / t.pitch + 1;    // p / pitch = p * magic >> 32 for p < 2^16, pitch > 1
+    const int first = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN) + lane % 4 * 2;
+    const int shift_x = scaled_half::shift_of(a.activation_max[tile.n]);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int channel = tile.m0 + (t.split_m ? warpgroup * kWarpgroupM : 0) + warp * 16 + half * 8 + lane / 4;
+        const bool live = channel < g.C_out;
+        const scaled_half::Unscale unscale(shift_x, scaled_half::shift_of(a.weight_max[channel]));
+        const float bias = a.bias && live ? to_acc(static_cast<const T*>(a.bias)[channel]) : 0.0f;
+        T* out = static_cast<T*>(a.out) + (tile.n * g.C_out + channel) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
+        float sum = 0.0f;
+        int count = 0;
+        uint32_t inside[(kBlockN / 4 + 31) / 32] = {};
+#pragma unroll
+        for (int j = 0; j < kBlockN / 8; j++) {
+            const int p = first + j * 8;
+            float v[2];
+            bool in[2];
+            int offset[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int h = t.pitch == 1 ? p + e : int(__umulhi(p + e, magic)), w = p + e - h * t.pitch;
+                in[e] = w < width && tile.h0 + h < H;
+                offset[e] = h * W + w;
+                float& s = d[j * 4 + half * 2 + e];
+                s = unscale(s) + bias;
+                if (a.apply_relu) s = relu(s);
+                if (!in[e]) s = 0.0f;
+                v[e] = s;
+                sum += s;
+                count += in[e];
+                inside[(j * 2 + e) / 32] |= uint32_t(in[e]) << (j * 2 + e) % 32;
+            }
+            if (!live) continue;
+            if (pairs) {
+                if (in[0]) store_pair(out + offset[0], v[0], v[1]);
+            } else {
+                if (in[0]) out[offset[0]] = from_acc<T>(v[0]);
+                if (in[1]) out[offset[1]] = from_acc<T>(v[1]);
+            }
+        }
+        if (!fused) continue;
+        // Moments in two readings of the registers: nothing cancels.
+        const float total = quad_sum(float(count)), mean = total > 0 ? quad_sum(sum) / total : 0.0f;
+        float squares = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kBlockN / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const float deviation = d[j * 4 + half * 2 + e] - mean;
+                if (inside[(j * 2 + e) / 32] >> (j * 2 + e) % 32 & 1) squares += deviation * deviation;
+            }
+        squares = quad_sum(squares);
+        const int64_t parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
+        const int64_t part = tile.n * parts + (t.split_m ? tile.part : tile.part * 2 + warpgroup);
+        if (lane % 4 == 0) a.workspace.moments[part * t.M_pad + channel] = make_float2(mean, squares);
+        if (lane == 0 && warp == 0) a.workspace.counts[part] = total;    // the same from every tile of these positions
+    }
+    if (!fused) return;
+    __threadfence();
+    named_barrier(1 + warpgroup, 128);
+    if (threadIdx.x % 128 == 0) atomicAdd(a.workspace.tiles_done + tile.n, 1u);
+}
+
+template <int kBlockN>
+__device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, const uint8_t* input, const uint8_t* weights) {
+    RingPosition in, weight, slot;
+    float d[kBlockN / 2];
+    while (true) {
+        mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+        const int index = head.tiles[slot.stage];
+        mbarrier_arrive(head.tile_empty + slot.stage);
+        slot.advance(2);
+        if (index < 0) return;
+        const Tile tile = locate(a.p, index);
+        multiply<kBlockN>(a, tile, head, input, weights, in, weight, d);
+        switch (a.dtype) {
+            case kFloat32: finish<kBlockN, float>(a, tile, d); break;
+            case kFloat16: finish<kBlockN, __half>(a, tile, d); break;
+            default: finish<kBlockN, __nv_bfloat16>(a, tile, d); break;
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------- Normalizer
+
+constexpr int kNormThreads = 96;               // warps 1, 2 and 3 of the producer's warpgroup
+constexpr int kNormBarrier = 3;
+constexpr int64_t kNormElements = 16384;       // of one job
+
+__device__ __forceinline__ double norm_sum(double v, double* sums) {
+    const int thread = threadIdx.x - 32;
+    for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+    named_barrier(kNormBarrier, kNormThreads);
+    if (thread % 32 == 0) sums[thread / 32] = v;
+    named_barrier(kNormBarrier, kNormThreads);
+    return sums[0] + sums[1] + sums[2];
+}
+
+// Combines the moments of all parts and channels of a group, in a fixed order.
+__device__ __forceinline__ void finish_group(const Parameters& a, int64_t n, int64_t group, double* sums) {
+    const Tiling& t = a.p.t;
+    const int64_t channels = a.p.g.C_out / a.fusion.num_groups, parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
+    const float2* moments = a.workspace.moments + n * parts * t.M_pad + group * channels;
+    const float* counts = a.workspace.counts + n * parts;
+    const int thread = threadIdx.x - 32;
+    double sum = 0, squares = 0;
+    for (int64_t i = thread; i < parts * channels; i += kNormThreads) sum += double(__ldcg(counts + i / channels)) * __ldcg(moments + i / channels * t.M_pad + i % channels).x;
+    const double count = double(channels) * out_volume(a.p.g), mean = norm_sum(sum, sums) / count;
+    for (int64_t i = thread; i < parts * channels; i += kNormThreads) {
+        const float2 m = __ldcg(moments + i / channels * t.M_pad + i % channels);
+        const double deviation = m.x - mean;
+        squares += m.y + double(__ldcg(counts + i / channels)) * deviation * deviation;
+    }
+    const double variance = norm_sum(squares, sums) / count;
+    if (thread == 0) {
+        a.fusion.mean[n * a.fusion.num_groups + group] = mean;
+        a.fusion.rstd[n * a.fusion.num_groups + group] = 1 / sqrt(variance + a.fusion.eps);
+        __threadfence();
+        atomicAdd(a.workspace.groups_done + n, 1u);
+    }
+}
+
+// kNormElements elements of the row of one (n, channel).
+template <typename T, typename Y>
+__device__ __forceinline__ void normalize(const Parameters& a, int64_t n, int64_t channel, int64_t begin) {
+    const int64_t volume = out_volume(a.p.g), row = (n * a.p.g.C_out + channel) * volume;
+    const int64_t group = n * a.fusion.num_groups + channel / (a.p.g.C_out / a.fusion.num_groups);
+    const double mean = __ldcg(a.fusion.mean + group);
+    const float high = float(mean), low = float(mean - double(high));    // r - mean without losing the mean's low bits
+    const float scale = float(__ldcg(a.fusion.rstd + group)) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
+    const float offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
+    const T* r = static_cast<const T*>(a.out) + row;
+    Y* y = static_cast<Y*>(a.fusion.y) + row;
+    auto apply = [=](float v) { return ((v - high) - low) * scale + offset; };
+    const int64_t end = begin + kNormElements < volume ? begin + kNormElements : volume;
+    const int thread = threadIdx.x - 32;
+    if constexpr (sizeof(T) == 4 && sizeof(Y) == 4) {
+        // Head up to a multiple of 16 bytes, body in vectors, tail.
+        const int64_t head = begin + ((-(row + begin)) & 3) < end ? begin + ((-(row + begin)) & 3) : end;
+        const int64_t vectors = (end - head) / 4, tail = head + vectors * 4;
+        if (begin + thread < head) y[begin + thread] = apply(__ldcg(r + begin + thread));
+        if (tail + thread < end) y[tail + thread] = apply(__ldcg(r + tail + thread));
+        const float4* source = reinterpret_cast<const float4*>(r + head);
+        float4* target = reinterpret_cast<float4*>(y + head);
+        constexpr int kInFlight = 8;
+        for (int64_t i = thread; i < vectors; i += kInFlight * kNormThreads) {
+            float4 v[kInFlight];
+#pragma unroll
+            for (int k = 0; k < kInFlight; k++)
+                if (i + k * kNormThreads < vectors) v[k] = __ldcg(source + i + k * kNormThreads);
+#pragma unroll
+            for (int k = 0; k < kInFlight; k++)
+                if (i + k * kNormThreads < vectors) __stcs(target + i + k * kNormThreads, make_float4(apply(v[k].x), apply(v[k].y), apply(v[k].z), apply(v[k].w)));
+        }
+    } else {
+#pragma unroll 8
+        for (int64_t i = begin + thread; i < end; i += kNormThreads) y[i] = from_acc<Y>(apply(to_acc(__ldcg(r + i))));
+    }
+}
+
+// Jobs of a sample: its groups' statistics, then its channels' elements. Taken in order, a job waits only for tiles and jobs
+// taken before it by running blocks.
+__device__ __forceinline__ void normalize_samples(const Parameters& a, SharedHead& head) {
+    const Tiling& t = a.p.t;
+    const int64_t groups = a.fusion.num_groups, chunks = ceil_div(out_volume(a.p.g), kNormElements), jobs = groups + a.p.g.C_out * chunks;
+    while (true) {
+        named_barrier(kNormBarrier, kNormThreads);
+        if (threadIdx.x == 32) head.job = atomicAdd(a.workspace.job_ticket, 1u);
+        named_barrier(kNormBarrier, kNormThreads);
+        const int64_t n = head.job / jobs, job = head.job % jobs;
+        if (n >= a.p.g.N) return;
+        if (threadIdx.x == 32) {
+            const unsigned* flag = job < groups ? a.workspace.tiles_done + n : a.workspace.groups_done + n;
+            const unsigned target = job < groups ? t.sample_tiles * 2 : groups;
+            while (ld_acquire_gpu(flag) < target) __nanosleep(200);
+        }
+        named_barrier(kNormBarrier, kNormThreads);
+        __threadfence();
+        if (job < groups) {
+            finish_group(a, n, job, head.sums);
+            continue;
+        }
+        const int64_t channel = (job - groups) / chunks, begin = (job - groups) % chunks * kNormElements;
+        if (a.dtype == kFloat32) normalize<float, float>(a, n, channel, begin);
+        else if (a.dtype == kFloat16 && a.fusion.y_dtype == kFloat16) normalize<__half, __half>(a, n, channel, begin);
+        else if (a.dtype == kFloat16) normalize<__half, float>(a, n, channel, begin);
+        else if (a.fusion.y_dtype == kBFloat16) normalize<__nv_bfloat16, __nv_bfloat16>(a, n, channel, begin);
+        else normalize<__nv_bfloat16, float>(a, n, channel, begin);
+    }
+}
+
+#endif  // HAS_SM90A
+
+// --------------------------------------------------------------------------------------------------------- Kernel
+
+template <int kBlockN>
+__global__ void __launch_bounds__(kThreads, 1)
+conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Parameters a) {
+#ifdef HAS_SM90A
+    extern __shared__ __align__(1024) uint8_t shared[];
+    SharedHead& head = *reinterpret_cast<SharedHead*>(shared);
+    const Tiling& t = a.p.t;
+    uint8_t* input = shared + 1024;                                  // (kInputStages, box_rows, pitch, chunk) fp16 and margins
+    uint8_t* weights = input + kInputStages * t.input_bytes;         // (weight_stages, block_m, chunk) fp16
+
+    // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kInputStages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 2);
+        for (int i = 0; i < t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, 2);
+        for (int i = 0; i < 2; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256);
+        fence_mbarrier_init();
+    }
+    const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
+    for (int stage = 0; stage < kInputStages; stage++)
+        for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(input + stage * t.input_bytes + i) = 0;
+    fence_proxy_async();
+    __syncthreads();
+
+    if (threadIdx.x < 128) {
+        setmaxnreg_dec<kProducerRegisters>();
+        if (threadIdx.x == 0) produce(a, &x_map, &w_map, head, input, weights);
+        if (threadIdx.x >= 32 && a.fusion.num_groups > 0) normalize_samples(a, head);
+    } else {
+        setmaxnreg_inc<kConsumerRegisters>();
+        consume<kBlockN>(a, head, input, weights);
+    }
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------- Launcher
+
+// Bytes of scratch, or its parts: the same arithmetic for both.
+struct Layout {
+    int64_t bytes = 0;
+    uint8_t* base;
+    explicit Layout(void* base) : base(static_cast<uint8_t*>(base)) {}
+    template <typename T> T* take(int64_t count) {
+        T* p = reinterpret_cast<T*>(base + bytes);
+        bytes += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
+        return p;
+    }
+};
+
+struct Plan {
+    Problem problem;
+    scaled_half::Pack pack;
+    Workspace workspace;
+    unsigned* counters;
+    int64_t counter_bytes, bytes;
+};
+
+inline int multiprocessors_of(int device) {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
+inline Plan make_plan(const Geometry& g, int dtype, int multiprocessors, bool fused, void* base) {
+    Plan plan = {};
+    const Tiling t = choose_tiling(g, multiprocessors);
+    plan.problem = {g, t};
+    scaled_half::Pack& p = plan.pack;
+    p.N = g.N, p.C = g.C_in, p.S = in_volume(g), p.C_pad = t.C_pad;
+    p.rows = g.C_out, p.M_pad = t.M_pad, p.taps = kernel_volume(g);
+    p.row_stride = p.taps, p.column_stride = g.C_out * p.taps, p.flip = false;
+    p.round_samples = scaled_half::round_samples(g.N, p.C * p.S * (dtype == kFloat32 ? 4 : 2));
+    Layout layout(base);
+    const int64_t pack_counters = scaled_half::counters(p), parts = t.m_tiles ? t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2) : 0;
+    plan.counter_bytes = (pack_counters + 2 + 2 * g.N) * 4;
+    plan.counters = layout.take<unsigned>(pack_counters + 2 + 2 * g.N);
+    p.activation_max = plan.counters, p.ticket = plan.counters + g.N, p.done = p.ticket + 1;
+    Workspace& w = plan.workspace;
+    w.tile_ticket = plan.counters + pack_counters, w.job_ticket = w.tile_ticket + 1, w.tiles_done = w.job_ticket + 1, w.groups_done = w.tiles_done + g.N;
+    p.weight_max = layout.take<unsigned>(t.M_pad);
+    p.activation = layout.take<__half>(g.N * p.S * t.C_pad);
+    p.weight = layout.take<__half>(p.taps * t.M_pad * t.C_pad);
+    w.moments = layout.take<float2>(fused ? g.N * parts * t.M_pad : 0);
+    w.counts = layout.take<float>(fused ? g.N * parts : 0);
+    plan.bytes = layout.bytes;
+    return plan;
+}
+
+template <int kBlockN>
+int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
+    const Tiling& t = a.p.t;
+    const int bytes = 1024 + kInputStages * t.input_bytes + t.weight_stages * t.weight_bytes;
+    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
+    conv_kernel<kBlockN><<<unsigned(blocks), kThreads, bytes, stream>>>(x_map, w_map, a);
+    return cudaGetLastError();
+}
+
+inline int run(const Geometry& g, int dtype, int device, void* stream_pointer, void* workspace, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion) {
+    const auto stream = static_cast<cudaStream_t>(stream_pointer);
+    const int multiprocessors = multiprocessors_of(device);
+    Plan plan = make_plan(g, dtype, multiprocessors, fusion.num_groups > 0, workspace);
+    const Tiling& t = plan.problem.t;
+    if (t.block_n == 0) return cudaErrorNotSupported;
+    plan.pack.x = x, plan.pack.w = w;
+    RETURN_IF_ERROR(cudaMemsetAsync(plan.counters, 0, plan.counter_bytes, stream));
+    switch (dtype) {
+        case kFloat32: RETURN_IF_ERROR(scaled_half::pack<float>(plan.pack, multiprocessors, stream)); break;
+        case kFloat16: RETURN_IF_ERROR(scaled_half::pack<__half>(plan.pack, multiprocessors, stream)); break;
+        case kBFloat16: RETURN_IF_ERROR(scaled_half::pack<__nv_bfloat16>(plan.pack, multiprocessors, stream)); break;
+        default: return cudaErrorInvalidValue;
+    }
+    CUtensorMap x_map, w_map;
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, plan.pack.activation, {t.C_pad, g.axis[2].in, g.axis[1].in, g.axis[0].in, g.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, plan.pack.weight, {t.C_pad, t.M_pad, plan.pack.taps}, {t.chunk, t.split_m ? 2 * kWarpgroupM : kWarpgroupM, 1}));
+    const Parameters a = {plan.problem, dtype, apply_relu, bias, out, plan.pack.activation_max, plan.pack.weight_max, plan.workspace, fusion};
+    switch (t.block_n) {
+        case 256: return launch_conv<256>(x_map, w_map, a, multiprocessors, stream);
+        case 232: return launch_conv<232>(x_map, w_map, a, multiprocessors, stream);
+        case 216: return launch_conv<216>(x_map, w_map, a, multiprocessors, stream);
+        case 192: return launch_conv<192>(x_map, w_map, a, multiprocessors, stream);
+        case 160: return launch_conv<160>(x_map, w_map, a, multiprocessors, stream);
+        case 128: return launch_conv<128>(x_map, w_map, a, multiprocessors, stream);
+        default: return launch_conv<64>(x_map, w_map, a, multiprocessors, stream);
+    }
+}
+
+}  // namespace conv_sm90
+
+// Whether a tiling fits: 1 or 0.
+extern "C" int conv_transpose3d_sm90_supports(const Geometry* g, int device) {
+    return conv_sm90::choose_tiling(*g, conv_sm90::multiprocessors_of(device)).block_n > 0;
+}
+
+extern "C" int64_t conv_transpose3d_forward_sm90_workspace(const Geometry* g, int dtype, int device) {
+    return conv_sm90::make_plan(*g, dtype, conv_sm90::multiprocessors_of(device), false, nullptr).bytes;
+}
+
+extern "C" int conv_transpose3d_forward_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
+                                             const void* x, const void* w, const void* bias, int apply_relu, void* out) {
+    DeviceGuard guard(device);
+    return conv_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, apply_relu != 0, out, conv_sm90::Fusion{});
+}
+
+extern "C" int64_t conv_transpose3d_relu_group_norm_forward_sm90_workspace(const Geometry* g, int dtype, int device) {
+    return conv_sm90::make_plan(*g, dtype, conv_sm90::multiprocessors_of(device), true, nullptr).bytes;
+}
+
+// activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.
+extern "C" int conv_transpose3d_relu_group_norm_forward_sm90(const Geometry* g, int dtype, int y_dtype, int device, void* stream, void* workspace,
+                                                             const void* x, const void* w, const void* bias, const void* gamma, const void* beta, int num_groups, double eps,
+                                                             void* activation, void* y, double* statistics) {
+    DeviceGuard guard(device);
+    const conv_sm90::Fusion fusion = {num_groups, y_dtype, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, statistics + g->N * num_groups};
+    return conv_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion);
+}

@@ -1,0 +1,30 @@
+import torch, time, sys
+t0=time.time(); import model_new as m; print('import',time.time()-t0)
+import torch.nn.functional as F
+torch.manual_seed(0)
+def rel(a,b): return ((a.double()-b).norm()/b.norm()).item()
+def one(shape,co,k,pad=0,dil=1,dt=torch.float32,bias=False):
+    x=torch.randn(shape,device='cuda').to(dt); kk=(k,)*3 if isinstance(k,int) else k
+    w=(torch.randn(shape[1],co,*kk,device='cuda')*0.1).to(dt); b=torch.randn(co,device='cuda').to(dt) if bias else None
+    with m.record_launches() as l: y=m.conv_transpose3d(x,w,b,1,pad,0,1,dil)
+    torch.cuda.synchronize()
+    t=F.conv_transpose3d(x.double(),w.double(),None if b is None else b.double(),1,pad,0,1,dil); r=F.conv_transpose3d(x,w,b,1,pad,0,1,dil)
+    print(shape,co,k,pad,dil,dt,l[0][-8:],'ours',f'{rel(y,t):.3e}','ref',f'{rel(r,t):.3e}',flush=True)
+one((2,64,8,16,16),128,3)
+one((2,64,8,32,32),128,3)
+one((2,64,8,32,32),128,3,1,bias=True)
+one((1,16,16,32,32),64,3,1)
+one((1,32,16,32,32),64,3,1)
+one((2,20,9,31,33),36,3,1)
+one((2,36,9,31,33),20,5,2)
+one((1,320,5,12,14),320,3,1)
+one((2,64,7,12,14),64,(3,5,7),(1,2,3))
+one((1,64,6,40,130),64,3,1)
+one((1,64,6,20,260),100,3,0)
+one((2,64,10,14,12),64,3,2,2)
+one((2,64,10,20,22),64,7,0)
+one((2,64,10,20,22),64,3,0,8)
+one((2,64,10,20,22),64,3,1,1,torch.float16,True)
+one((2,64,10,20,22),64,3,1,1,torch.bfloat16)
+one((2,64,10,20,22),64,1)
+one((2,64,10,200,1),64,1)
