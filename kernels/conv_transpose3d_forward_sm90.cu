@@ -218,15 +218,16 @@ __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap* 
 
 // ------------------------------------------------------------------------------------------------------- Consumer
 
-// The sums of one tile: d (64 channels, kBlockN positions) of this warpgroup.
-template <int kBlockN>
+// The sums of one tile: d (64 channels, kBlockN positions) of this warpgroup. kSteps: chunk / 16; known to the compiler, or
+// it would wait for each wgmma by itself.
+template <int kBlockN, int kSteps>
 __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, SharedHead& head, const uint8_t* input, const uint8_t* weights,
                                          RingPosition& in, RingPosition& weight, float (&d)[kBlockN / 2]) {
     const Geometry& g = a.p.g;
     const Tiling& t = a.p.t;
     const int warpgroup = threadIdx.x / 128 - 1;
     const bool elected = threadIdx.x % 128 == 0;
-    const int row_bytes = t.chunk * 2, steps = t.chunk / 16;
+    constexpr int row_bytes = kSteps * 32;
     const int K_d = g.axis[0].kernel, K_h = g.axis[1].kernel, K_w = g.axis[2].kernel;
     const int dilation_h = g.axis[1].dilation, dilation_w = g.axis[2].dilation;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
@@ -246,12 +247,9 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
                 const uint32_t b = box + (kh * dilation_h * t.pitch + kw * dilation_w) * row_bytes;
                 mbarrier_wait(head.weight_full + weight.stage, weight.phase);
                 const uint32_t w = shared_address(weights + weight.stage * t.weight_bytes) + a_offset;
+                wgmma_fence();
 #pragma unroll
-                for (int step = 0; step < 4; step++) {
-                    if (step >= steps) break;
-                    wgmma_fence();
-                    wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
-                }
+                for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
                 wgmma_commit_group();
                 wgmma_wait_group<1>();
                 if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
@@ -283,70 +281,79 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
     const Tiling& t = a.p.t;
     const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int H = g.axis[1].out, W = g.axis[2].out;
-    const int width = min(t.tile_w, W - tile.w0);
+    const int width = min(t.tile_w, W - tile.w0), height = H - tile.h0;
     const int64_t plane = int64_t(H) * W, volume = g.axis[0].out * plane;
-    const bool fused = a.fusion.num_groups > 0;
     // Pairs of positions stay in one row, and are aligned, where all of these are even.
     const bool pairs = ((t.pitch | W | tile.w0 | t.tile_w) & 1) == 0;
     const uint32_t magic = 0xffffffffu / t.pitch + 1;    // p / pitch = p * magic >> 32 for p < 2^16, pitch > 1
     const int first = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN) + lane % 4 * 2;
-    const int shift_x = scaled_half::shift_of(a.activation_max[tile.n]);
+    const int channel0 = tile.m0 + (t.split_m ? warpgroup * kWarpgroupM : 0) + warp * 16 + lane / 4;
+
+    // The thread's two channels: their scales, bias, output.
+    float first_scale[2], second_scale[2], bias[2], sum[2] = {};
+    T* out[2];
+    bool live[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int channel = tile.m0 + (t.split_m ? warpgroup * kWarpgroupM : 0) + warp * 16 + half * 8 + lane / 4;
-        const bool live = channel < g.C_out;
-        const scaled_half::Unscale unscale(shift_x, scaled_half::shift_of(a.weight_max[channel]));
-        const float bias = a.bias && live ? to_acc(static_cast<const T*>(a.bias)[channel]) : 0.0f;
-        T* out = static_cast<T*>(a.out) + (tile.n * g.C_out + channel) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
-        float sum = 0.0f;
-        int count = 0;
-        uint32_t inside[(kBlockN / 4 + 31) / 32] = {};
+        const int channel = channel0 + half * 8;
+        live[half] = channel < g.C_out;
+        first_scale[half] = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
+        second_scale[half] = scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel]));
+        bias[half] = a.bias && live[half] ? to_acc(static_cast<const T*>(a.bias)[channel]) : 0.0f;
+        out[half] = static_cast<T*>(a.out) + (tile.n * g.C_out + channel) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
+    }
+    uint32_t inside[(kBlockN / 4 + 31) / 32] = {};
 #pragma unroll
-        for (int j = 0; j < kBlockN / 8; j++) {
-            const int p = first + j * 8;
-            float v[2];
-            bool in[2];
-            int offset[2];
+    for (int j = 0; j < kBlockN / 8; j++) {
+        const int p = first + j * 8;
+        int h = t.pitch == 1 ? p : int(__umulhi(p, magic)), w = p - h * t.pitch;
+        const bool in0 = w < width && h < height;
+        const int offset0 = h * W + w;
+        if (++w == t.pitch) w = 0, h++;
+        const bool in1 = w < width && h < height;
+        const int offset1 = h * W + w;
+        inside[j / 16] |= (uint32_t(in0) | uint32_t(in1) << 1) << j % 16 * 2;
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int h = t.pitch == 1 ? p + e : int(__umulhi(p + e, magic)), w = p + e - h * t.pitch;
-                in[e] = w < width && tile.h0 + h < H;
-                offset[e] = h * W + w;
-                float& s = d[j * 4 + half * 2 + e];
-                s = unscale(s) + bias;
-                if (a.apply_relu) s = relu(s);
-                if (!in[e]) s = 0.0f;
-                v[e] = s;
-                sum += s;
-                count += in[e];
-                inside[(j * 2 + e) / 32] |= uint32_t(in[e]) << (j * 2 + e) % 32;
-            }
-            if (!live) continue;
+        for (int half = 0; half < 2; half++) {
+            float &v0 = d[j * 4 + half * 2], &v1 = d[j * 4 + half * 2 + 1];
+            v0 = v0 * first_scale[half] * second_scale[half] + bias[half];
+            v1 = v1 * first_scale[half] * second_scale[half] + bias[half];
+            if (a.apply_relu) v0 = relu(v0), v1 = relu(v1);
+            if (in0) sum[half] += v0;
+            if (in1) sum[half] += v1;
+            if (!live[half]) continue;
             if (pairs) {
-                if (in[0]) store_pair(out + offset[0], v[0], v[1]);
+                if (in0) store_pair(out[half] + offset0, v0, v1);
             } else {
-                if (in[0]) out[offset[0]] = from_acc<T>(v[0]);
-                if (in[1]) out[offset[1]] = from_acc<T>(v[1]);
+                if (in0) out[half][offset0] = from_acc<T>(v0);
+                if (in1) out[half][offset1] = from_acc<T>(v1);
             }
         }
-        if (!fused) continue;
-        // Moments in two readings of the registers: nothing cancels.
-        const float total = quad_sum(float(count)), mean = total > 0 ? quad_sum(sum) / total : 0.0f;
+    }
+    if (a.fusion.num_groups == 0) return;
+
+    // Moments in two readings of the registers: nothing cancels.
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < (kBlockN / 4 + 31) / 32; i++) count += __popc(inside[i]);
+    const float total = quad_sum(float(count));
+    const int64_t parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
+    const int64_t part = tile.n * parts + (t.split_m ? tile.part : tile.part * 2 + warpgroup);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float mean = total > 0 ? quad_sum(sum[half]) / total : 0.0f;
         float squares = 0.0f;
 #pragma unroll
         for (int j = 0; j < kBlockN / 8; j++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const float deviation = d[j * 4 + half * 2 + e] - mean;
-                if (inside[(j * 2 + e) / 32] >> (j * 2 + e) % 32 & 1) squares += deviation * deviation;
+                if (inside[j / 16] >> (j % 16 * 2 + e) & 1) squares += deviation * deviation;
             }
         squares = quad_sum(squares);
-        const int64_t parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
-        const int64_t part = tile.n * parts + (t.split_m ? tile.part : tile.part * 2 + warpgroup);
-        if (lane % 4 == 0) a.workspace.moments[part * t.M_pad + channel] = make_float2(mean, squares);
-        if (lane == 0 && warp == 0) a.workspace.counts[part] = total;    // the same from every tile of these positions
+        if (lane % 4 == 0) a.workspace.moments[part * t.M_pad + channel0 + half * 8] = make_float2(mean, squares);
     }
-    if (!fused) return;
+    if (lane == 0 && warp == 0) a.workspace.counts[part] = total;    // the same from every tile of these positions
     __threadfence();
     named_barrier(1 + warpgroup, 128);
     if (threadIdx.x % 128 == 0) atomicAdd(a.workspace.tiles_done + tile.n, 1u);
@@ -363,7 +370,11 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, c
         slot.advance(2);
         if (index < 0) return;
         const Tile tile = locate(a.p, index);
-        multiply<kBlockN>(a, tile, head, input, weights, in, weight, d);
+        switch (a.p.t.chunk) {
+            case 64: multiply<kBlockN, 4>(a, tile, head, input, weights, in, weight, d); break;
+            case 32: multiply<kBlockN, 2>(a, tile, head, input, weights, in, weight, d); break;
+            default: multiply<kBlockN, 1>(a, tile, head, input, weights, in, weight, d); break;
+        }
         switch (a.dtype) {
             case kFloat32: finish<kBlockN, float>(a, tile, d); break;
             case kFloat16: finish<kBlockN, __half>(a, tile, d); break;
@@ -433,7 +444,7 @@ __device__ __forceinline__ void normalize(const Parameters& a, int64_t n, int64_
         if (tail + thread < end) y[tail + thread] = apply(__ldcg(r + tail + thread));
         const float4* source = reinterpret_cast<const float4*>(r + head);
         float4* target = reinterpret_cast<float4*>(y + head);
-        constexpr int kInFlight = 8;
+        constexpr int kInFlight = 6;
         for (int64_t i = thread; i < vectors; i += kInFlight * kNormThreads) {
             float4 v[kInFlight];
 #pragma unroll

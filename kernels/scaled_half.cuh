@@ -26,13 +26,6 @@ __device__ __forceinline__ unsigned finite_magnitude(float v) {
     return bits < 0x7f800000 ? bits : 0;
 }
 
-// The product of a sum with 2^-(shift_a + shift_b), in two exact steps.
-struct Unscale {
-    float first, second;
-    __device__ Unscale(int shift_a, int shift_b) : first(power_of_two(-shift_a)), second(power_of_two(-shift_b)) {}
-    __device__ __forceinline__ float operator()(float v) const { return v * first * second; }
-};
-
 // ---------------------------------------------------------------------------------------------------- Parameters
 
 // x (N, C, S) of the input's dtype -> activation (N, S, C_pad) fp16, zeros in the added channels.
@@ -50,7 +43,8 @@ struct Pack {
 };
 
 constexpr int64_t kMaxElements = 16384;            // of one item of the search for the maximum
-constexpr int kPositions = 64, kChannels = 64;     // of one item of the copy
+constexpr int kPositions = 64, kChannels = 64;     // of one tile of the copy
+constexpr int kTiles = 4;                          // of one item, along the positions
 constexpr int64_t kRoundBytes = 12 << 20;
 
 HOST_DEVICE int64_t round_samples(int64_t N, int64_t sample_bytes) {
@@ -96,18 +90,15 @@ template <typename T> __device__ void find_max(const Pack& p, int64_t n, int64_t
     const int64_t begin = item * kMaxElements, left = p.C * p.S - begin;
     const int count = left < kMaxElements ? left : kMaxElements;
     unsigned max = 0;
-#pragma unroll 8
+#pragma unroll 16
     for (int i = threadIdx.x; i < count; i += kThreads) max = umax(max, finite_magnitude(to_acc(sample[begin + i])));
     max = block_max(max);
     if (threadIdx.x == 0) atomicMax(p.activation_max + n, max);
 }
 
-// kChannels x kPositions of one sample, transposed through shared memory.
-template <typename T> __device__ void copy_tile(const Pack& p, int64_t n, int64_t item) {
+// kChannels x kPositions of one sample from (c0, s0) on, transposed through shared memory.
+template <typename T> __device__ void copy_tile(const Pack& p, int64_t n, int64_t c0, int64_t s0, float scale) {
     __shared__ __half2 tile[kPositions][kChannels / 2 + 1];    // (positions, channel pairs), padded: no bank conflicts
-    const int64_t channel_blocks = ceil_div(p.C_pad, kChannels);
-    const int64_t c0 = item % channel_blocks * kChannels, s0 = item / channel_blocks * kPositions;
-    const float scale = power_of_two(shift_of(*static_cast<volatile unsigned*>(p.activation_max + n)));
     const T* source = static_cast<const T*>(p.x) + n * p.C * p.S + s0;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -134,6 +125,7 @@ template <typename T> __device__ void copy_tile(const Pack& p, int64_t n, int64_
         value.w = *reinterpret_cast<const unsigned*>(&tile[s][v * 4 + 3]);
         *reinterpret_cast<uint4*>(p.activation + (n * p.S + s0 + s) * p.C_pad + c0 + v * 8) = value;
     }
+    __syncthreads();
 }
 
 // The first M_pad blocks pack the weight. The others take items from one queue: for rounds of samples that fit into L2, first
@@ -141,13 +133,14 @@ template <typename T> __device__ void copy_tile(const Pack& p, int64_t n, int64_
 // before it by blocks that are running, so the queue cannot stall, however few blocks are resident.
 template <typename T> __global__ void __launch_bounds__(kThreads) pack_kernel(Pack p) {
     if (blockIdx.x < p.M_pad) return pack_weight_row<T>(p, blockIdx.x);
-    __shared__ int64_t shared_item;
-    const int64_t max_items = ceil_div(p.C * p.S, kMaxElements), copy_items = ceil_div(p.S, kPositions) * ceil_div(p.C_pad, kChannels);
+    __shared__ unsigned shared_item;
+    unsigned next = threadIdx.x == 0 ? atomicAdd(p.ticket, 1u) : 0;
+    const int64_t max_items = ceil_div(p.C * p.S, kMaxElements), copy_items = ceil_div(p.S, kTiles * kPositions) * ceil_div(p.C_pad, kChannels);
     const int64_t round_max = p.round_samples * max_items, round_copy = p.round_samples * copy_items;
     const int64_t rounds = ceil_div(p.N, p.round_samples);
     while (true) {
         __syncthreads();
-        if (threadIdx.x == 0) shared_item = atomicAdd(p.ticket, 1u);
+        if (threadIdx.x == 0) shared_item = next, next = atomicAdd(p.ticket, 1u);
         __syncthreads();
         // Items: the search of round 0, then for each round r the search of round r + 1 and the copy of round r.
         int64_t item = shared_item;
@@ -173,7 +166,10 @@ template <typename T> __global__ void __launch_bounds__(kThreads) pack_kernel(Pa
                 while (*static_cast<volatile unsigned*>(p.done + round) < samples * max_items) __nanosleep(100);
             __syncthreads();
             __threadfence();
-            copy_tile<T>(p, n, item % copy_items);
+            const float scale = power_of_two(shift_of(__ldcg(p.activation_max + n)));
+            const int64_t channel_blocks = ceil_div(p.C_pad, kChannels), tile0 = item % copy_items / channel_blocks * kTiles;
+            for (int64_t tile = tile0; tile < tile0 + kTiles && tile * kPositions < p.S; tile++)
+                copy_tile<T>(p, n, item % channel_blocks * kChannels, tile * kPositions, scale);
         } else {
             find_max<T>(p, n, item % max_items);
             __threadfence();
@@ -188,7 +184,7 @@ template <typename T> __global__ void __launch_bounds__(kThreads) pack_kernel(Pa
 inline int64_t counters(const Pack& p) { return p.N + 1 + ceil_div(p.N, p.round_samples); }
 
 template <typename T> int pack(const Pack& p, int multiprocessors, void* stream) {
-    const int64_t items = p.N * (ceil_div(p.C * p.S, kMaxElements) + ceil_div(p.S, kPositions) * ceil_div(p.C_pad, kChannels));
+    const int64_t items = p.N * (ceil_div(p.C * p.S, kMaxElements) + ceil_div(p.S, kTiles * kPositions) * ceil_div(p.C_pad, kChannels));
     const int64_t resident = multiprocessors * int64_t(2048 / kThreads);
     return launch(pack_kernel<T>, p.M_pad + (items < resident ? items : resident), kThreads, stream, p);
 }
