@@ -15,6 +15,7 @@ SOURCES = (
     "launch.cuh",
     "conv_transpose3d_generic.cu",
     "conv_transpose3d_dweight_generic.cu",
+    "group_norm.cuh",
     "relu_group_norm_generic.cu",
     "ptx_sm90.cuh",
     "scaled_half.cuh",

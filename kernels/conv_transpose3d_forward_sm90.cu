@@ -12,10 +12,11 @@
 // and a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. The weights of each tap
 // stream through a ring of stages. Where the whole width fits, neighbouring rows share the zeros of their halos.
 //
-// Fused: the epilogue writes relu(out) and, per tile and channel, the mean and the sum of squared deviations. Warps of the
-// producer's warpgroup that have nothing to load normalize the samples that are complete, from L2, while the tensor cores
+// Fused: the epilogue writes relu(out) and, per tile and channel, the mean and the sum of squared deviations. The other warps
+// of the producer's warpgroup combine these and normalize the samples that are complete, from L2, while the tensor cores
 // work on the next ones. Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
 
+#include "group_norm.cuh"
 #include "ptx_sm90.cuh"
 #include "scaled_half.cuh"
 
@@ -28,6 +29,7 @@ constexpr int kMaxStages = 8;
 constexpr int kInputStages = 2;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kThreads = 384;
+constexpr int kNormStages = 6, kNormBytes = 4096;    // of the ring through which samples are normalized
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
@@ -61,7 +63,7 @@ inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
     Tiling best = {};
     double best_time = 0;
     for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {256, 232, 216, 192, 160, 128, 64})
+    for (int block_n : {256, 232, 192, 160, 128, 64})
     for (int64_t w_tiles = 1; w_tiles <= ceil_div(aw.out, 8) && w_tiles <= 64; w_tiles++)
     for (int kh_per_box : {int(ah.kernel), 1}) {
         Tiling t = {};
@@ -84,7 +86,7 @@ inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
         t.plane_tiles = ceil_div(ah.out * pitch, t.positions);
         t.input_bytes = round_up((rows * pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = block_m * row_bytes;
-        const int64_t left = kSharedBytes - 2048 - int64_t(kInputStages) * t.input_bytes;
+        const int64_t left = kSharedBytes - 1024 - kNormStages * kNormBytes - int64_t(kInputStages) * t.input_bytes;
         t.weight_stages = left / t.weight_bytes < kMaxStages ? left / t.weight_bytes : kMaxStages;
         if (left < 0 || t.weight_stages < 3) continue;
         t.m_tiles = t.M_pad / block_m;
@@ -105,7 +107,7 @@ inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
 
 // Scratch of a call. Counters start at zero.
 struct Workspace {
-    unsigned *tile_ticket, *job_ticket;    // queues
+    unsigned *tile_ticket, *group_ticket, *row_ticket;    // queues
     unsigned *tiles_done, *groups_done;    // (N): warpgroups that finished a tile, groups with final statistics
     float2* moments;                       // (N, parts, M_pad): mean and sum of squared deviations of a tile's channel
     float* counts;                         // (N, parts): how many values they are of
@@ -113,7 +115,7 @@ struct Workspace {
 
 struct Fusion {
     int64_t num_groups;                    // 0: convolution alone
-    int y_dtype;
+    bool in_kernel;                        // normalize while the convolution runs; else only the statistics are computed
     double eps;
     const float *gamma, *beta;             // (C_out), or null
     void* y;                               // (N, C_out, D_out, H_out, W_out); may be `out`
@@ -131,13 +133,21 @@ struct Parameters {
     Fusion fusion;
 };
 
+// A stage of the ring through which samples are normalized.
+struct NormPiece {
+    float high, low, scale, offset;        // y = ((r - high) - low) * scale + offset
+    float* y;
+    int bytes;                             // 0: no more
+};
+
 struct SharedHead {
     uint64_t input_full[kInputStages], input_empty[kInputStages];
     uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];
     uint64_t tile_full[2], tile_empty[2];
+    uint64_t stagger;
+    uint64_t norm_full[kNormStages], norm_empty[kNormStages];
     int tiles[2];
-    unsigned job;
-    double sums[4];
+    NormPiece pieces[kNormStages];
 };
 static_assert(sizeof(SharedHead) <= 1024, "the stages begin 1 KB into shared memory");
 
@@ -222,7 +232,7 @@ __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap* 
 // it would wait for each wgmma by itself.
 template <int kBlockN, int kSteps>
 __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, SharedHead& head, const uint8_t* input, const uint8_t* weights,
-                                         RingPosition& in, RingPosition& weight, float (&d)[kBlockN / 2]) {
+                                         RingPosition& in, RingPosition& weight, bool first, float (&d)[kBlockN / 2]) {
     const Geometry& g = a.p.g;
     const Tiling& t = a.p.t;
     const int warpgroup = threadIdx.x / 128 - 1;
@@ -235,6 +245,7 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
     const int b_row = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN);
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+    int taps = 0;
     int done_weight = -1, done_input = -1;    // stages whose last reader is the wgmma group in flight
     for (int kd = 0; kd < K_d; kd++) {
         if (source_plane(g, tile.d, kd) < 0) continue;
@@ -255,6 +266,7 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
                 if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
                 if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
                 done_input = -1, done_weight = weight.stage;
+                if (first && elected && ++taps == t.weight_stages - 1) mbarrier_arrive(&head.stagger);
                 weight.advance(t.weight_stages);
             }
             done_input = in.stage;
@@ -264,6 +276,7 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
     wgmma_wait_group<0>();
     if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
     if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
+    if (first && elected && taps < t.weight_stages - 1) mbarrier_arrive(&head.stagger);
 }
 
 __device__ __forceinline__ float quad_sum(float v) {
@@ -271,11 +284,26 @@ __device__ __forceinline__ float quad_sum(float v) {
     return v + __shfl_xor_sync(~0u, v, 2);
 }
 
-template <typename T> __device__ __forceinline__ void store_pair(T* p, float a, float b) { p[0] = from_acc<T>(a), p[1] = from_acc<T>(b); }
-template <> __device__ __forceinline__ void store_pair(float* p, float a, float b) { *reinterpret_cast<float2*>(p) = make_float2(a, b); }
+__device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
+    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
+    return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
+__device__ __forceinline__ void store(void* p, int dtype, int64_t i, float v) {
+    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
+    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
+    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
+}
+
+// Two neighbours, i even
+__device__ __forceinline__ void store_pair(void* p, int dtype, int64_t i, float a, float b) {
+    if (dtype == kFloat32) *reinterpret_cast<float2*>(static_cast<float*>(p) + i) = make_float2(a, b);
+    else if (dtype == kFloat16) *reinterpret_cast<__half2*>(static_cast<__half*>(p) + i) = __floats2half2_rn(a, b);
+    else *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p) + i) = __floats2bfloat162_rn(a, b);
+}
 
 // Scales back, adds the bias, applies ReLU, stores, and leaves the tile's moments where the fusion wants them.
-template <int kBlockN, typename T>
+template <int kBlockN, bool kPairs>
 __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, float (&d)[kBlockN / 2]) {
     const Geometry& g = a.p.g;
     const Tiling& t = a.p.t;
@@ -283,25 +311,24 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
     const int H = g.axis[1].out, W = g.axis[2].out;
     const int width = min(t.tile_w, W - tile.w0), height = H - tile.h0;
     const int64_t plane = int64_t(H) * W, volume = g.axis[0].out * plane;
-    // Pairs of positions stay in one row, and are aligned, where all of these are even.
-    const bool pairs = ((t.pitch | W | tile.w0 | t.tile_w) & 1) == 0;
     const uint32_t magic = 0xffffffffu / t.pitch + 1;    // p / pitch = p * magic >> 32 for p < 2^16, pitch > 1
     const int first = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN) + lane % 4 * 2;
     const int channel0 = tile.m0 + (t.split_m ? warpgroup * kWarpgroupM : 0) + warp * 16 + lane / 4;
 
     // The thread's two channels: their scales, bias, output.
-    float first_scale[2], second_scale[2], bias[2], sum[2] = {};
-    T* out[2];
+    float first_scale, second_scale[2], bias[2], sum[2] = {};
+    int64_t row[2];
     bool live[2];
+    first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int channel = channel0 + half * 8;
         live[half] = channel < g.C_out;
-        first_scale[half] = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
         second_scale[half] = scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel]));
-        bias[half] = a.bias && live[half] ? to_acc(static_cast<const T*>(a.bias)[channel]) : 0.0f;
-        out[half] = static_cast<T*>(a.out) + (tile.n * g.C_out + channel) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
+        bias[half] = a.bias && live[half] ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+        row[half] = (tile.n * g.C_out + channel) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
     }
+    const float lowest = a.apply_relu ? 0.0f : -INFINITY;
     uint32_t inside[(kBlockN / 4 + 31) / 32] = {};
 #pragma unroll
     for (int j = 0; j < kBlockN / 8; j++) {
@@ -309,24 +336,22 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
         int h = t.pitch == 1 ? p : int(__umulhi(p, magic)), w = p - h * t.pitch;
         const bool in0 = w < width && h < height;
         const int offset0 = h * W + w;
-        if (++w == t.pitch) w = 0, h++;
-        const bool in1 = w < width && h < height;
+        if (!kPairs && ++w == t.pitch) w = 0, h++;
+        const bool in1 = kPairs ? in0 : w < width && h < height;
         const int offset1 = h * W + w;
         inside[j / 16] |= (uint32_t(in0) | uint32_t(in1) << 1) << j % 16 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float &v0 = d[j * 4 + half * 2], &v1 = d[j * 4 + half * 2 + 1];
-            v0 = v0 * first_scale[half] * second_scale[half] + bias[half];
-            v1 = v1 * first_scale[half] * second_scale[half] + bias[half];
-            if (a.apply_relu) v0 = relu(v0), v1 = relu(v1);
+            v0 = max_nan(fmaf(v0 * first_scale, second_scale[half], bias[half]), lowest);
+            v1 = max_nan(fmaf(v1 * first_scale, second_scale[half], bias[half]), lowest);
             if (in0) sum[half] += v0;
             if (in1) sum[half] += v1;
-            if (!live[half]) continue;
-            if (pairs) {
-                if (in0) store_pair(out[half] + offset0, v0, v1);
+            if (kPairs) {
+                if (in0 && live[half]) store_pair(a.out, a.dtype, row[half] + offset0, v0, v1);
             } else {
-                if (in0) out[half][offset0] = from_acc<T>(v0);
-                if (in1) out[half][offset1] = from_acc<T>(v1);
+                if (in0 && live[half]) store(a.out, a.dtype, row[half] + offset0, v0);
+                if (in1 && live[half]) store(a.out, a.dtype, row[half] + offset1, v1);
             }
         }
     }
@@ -363,6 +388,7 @@ template <int kBlockN>
 __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, const uint8_t* input, const uint8_t* weights) {
     RingPosition in, weight, slot;
     float d[kBlockN / 2];
+    bool started = false;
     while (true) {
         mbarrier_wait(head.tile_full + slot.stage, slot.phase);
         const int index = head.tiles[slot.stage];
@@ -370,125 +396,129 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, c
         slot.advance(2);
         if (index < 0) return;
         const Tile tile = locate(a.p, index);
+        // The second warpgroup starts once the first is ahead by what the ring of weights allows: then one multiplies while
+        // the other finishes its tile.
+        const bool first = !started && threadIdx.x / 128 == 1;
+        if (!started && threadIdx.x / 128 == 2) mbarrier_wait(&head.stagger, 0);
+        started = true;
         switch (a.p.t.chunk) {
-            case 64: multiply<kBlockN, 4>(a, tile, head, input, weights, in, weight, d); break;
-            case 32: multiply<kBlockN, 2>(a, tile, head, input, weights, in, weight, d); break;
-            default: multiply<kBlockN, 1>(a, tile, head, input, weights, in, weight, d); break;
+            case 64: multiply<kBlockN, 4>(a, tile, head, input, weights, in, weight, first, d); break;
+            case 32: multiply<kBlockN, 2>(a, tile, head, input, weights, in, weight, first, d); break;
+            default: multiply<kBlockN, 1>(a, tile, head, input, weights, in, weight, first, d); break;
         }
-        switch (a.dtype) {
-            case kFloat32: finish<kBlockN, float>(a, tile, d); break;
-            case kFloat16: finish<kBlockN, __half>(a, tile, d); break;
-            default: finish<kBlockN, __nv_bfloat16>(a, tile, d); break;
-        }
+        // Pairs of positions stay in one row of the output, aligned, where all of these are even.
+        const bool pairs = ((a.p.t.pitch | int(a.p.g.axis[2].out) | a.p.t.tile_w) & 1) == 0;
+        if (pairs) finish<kBlockN, true>(a, tile, d);
+        else finish<kBlockN, false>(a, tile, d);
     }
 }
 
 // ----------------------------------------------------------------------------------------------------- Normalizer
+//
+// Three warps: one combines moments, one loads rows of complete samples into a ring, one normalizes them and sends them back.
+// Their queues are taken in order, so each waits only for tiles and groups that running blocks have taken before.
 
-constexpr int kNormThreads = 96;               // warps 1, 2 and 3 of the producer's warpgroup
-constexpr int kNormBarrier = 3;
-constexpr int64_t kNormElements = 16384;       // of one job
+constexpr int kRowPieces = 8;    // pieces of one item of the row queue
 
-__device__ __forceinline__ double norm_sum(double v, double* sums) {
-    const int thread = threadIdx.x - 32;
-    for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-    named_barrier(kNormBarrier, kNormThreads);
-    if (thread % 32 == 0) sums[thread / 32] = v;
-    named_barrier(kNormBarrier, kNormThreads);
-    return sums[0] + sums[1] + sums[2];
-}
-
-// Combines the moments of all parts and channels of a group, in a fixed order.
-__device__ __forceinline__ void finish_group(const Parameters& a, int64_t n, int64_t group, double* sums) {
+// One warp: the statistics of (n, group), in a fixed order. Sums of squares in float64 lose nothing that float32 had.
+__device__ __forceinline__ void combine_moments(const Parameters& a) {
     const Tiling& t = a.p.t;
-    const int64_t channels = a.p.g.C_out / a.fusion.num_groups, parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
-    const float2* moments = a.workspace.moments + n * parts * t.M_pad + group * channels;
-    const float* counts = a.workspace.counts + n * parts;
-    const int thread = threadIdx.x - 32;
-    double sum = 0, squares = 0;
-    for (int64_t i = thread; i < parts * channels; i += kNormThreads) sum += double(__ldcg(counts + i / channels)) * __ldcg(moments + i / channels * t.M_pad + i % channels).x;
-    const double count = double(channels) * out_volume(a.p.g), mean = norm_sum(sum, sums) / count;
-    for (int64_t i = thread; i < parts * channels; i += kNormThreads) {
-        const float2 m = __ldcg(moments + i / channels * t.M_pad + i % channels);
-        const double deviation = m.x - mean;
-        squares += m.y + double(__ldcg(counts + i / channels)) * deviation * deviation;
-    }
-    const double variance = norm_sum(squares, sums) / count;
-    if (thread == 0) {
-        a.fusion.mean[n * a.fusion.num_groups + group] = mean;
-        a.fusion.rstd[n * a.fusion.num_groups + group] = 1 / sqrt(variance + a.fusion.eps);
-        __threadfence();
-        atomicAdd(a.workspace.groups_done + n, 1u);
-    }
-}
-
-// kNormElements elements of the row of one (n, channel).
-template <typename T, typename Y>
-__device__ __forceinline__ void normalize(const Parameters& a, int64_t n, int64_t channel, int64_t begin) {
-    const int64_t volume = out_volume(a.p.g), row = (n * a.p.g.C_out + channel) * volume;
-    const int64_t group = n * a.fusion.num_groups + channel / (a.p.g.C_out / a.fusion.num_groups);
-    const double mean = __ldcg(a.fusion.mean + group);
-    const float high = float(mean), low = float(mean - double(high));    // r - mean without losing the mean's low bits
-    const float scale = float(__ldcg(a.fusion.rstd + group)) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
-    const float offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
-    const T* r = static_cast<const T*>(a.out) + row;
-    Y* y = static_cast<Y*>(a.fusion.y) + row;
-    auto apply = [=](float v) { return ((v - high) - low) * scale + offset; };
-    const int64_t end = begin + kNormElements < volume ? begin + kNormElements : volume;
-    const int thread = threadIdx.x - 32;
-    if constexpr (sizeof(T) == 4 && sizeof(Y) == 4) {
-        // Head up to a multiple of 16 bytes, body in vectors, tail.
-        const int64_t head = begin + ((-(row + begin)) & 3) < end ? begin + ((-(row + begin)) & 3) : end;
-        const int64_t vectors = (end - head) / 4, tail = head + vectors * 4;
-        if (begin + thread < head) y[begin + thread] = apply(__ldcg(r + begin + thread));
-        if (tail + thread < end) y[tail + thread] = apply(__ldcg(r + tail + thread));
-        const float4* source = reinterpret_cast<const float4*>(r + head);
-        float4* target = reinterpret_cast<float4*>(y + head);
-        constexpr int kInFlight = 6;
-        for (int64_t i = thread; i < vectors; i += kInFlight * kNormThreads) {
-            float4 v[kInFlight];
-#pragma unroll
-            for (int k = 0; k < kInFlight; k++)
-                if (i + k * kNormThreads < vectors) v[k] = __ldcg(source + i + k * kNormThreads);
-#pragma unroll
-            for (int k = 0; k < kInFlight; k++)
-                if (i + k * kNormThreads < vectors) __stcs(target + i + k * kNormThreads, make_float4(apply(v[k].x), apply(v[k].y), apply(v[k].z), apply(v[k].w)));
-        }
-    } else {
-#pragma unroll 8
-        for (int64_t i = begin + thread; i < end; i += kNormThreads) y[i] = from_acc<Y>(apply(to_acc(__ldcg(r + i))));
-    }
-}
-
-// Jobs of a sample: its groups' statistics, then its channels' elements. Taken in order, a job waits only for tiles and jobs
-// taken before it by running blocks.
-__device__ __forceinline__ void normalize_samples(const Parameters& a, SharedHead& head) {
-    const Tiling& t = a.p.t;
-    const int64_t groups = a.fusion.num_groups, chunks = ceil_div(out_volume(a.p.g), kNormElements), jobs = groups + a.p.g.C_out * chunks;
+    const int lane = threadIdx.x % 32;
+    const int channels = a.p.g.C_out / a.fusion.num_groups, parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
+    const double values = double(channels) * out_volume(a.p.g);
     while (true) {
-        named_barrier(kNormBarrier, kNormThreads);
-        if (threadIdx.x == 32) head.job = atomicAdd(a.workspace.job_ticket, 1u);
-        named_barrier(kNormBarrier, kNormThreads);
-        const int64_t n = head.job / jobs, job = head.job % jobs;
+        unsigned item = lane == 0 ? atomicAdd(a.workspace.group_ticket, 1u) : 0;
+        item = __shfl_sync(~0u, item, 0);
+        const int64_t n = item / a.fusion.num_groups, group = item % a.fusion.num_groups;
         if (n >= a.p.g.N) return;
-        if (threadIdx.x == 32) {
-            const unsigned* flag = job < groups ? a.workspace.tiles_done + n : a.workspace.groups_done + n;
-            const unsigned target = job < groups ? t.sample_tiles * 2 : groups;
-            while (ld_acquire_gpu(flag) < target) __nanosleep(200);
+        while (ld_acquire_gpu(a.workspace.tiles_done + n) < t.sample_tiles * 2) __nanosleep(200);
+        const float2* moments = a.workspace.moments + n * parts * t.M_pad + group * channels;
+        const float* counts = a.workspace.counts + n * parts;
+        double sum = 0, squares = 0;
+#pragma unroll 8
+        for (int i = lane; i < parts * channels; i += 32) {
+            const int part = i / channels;
+            const float2 m = __ldcg(moments + int64_t(part) * t.M_pad + i % channels);
+            const double count = __ldcg(counts + part);
+            sum += count * m.x;
+            squares += m.y + count * m.x * m.x;
         }
-        named_barrier(kNormBarrier, kNormThreads);
-        __threadfence();
-        if (job < groups) {
-            finish_group(a, n, job, head.sums);
-            continue;
+        for (int offset = 16; offset > 0; offset /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, offset);
+            squares += __shfl_xor_sync(~0u, squares, offset);
         }
-        const int64_t channel = (job - groups) / chunks, begin = (job - groups) % chunks * kNormElements;
-        if (a.dtype == kFloat32) normalize<float, float>(a, n, channel, begin);
-        else if (a.dtype == kFloat16 && a.fusion.y_dtype == kFloat16) normalize<__half, __half>(a, n, channel, begin);
-        else if (a.dtype == kFloat16) normalize<__half, float>(a, n, channel, begin);
-        else if (a.fusion.y_dtype == kBFloat16) normalize<__nv_bfloat16, __nv_bfloat16>(a, n, channel, begin);
-        else normalize<__nv_bfloat16, float>(a, n, channel, begin);
+        const double mean = sum / values, variance = squares / values - mean * mean;
+        if (lane == 0) {
+            a.fusion.mean[n * a.fusion.num_groups + group] = mean;
+            a.fusion.rstd[n * a.fusion.num_groups + group] = 1 / sqrt((variance < 0 ? 0 : variance) + a.fusion.eps);
+            __threadfence();
+            atomicAdd(a.workspace.groups_done + n, 1u);
+        }
     }
+}
+
+// One thread: takes kRowPieces pieces of a (n, channel) row at a time and loads them.
+__device__ __forceinline__ void load_rows(const Parameters& a, SharedHead& head, uint8_t* ring) {
+    const int64_t row_bytes = out_volume(a.p.g) * 4, row_items = ceil_div(row_bytes, kRowPieces * kNormBytes);
+    const int64_t channels = a.p.g.C_out, group_channels = channels / a.fusion.num_groups;
+    RingPosition stage;
+    unsigned next = atomicAdd(a.workspace.row_ticket, 1u);
+    while (true) {
+        const int64_t row = next / row_items, n = row / channels, channel = row % channels, group = row / group_channels;
+        if (n >= a.p.g.N) break;
+        const int64_t begin = next % row_items * kRowPieces * kNormBytes;
+        next = atomicAdd(a.workspace.row_ticket, 1u);
+        while (ld_acquire_gpu(a.workspace.groups_done + n) < a.fusion.num_groups) __nanosleep(200);
+        fence_proxy_async_all();    // what other multiprocessors stored is now visible to the copy engine too
+        const double mean = __ldcg(a.fusion.mean + group);
+        NormPiece piece;
+        piece.high = float(mean), piece.low = float(mean - double(piece.high));    // r - mean without losing the mean's low bits
+        piece.scale = float(__ldcg(a.fusion.rstd + group)) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
+        piece.offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
+        const int64_t end = begin + kRowPieces * kNormBytes < row_bytes ? begin + kRowPieces * kNormBytes : row_bytes;
+        for (int64_t at = begin; at < end; at += kNormBytes) {
+            piece.bytes = end - at < kNormBytes ? end - at : kNormBytes;
+            piece.y = static_cast<float*>(a.fusion.y) + (row * row_bytes + at) / 4;
+            mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
+            head.pieces[stage.stage] = piece;
+            mbarrier_arrive_expect_tx(head.norm_full + stage.stage, piece.bytes);
+            bulk_load(ring + stage.stage * kNormBytes, static_cast<const uint8_t*>(a.out) + row * row_bytes + at, piece.bytes, head.norm_full + stage.stage);
+            stage.advance(kNormStages);
+        }
+    }
+    mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
+    head.pieces[stage.stage].bytes = 0;
+    mbarrier_arrive(head.norm_full + stage.stage);
+}
+
+// One warp: normalizes the pieces in place and stores them.
+__device__ __forceinline__ void normalize_rows(SharedHead& head, uint8_t* ring) {
+    const int lane = threadIdx.x % 32;
+    RingPosition stage;
+    int storing = -1;    // the stage whose store may still read it
+    while (true) {
+        mbarrier_wait(head.norm_full + stage.stage, stage.phase);
+        const NormPiece piece = head.pieces[stage.stage];
+        if (piece.bytes == 0) break;
+        float4* values = reinterpret_cast<float4*>(ring + stage.stage * kNormBytes);
+        auto apply = [&piece](float v) { return fmaf((v - piece.high) - piece.low, piece.scale, piece.offset); };
+#pragma unroll 8
+        for (int i = lane; i < piece.bytes / 16; i += 32) {
+            const float4 v = values[i];
+            values[i] = make_float4(apply(v.x), apply(v.y), apply(v.z), apply(v.w));
+        }
+        fence_proxy_async();
+        __syncwarp();
+        if (lane == 0) {
+            bulk_store(piece.y, values, piece.bytes);
+            bulk_commit_group();
+            bulk_wait_group_read<1>();
+            if (storing >= 0) mbarrier_arrive(head.norm_empty + storing);
+        }
+        storing = stage.stage;
+        stage.advance(kNormStages);
+    }
+    if (lane == 0) bulk_wait_group_read<0>();
 }
 
 #endif  // HAS_SM90A
@@ -504,12 +534,15 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const Tiling& t = a.p.t;
     uint8_t* input = shared + 1024;                                  // (kInputStages, box_rows, pitch, chunk) fp16 and margins
     uint8_t* weights = input + kInputStages * t.input_bytes;         // (weight_stages, block_m, chunk) fp16
+    uint8_t* norm_ring = weights + t.weight_stages * t.weight_bytes; // (kNormStages, kNormBytes)
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
         for (int i = 0; i < kInputStages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 2);
         for (int i = 0; i < t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, 2);
         for (int i = 0; i < 2; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256);
+        mbarrier_init(&head.stagger, 1);
+        for (int i = 0; i < kNormStages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
         fence_mbarrier_init();
     }
     const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
@@ -520,8 +553,11 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
     if (threadIdx.x < 128) {
         setmaxnreg_dec<kProducerRegisters>();
+        const int warp = threadIdx.x / 32;
         if (threadIdx.x == 0) produce(a, &x_map, &w_map, head, input, weights);
-        if (threadIdx.x >= 32 && a.fusion.num_groups > 0) normalize_samples(a, head);
+        if (warp == 1 && a.fusion.num_groups > 0) combine_moments(a);
+        if (threadIdx.x == 64 && a.fusion.in_kernel) load_rows(a, head, norm_ring);
+        if (warp == 3 && a.fusion.in_kernel) normalize_rows(head, norm_ring);
     } else {
         setmaxnreg_inc<kConsumerRegisters>();
         consume<kBlockN>(a, head, input, weights);
@@ -568,11 +604,12 @@ inline Plan make_plan(const Geometry& g, int dtype, int multiprocessors, bool fu
     p.round_samples = scaled_half::round_samples(g.N, p.C * p.S * (dtype == kFloat32 ? 4 : 2));
     Layout layout(base);
     const int64_t pack_counters = scaled_half::counters(p), parts = t.m_tiles ? t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2) : 0;
-    plan.counter_bytes = (pack_counters + 2 + 2 * g.N) * 4;
-    plan.counters = layout.take<unsigned>(pack_counters + 2 + 2 * g.N);
+    plan.counter_bytes = (pack_counters + 3 + 2 * g.N) * 4;
+    plan.counters = layout.take<unsigned>(pack_counters + 3 + 2 * g.N);
     p.activation_max = plan.counters, p.ticket = plan.counters + g.N, p.done = p.ticket + 1;
     Workspace& w = plan.workspace;
-    w.tile_ticket = plan.counters + pack_counters, w.job_ticket = w.tile_ticket + 1, w.tiles_done = w.job_ticket + 1, w.groups_done = w.tiles_done + g.N;
+    w.tile_ticket = plan.counters + pack_counters, w.group_ticket = w.tile_ticket + 1, w.row_ticket = w.tile_ticket + 2;
+    w.tiles_done = w.tile_ticket + 3, w.groups_done = w.tiles_done + g.N;
     p.weight_max = layout.take<unsigned>(t.M_pad);
     p.activation = layout.take<__half>(g.N * p.S * t.C_pad);
     p.weight = layout.take<__half>(p.taps * t.M_pad * t.C_pad);
@@ -585,7 +622,7 @@ inline Plan make_plan(const Geometry& g, int dtype, int multiprocessors, bool fu
 template <int kBlockN>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    const int bytes = 1024 + kInputStages * t.input_bytes + t.weight_stages * t.weight_bytes;
+    const int bytes = 1024 + kInputStages * t.input_bytes + t.weight_stages * t.weight_bytes + kNormStages * kNormBytes;
     RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
     conv_kernel<kBlockN><<<unsigned(blocks), kThreads, bytes, stream>>>(x_map, w_map, a);
@@ -613,7 +650,6 @@ inline int run(const Geometry& g, int dtype, int device, void* stream_pointer, v
     switch (t.block_n) {
         case 256: return launch_conv<256>(x_map, w_map, a, multiprocessors, stream);
         case 232: return launch_conv<232>(x_map, w_map, a, multiprocessors, stream);
-        case 216: return launch_conv<216>(x_map, w_map, a, multiprocessors, stream);
         case 192: return launch_conv<192>(x_map, w_map, a, multiprocessors, stream);
         case 160: return launch_conv<160>(x_map, w_map, a, multiprocessors, stream);
         case 128: return launch_conv<128>(x_map, w_map, a, multiprocessors, stream);
@@ -647,6 +683,14 @@ extern "C" int conv_transpose3d_relu_group_norm_forward_sm90(const Geometry* g, 
                                                              const void* x, const void* w, const void* bias, const void* gamma, const void* beta, int num_groups, double eps,
                                                              void* activation, void* y, double* statistics) {
     DeviceGuard guard(device);
-    const conv_sm90::Fusion fusion = {num_groups, y_dtype, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, statistics + g->N * num_groups};
-    return conv_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion);
+    // The copy engine moves float32 rows whose length is a multiple of 16 bytes; the rest is normalized by a kernel of its own.
+    const bool in_kernel = dtype == kFloat32 && out_volume(*g) % 4 == 0;
+    double* rstd = statistics + g->N * num_groups;
+    const conv_sm90::Fusion fusion = {num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
+    RETURN_IF_ERROR(conv_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion));
+    if (in_kernel) return cudaSuccess;
+    const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
+    return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
+        return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
+    });
 }

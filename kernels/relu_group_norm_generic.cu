@@ -10,19 +10,13 @@
 // Sums are taken in float64, of values shifted by the group's first element, so neither a large mean nor a large range
 // cancels; they are added in a fixed order. Formula: torch.nn.GroupNorm.
 
-#include "launch.cuh"
+#include "group_norm.cuh"
 
 namespace relu_group_norm_generic {
 
-constexpr int kThreads = 256;
-constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
-constexpr int kApplyElements = 8;            // of one thread of an elementwise kernel
+using namespace group_norm;
 
-struct Shape {
-    int64_t N, C, S, num_groups;
-    HOST_DEVICE int64_t group_channels() const { return C / num_groups; }
-    HOST_DEVICE int64_t group_count() const { return group_channels() * S; }
-};
+constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
 
 struct Pair { double a, b; };
 
@@ -41,13 +35,6 @@ __device__ __forceinline__ Pair block_sum(Pair v) {
     __syncthreads();
     return sums[0];
 }
-
-// r - mean without losing the mean's low bits: the mean is kept as a sum of two numbers of the accumulation type.
-template <typename A> struct Mean {
-    A high, low;
-    __device__ explicit Mean(double mean) : high(A(mean)), low(A(mean - double(A(mean)))) {}
-    __device__ __forceinline__ A center(A r) const { return (r - high) - low; }
-};
 
 // ------------------------------------------------------------------------------------------------------ Forward
 
@@ -83,23 +70,6 @@ finish_statistics_kernel(Shape s, int64_t splits, double eps, const T* __restric
     const double variance = sum.b / count - shifted_mean * shifted_mean;
     mean[blockIdx.x] = to_acc(r[blockIdx.x * s.group_count()]) + shifted_mean;
     rstd[blockIdx.x] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
-}
-
-// gamma, beta may be null (1, 0). y may be r. Grid: (n, c, tile).
-template <typename T, typename Y>
-__global__ void __launch_bounds__(kThreads)
-normalize_kernel(Shape s, int64_t tiles, const T* r, const double* __restrict__ mean, const double* __restrict__ rstd,
-                 const Acc<T>* __restrict__ gamma, const Acc<T>* __restrict__ beta, Y* y) {
-    using A = Acc<T>;
-    const int64_t row = blockIdx.x / tiles, c = row % s.C, group = row / s.group_channels();
-    const Mean<A> m(mean[group]);
-    const A scale = A(rstd[group]) * (gamma ? gamma[c] : A(1)), offset = beta ? beta[c] : A(0);
-    const int64_t begin = blockIdx.x % tiles * (kThreads * kApplyElements) + threadIdx.x;
-#pragma unroll
-    for (int e = 0; e < kApplyElements; e++) {
-        const int64_t i = begin + e * kThreads;
-        if (i < s.S) y[row * s.S + i] = from_acc<Y>(m.center(to_acc(r[row * s.S + i])) * scale + offset);
-    }
 }
 
 // ----------------------------------------------------------------------------------------------------- Backward
@@ -178,30 +148,19 @@ dz_kernel(Shape s, int64_t tiles, const Y* __restrict__ dy, const T* __restrict_
     }
 }
 
-// Calls f with the types of r and of y: y is of r's type, or float32 after a low-precision r (autocast).
-template <typename F> int with_dtypes(int r_dtype, int y_dtype, F f) {
-    return with_dtype(r_dtype, [&](auto r) {
-        if (y_dtype == r_dtype) return f(r, r);
-        if (y_dtype == kFloat32 && acc_bytes(r_dtype) == 4) return f(r, float{});
-        return int(cudaErrorInvalidValue);
-    });
-}
-
-inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApplyElements); }
-
 }  // namespace relu_group_norm_generic
 
 // ---------------------------------------------------------------------------------------------------- Launchers
 
-using RgnShape = relu_group_norm_generic::Shape;    // mirrored by `NormShape` in model_new.py
+using group_norm::Shape;
 
-extern "C" int64_t group_norm_forward_generic_workspace(const RgnShape* s, int, int) {
+extern "C" int64_t group_norm_forward_generic_workspace(const Shape* s, int, int) {
     using namespace relu_group_norm_generic;
     return s->N * s->num_groups * ceil_div(s->group_count(), kSplitElements) * int64_t(sizeof(Pair));
 }
 
 // y may be r (in place) where the types agree.
-extern "C" int group_norm_forward_generic(const RgnShape* shape, int r_dtype, int y_dtype, int device, void* stream, void* workspace,
+extern "C" int group_norm_forward_generic(const Shape* shape, int r_dtype, int y_dtype, int device, void* stream, void* workspace,
                                           const void* r, const void* gamma, const void* beta, double eps, void* y, double* statistics) {
     using namespace relu_group_norm_generic;
     DeviceGuard guard(device);
@@ -214,18 +173,17 @@ extern "C" int group_norm_forward_generic(const RgnShape* shape, int r_dtype, in
         auto* partial = static_cast<Pair*>(workspace);
         RETURN_IF_ERROR(launch(statistics_kernel<T>, s.N * s.num_groups * splits, kThreads, stream, s, splits, static_cast<const T*>(r), partial));
         RETURN_IF_ERROR(launch(finish_statistics_kernel<T>, s.N * s.num_groups, kThreads, stream, s, splits, eps, static_cast<const T*>(r), static_cast<const Pair*>(partial), mean, rstd));
-        return launch(normalize_kernel<T, Y>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), static_cast<const double*>(mean),
-                      static_cast<const double*>(rstd), static_cast<const Acc<T>*>(gamma), static_cast<const Acc<T>*>(beta), static_cast<Y*>(y));
+        return normalize<T, Y>(s, stream, r, mean, rstd, gamma, beta, y);
     });
 }
 
-extern "C" int64_t relu_group_norm_backward_generic_workspace(const RgnShape* s, int, int) {
+extern "C" int64_t relu_group_norm_backward_generic_workspace(const Shape* s, int, int) {
     using namespace relu_group_norm_generic;
     return (s->N * s->C * (ceil_div(s->S, kSplitElements) + 1) + s->N * s->num_groups) * int64_t(sizeof(Pair));
 }
 
 // dz, or dgamma and dbeta, may be null: not wanted.
-extern "C" int relu_group_norm_backward_generic(const RgnShape* shape, int r_dtype, int y_dtype, int device, void* stream, void* workspace,
+extern "C" int relu_group_norm_backward_generic(const Shape* shape, int r_dtype, int y_dtype, int device, void* stream, void* workspace,
                                                 const void* dy, const void* r, const double* statistics, const void* gamma, void* dz, void* dgamma, void* dbeta) {
     using namespace relu_group_norm_generic;
     DeviceGuard guard(device);

@@ -44,8 +44,9 @@ struct Pack {
 
 constexpr int64_t kMaxElements = 16384;            // of one item of the search for the maximum
 constexpr int kPositions = 64, kChannels = 64;     // of one tile of the copy
-constexpr int kTiles = 4;                          // of one item, along the positions
-constexpr int64_t kRoundBytes = 12 << 20;
+constexpr int kTiles = 4;                          // of one item of the copy, along the positions
+constexpr int64_t kRoundBytes = 9 << 20;
+constexpr int kLookahead = 3;                      // rounds by which the search runs ahead: further than the items in flight, within L2
 
 HOST_DEVICE int64_t round_samples(int64_t N, int64_t sample_bytes) {
     const int64_t samples = kRoundBytes / (sample_bytes > 0 ? sample_bytes : 1);
@@ -128,53 +129,51 @@ template <typename T> __device__ void copy_tile(const Pack& p, int64_t n, int64_
     __syncthreads();
 }
 
-// The first M_pad blocks pack the weight. The others take items from one queue: for rounds of samples that fit into L2, first
-// the search for the maximum, then the copy, the next round's search in between. An item waits only for items that were taken
-// before it by blocks that are running, so the queue cannot stall, however few blocks are resident.
-template <typename T> __global__ void __launch_bounds__(kThreads) pack_kernel(Pack p) {
+// The first M_pad blocks pack the weight. The others take items from one queue: for rounds of samples that fit into L2, the
+// search for the maximum, and kLookahead rounds later the copy. An item waits only for items that were taken before it by
+// blocks that are running, so the queue cannot stall, however few blocks are resident.
+template <typename T> __global__ void __launch_bounds__(kThreads, 5) pack_kernel(Pack p) {
     if (blockIdx.x < p.M_pad) return pack_weight_row<T>(p, blockIdx.x);
     __shared__ unsigned shared_item;
-    unsigned next = threadIdx.x == 0 ? atomicAdd(p.ticket, 1u) : 0;
-    const int64_t max_items = ceil_div(p.C * p.S, kMaxElements), copy_items = ceil_div(p.S, kTiles * kPositions) * ceil_div(p.C_pad, kChannels);
+    const int64_t channel_blocks = ceil_div(p.C_pad, kChannels);
+    const int64_t max_items = ceil_div(p.C * p.S, kMaxElements), copy_items = ceil_div(p.S, kTiles * kPositions) * channel_blocks;
     const int64_t round_max = p.round_samples * max_items, round_copy = p.round_samples * copy_items;
     const int64_t rounds = ceil_div(p.N, p.round_samples);
+    unsigned next = threadIdx.x == 0 ? atomicAdd(p.ticket, 1u) : 0;
     while (true) {
         __syncthreads();
         if (threadIdx.x == 0) shared_item = next, next = atomicAdd(p.ticket, 1u);
         __syncthreads();
-        // Items: the search of round 0, then for each round r the search of round r + 1 and the copy of round r.
-        int64_t item = shared_item;
-        int64_t round = 0;
+        // The queue: kLookahead rounds of searches, then for each round r its copies and the searches of round r + kLookahead.
+        int64_t item = shared_item, round;
         bool copy = false;
-        if (item >= round_max) {
-            item -= round_max;
+        if (item < kLookahead * round_max) {
+            round = item / round_max;
+            item %= round_max;
+        } else {
+            item -= kLookahead * round_max;
             round = item / (round_max + round_copy);
             item %= round_max + round_copy;
-            copy = item >= round_max;
-            if (copy) item -= round_max;
-            else round++;
+            copy = item < round_copy;
+            if (!copy) item -= round_copy, round += kLookahead;
         }
-        if (round >= rounds) {
-            if (copy) return;
-            continue;    // the search after the last round
-        }
+        if (copy && round >= rounds) return;
         const int64_t n = round * p.round_samples + item / (copy ? copy_items : max_items);
         if (n >= p.N) continue;
-        const int64_t samples = p.N - round * p.round_samples < p.round_samples ? p.N - round * p.round_samples : p.round_samples;
-        if (copy) {
-            if (threadIdx.x == 0)
-                while (*static_cast<volatile unsigned*>(p.done + round) < samples * max_items) __nanosleep(100);
-            __syncthreads();
-            __threadfence();
-            const float scale = power_of_two(shift_of(__ldcg(p.activation_max + n)));
-            const int64_t channel_blocks = ceil_div(p.C_pad, kChannels), tile0 = item % copy_items / channel_blocks * kTiles;
-            for (int64_t tile = tile0; tile < tile0 + kTiles && tile * kPositions < p.S; tile++)
-                copy_tile<T>(p, n, item % channel_blocks * kChannels, tile * kPositions, scale);
-        } else {
+        if (!copy) {
             find_max<T>(p, n, item % max_items);
             __threadfence();
             if (threadIdx.x == 0) atomicAdd(p.done + round, 1u);
+            continue;
         }
+        const int64_t samples = p.N - round * p.round_samples < p.round_samples ? p.N - round * p.round_samples : p.round_samples;
+        if (threadIdx.x == 0)
+            while (*static_cast<volatile unsigned*>(p.done + round) < samples * max_items) __nanosleep(200);
+        __syncthreads();
+        __threadfence();
+        const float scale = power_of_two(shift_of(__ldcg(p.activation_max + n)));
+        const int64_t c0 = item % channel_blocks * kChannels, s0 = item % copy_items / channel_blocks * kTiles * kPositions;
+        for (int tile = 0; tile < kTiles && s0 + tile * kPositions < p.S; tile++) copy_tile<T>(p, n, c0, s0 + tile * kPositions, scale);
     }
 }
 
@@ -185,7 +184,7 @@ inline int64_t counters(const Pack& p) { return p.N + 1 + ceil_div(p.N, p.round_
 
 template <typename T> int pack(const Pack& p, int multiprocessors, void* stream) {
     const int64_t items = p.N * (ceil_div(p.C * p.S, kMaxElements) + ceil_div(p.S, kTiles * kPositions) * ceil_div(p.C_pad, kChannels));
-    const int64_t resident = multiprocessors * int64_t(2048 / kThreads);
+    const int64_t resident = multiprocessors * 5;
     return launch(pack_kernel<T>, p.M_pad + (items < resident ? items : resident), kThreads, stream, p);
 }
 

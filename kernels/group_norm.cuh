@@ -1,0 +1,59 @@
+// GroupNorm's elementwise half, which every path shares: y = (r - mean) * rstd * gamma + beta.
+#pragma once
+
+#include "launch.cuh"
+
+namespace group_norm {
+
+constexpr int kThreads = 256;
+constexpr int kApplyElements = 8;            // of one thread of an elementwise kernel
+
+// Mirrored by `_NormShape` in model_new.py.
+struct Shape {
+    int64_t N, C, S, num_groups;
+    HOST_DEVICE int64_t group_channels() const { return C / num_groups; }
+    HOST_DEVICE int64_t group_count() const { return group_channels() * S; }
+};
+
+// r - mean without losing the mean's low bits: the mean is kept as a sum of two numbers of the accumulation type.
+template <typename A> struct Mean {
+    A high, low;
+    __device__ explicit Mean(double mean) : high(A(mean)), low(A(mean - double(A(mean)))) {}
+    __device__ __forceinline__ A center(A r) const { return (r - high) - low; }
+};
+
+// gamma, beta may be null (1, 0). y may be r. Grid: (n, c, tile).
+template <typename T, typename Y>
+__global__ void __launch_bounds__(kThreads)
+normalize_kernel(Shape s, int64_t tiles, const T* r, const double* __restrict__ mean, const double* __restrict__ rstd,
+                 const Acc<T>* __restrict__ gamma, const Acc<T>* __restrict__ beta, Y* y) {
+    using A = Acc<T>;
+    const int64_t row = blockIdx.x / tiles, c = row % s.C, group = row / s.group_channels();
+    const Mean<A> m(mean[group]);
+    const A scale = A(rstd[group]) * (gamma ? gamma[c] : A(1)), offset = beta ? beta[c] : A(0);
+    const int64_t begin = blockIdx.x % tiles * (kThreads * kApplyElements) + threadIdx.x;
+#pragma unroll
+    for (int e = 0; e < kApplyElements; e++) {
+        const int64_t i = begin + e * kThreads;
+        if (i < s.S) y[row * s.S + i] = from_acc<Y>(m.center(to_acc(r[row * s.S + i])) * scale + offset);
+    }
+}
+
+// Calls f with the types of r and of y: y is of r's type, or float32 after a low-precision r (autocast).
+template <typename F> int with_dtypes(int r_dtype, int y_dtype, F f) {
+    return with_dtype(r_dtype, [&](auto r) {
+        if (y_dtype == r_dtype) return f(r, r);
+        if (y_dtype == kFloat32 && acc_bytes(r_dtype) == 4) return f(r, float{});
+        return int(cudaErrorInvalidValue);
+    });
+}
+
+inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApplyElements); }
+
+template <typename T, typename Y>
+int normalize(const Shape& s, void* stream, const void* r, const double* mean, const double* rstd, const void* gamma, const void* beta, void* y) {
+    return launch(normalize_kernel<T, Y>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
+                  static_cast<const Acc<T>*>(gamma), static_cast<const Acc<T>*>(beta), static_cast<Y*>(y));
+}
+
+}  // namespace group_norm
