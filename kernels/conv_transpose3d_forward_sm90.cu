@@ -128,7 +128,8 @@ struct Parameters {
     int apply_relu;
     const void* bias;
     void* out;
-    const unsigned *activation_max, *weight_max;
+    const scaled_half::SampleMax* activation_max;    // (N)
+    const unsigned* weight_max;                      // (M_pad)
     Workspace workspace;
     Fusion fusion;
 };
@@ -593,7 +594,7 @@ inline int multiprocessors_of(int device) {
     return count;
 }
 
-inline Plan make_plan(const Geometry& g, int dtype, int multiprocessors, bool fused, void* base) {
+inline Plan make_plan(const Geometry& g, int multiprocessors, bool fused, void* base) {
     Plan plan = {};
     const Tiling t = choose_tiling(g, multiprocessors);
     plan.problem = {g, t};
@@ -601,14 +602,13 @@ inline Plan make_plan(const Geometry& g, int dtype, int multiprocessors, bool fu
     p.N = g.N, p.C = g.C_in, p.S = in_volume(g), p.C_pad = t.C_pad;
     p.rows = g.C_out, p.M_pad = t.M_pad, p.taps = kernel_volume(g);
     p.row_stride = p.taps, p.column_stride = g.C_out * p.taps, p.flip = false;
-    p.round_samples = scaled_half::round_samples(g.N, p.C * p.S * (dtype == kFloat32 ? 4 : 2));
     Layout layout(base);
-    const int64_t pack_counters = scaled_half::counters(p), parts = t.m_tiles ? t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2) : 0;
-    plan.counter_bytes = (pack_counters + 3 + 2 * g.N) * 4;
-    plan.counters = layout.take<unsigned>(pack_counters + 3 + 2 * g.N);
-    p.activation_max = plan.counters, p.ticket = plan.counters + g.N, p.done = p.ticket + 1;
+    const int64_t parts = t.m_tiles ? t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2) : 0;
+    plan.counter_bytes = (3 + 4 * g.N) * 4;
+    plan.counters = layout.take<unsigned>(3 + 4 * g.N);
+    p.activation_max = reinterpret_cast<scaled_half::SampleMax*>(plan.counters);
     Workspace& w = plan.workspace;
-    w.tile_ticket = plan.counters + pack_counters, w.group_ticket = w.tile_ticket + 1, w.row_ticket = w.tile_ticket + 2;
+    w.tile_ticket = plan.counters + 2 * g.N, w.group_ticket = w.tile_ticket + 1, w.row_ticket = w.tile_ticket + 2;
     w.tiles_done = w.tile_ticket + 3, w.groups_done = w.tiles_done + g.N;
     p.weight_max = layout.take<unsigned>(t.M_pad);
     p.activation = layout.take<__half>(g.N * p.S * t.C_pad);
@@ -632,7 +632,7 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const Parame
 inline int run(const Geometry& g, int dtype, int device, void* stream_pointer, void* workspace, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion) {
     const auto stream = static_cast<cudaStream_t>(stream_pointer);
     const int multiprocessors = multiprocessors_of(device);
-    Plan plan = make_plan(g, dtype, multiprocessors, fusion.num_groups > 0, workspace);
+    Plan plan = make_plan(g, multiprocessors, fusion.num_groups > 0, workspace);
     const Tiling& t = plan.problem.t;
     if (t.block_n == 0) return cudaErrorNotSupported;
     plan.pack.x = x, plan.pack.w = w;
@@ -664,8 +664,8 @@ extern "C" int conv_transpose3d_sm90_supports(const Geometry* g, int device) {
     return conv_sm90::choose_tiling(*g, conv_sm90::multiprocessors_of(device)).block_n > 0;
 }
 
-extern "C" int64_t conv_transpose3d_forward_sm90_workspace(const Geometry* g, int dtype, int device) {
-    return conv_sm90::make_plan(*g, dtype, conv_sm90::multiprocessors_of(device), false, nullptr).bytes;
+extern "C" int64_t conv_transpose3d_forward_sm90_workspace(const Geometry* g, int, int device) {
+    return conv_sm90::make_plan(*g, conv_sm90::multiprocessors_of(device), false, nullptr).bytes;
 }
 
 extern "C" int conv_transpose3d_forward_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
@@ -674,8 +674,8 @@ extern "C" int conv_transpose3d_forward_sm90(const Geometry* g, int dtype, int d
     return conv_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, apply_relu != 0, out, conv_sm90::Fusion{});
 }
 
-extern "C" int64_t conv_transpose3d_relu_group_norm_forward_sm90_workspace(const Geometry* g, int dtype, int device) {
-    return conv_sm90::make_plan(*g, dtype, conv_sm90::multiprocessors_of(device), true, nullptr).bytes;
+extern "C" int64_t conv_transpose3d_relu_group_norm_forward_sm90_workspace(const Geometry* g, int, int device) {
+    return conv_sm90::make_plan(*g, conv_sm90::multiprocessors_of(device), true, nullptr).bytes;
 }
 
 // activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.

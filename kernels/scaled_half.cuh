@@ -1,10 +1,13 @@
 // The operands of the fp16 tensor-core paths: channels-last fp16 copies, scaled by powers of two.
 //
-// fp16 keeps as many mantissa bits as TF32 (10). A tensor's largest finite magnitude is scaled to [2^14, 2^15), so every
-// element within 28 binades of it rounds exactly as TF32 rounds it, to nearest, and a smaller one is off by at most 2^-39 of
-// the maximum. NaN and Inf stay what they are. Products of two such numbers are exact in float32.
-// Activations have one scale per sample, weights one per row (destination channel). The scale lives in device memory as the
-// bits of the maximum: nothing synchronises with the host.
+// fp16 keeps as many mantissa bits as TF32 (10). Where a tensor's largest finite magnitude is scaled to 2^m <= 2^15, every
+// element within 2^(m + 14) of it rounds exactly as TF32 rounds it, to nearest, and a smaller one is off by at most 2^-(m + 25)
+// of the maximum. NaN and Inf stay what they are. Products of two such numbers are exact in float32.
+//
+// Weights have one scale per row (destination channel), from its maximum, with m = 15. Activations have one scale per sample,
+// so that they are read once: the maximum of a part of the sample is scaled to [2^8, 2^9), the copy finds the true maximum on
+// its way, and a sample that turns out to hold something 2^6 times larger is copied again, its maximum scaled to [2^14, 2^15).
+// The maxima live in device memory: nothing synchronises with the host.
 #pragma once
 
 #include "launch.cuh"
@@ -14,11 +17,20 @@ namespace scaled_half {
 constexpr int kThreads = 256;
 constexpr int kMaxShift = 120;             // keeps the scale and its inverse normal float32 numbers
 
+__device__ __forceinline__ int clamp_shift(int shift) { return shift < kMaxShift ? shift : kMaxShift; }
+__device__ __forceinline__ int exponent_of(unsigned magnitude_bits) { return int(magnitude_bits >> 23) - 127; }
+
 // scale = 2^shift, from the bits of the largest finite magnitude
-__device__ __forceinline__ int shift_of(unsigned max_bits) {
-    const int shift = 14 - (int(max_bits >> 23) - 127);
-    return max_bits == 0 ? 0 : shift < kMaxShift ? shift : kMaxShift;
-}
+__device__ __forceinline__ int shift_of(unsigned max_bits) { return max_bits == 0 ? 0 : clamp_shift(14 - exponent_of(max_bits)); }
+
+// The bits of the largest finite magnitude of a sample: of the part that was looked at first, and of all.
+struct SampleMax { unsigned part, all; };
+
+__device__ __forceinline__ int first_shift_of(SampleMax m) { return m.part == 0 ? 0 : clamp_shift(8 - exponent_of(m.part)); }
+// Whether the first copy holds: nothing overflowed, and there was something to look at.
+__device__ __forceinline__ bool first_copy_holds(SampleMax m) { return m.part != 0 ? exponent_of(m.all) + first_shift_of(m) <= 14 : m.all == 0; }
+__device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m) ? first_shift_of(m) : shift_of(m.all); }
+
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 __device__ __forceinline__ unsigned finite_magnitude(float v) {
@@ -37,20 +49,18 @@ struct Pack {
     bool flip;                                     // take tap taps - 1 - k in place of k
     const void *x, *w;
     __half *activation, *weight;
-    unsigned *activation_max, *weight_max;         // (N), (M_pad): bits of the largest finite magnitudes; activation_max starts at 0
-    unsigned *ticket, *done;                       // start at 0; done (rounds)
-    int64_t round_samples;                         // samples whose data stays in L2 between the two readings
+    SampleMax* activation_max;                     // (N), starts at zero
+    unsigned* weight_max;                          // (M_pad)
 };
 
-constexpr int64_t kMaxElements = 16384;            // of one item of the search for the maximum
-constexpr int kPositions = 64, kChannels = 64;     // of one tile of the copy
-constexpr int kTiles = 4;                          // of one item of the copy, along the positions
-constexpr int64_t kRoundBytes = 9 << 20;
-constexpr int kLookahead = 3;                      // rounds by which the search runs ahead: further than the items in flight, within L2
+constexpr int kLookElements = 4096;                // of one block's look at a part of a sample
+constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one
+constexpr int64_t kSmallSample = 1 << 16;
+constexpr int kPositions = 64, kChannels = 64;     // of one block of the copy
 
-HOST_DEVICE int64_t round_samples(int64_t N, int64_t sample_bytes) {
-    const int64_t samples = kRoundBytes / (sample_bytes > 0 ? sample_bytes : 1);
-    return samples < 1 ? 1 : samples < N ? samples : N;
+HOST_DEVICE int64_t look_blocks(const Pack& p) {
+    const int64_t elements = p.C * p.S;
+    return ceil_div(elements > kSmallSample ? (elements / kLookShare > kSmallSample ? elements / kLookShare : kSmallSample) : elements, kLookElements);
 }
 
 // -------------------------------------------------------------------------------------------------------- Kernel
@@ -85,33 +95,40 @@ template <typename T> __device__ void pack_weight_row(const Pack& p, int64_t row
     if (threadIdx.x == 0) p.weight_max[row] = max;
 }
 
-// The maximum of kMaxElements elements of one sample.
-template <typename T> __device__ void find_max(const Pack& p, int64_t n, int64_t item) {
-    const T* sample = static_cast<const T*>(p.x) + n * p.C * p.S;
-    const int64_t begin = item * kMaxElements, left = p.C * p.S - begin;
-    const int count = left < kMaxElements ? left : kMaxElements;
+// The weight's rows, and a look at parts of every sample, evenly spread.
+template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Pack p) {
+    if (blockIdx.x < p.M_pad) return pack_weight_row<T>(p, blockIdx.x);
+    const int64_t blocks = look_blocks(p), elements = p.C * p.S;
+    const int64_t n = (blockIdx.x - p.M_pad) / blocks, block = (blockIdx.x - p.M_pad) % blocks;
+    const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
+    const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
+    const T* part = static_cast<const T*>(p.x) + n * elements + begin;
+    const int count = elements < kLookElements ? elements : kLookElements;
     unsigned max = 0;
 #pragma unroll 16
-    for (int i = threadIdx.x; i < count; i += kThreads) max = umax(max, finite_magnitude(to_acc(sample[begin + i])));
+    for (int i = threadIdx.x; i < count; i += kThreads) max = umax(max, finite_magnitude(to_acc(part[i])));
     max = block_max(max);
-    if (threadIdx.x == 0) atomicMax(p.activation_max + n, max);
+    if (threadIdx.x == 0) atomicMax(&p.activation_max[n].part, max);
 }
 
-// kChannels x kPositions of one sample from (c0, s0) on, transposed through shared memory.
-template <typename T> __device__ void copy_tile(const Pack& p, int64_t n, int64_t c0, int64_t s0, float scale) {
+// kChannels x kPositions of one sample from (c0, s0) on, transposed through shared memory; returns the thread's maximum.
+template <typename T> __device__ unsigned copy_tile(const Pack& p, int64_t n, int64_t c0, int64_t s0, float scale) {
     __shared__ __half2 tile[kPositions][kChannels / 2 + 1];    // (positions, channel pairs), padded: no bank conflicts
     const T* source = static_cast<const T*>(p.x) + n * p.C * p.S + s0;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    unsigned max = 0;
 #pragma unroll
     for (int half = 0; half < kPositions / 32; half++) {
         const int s = half * 32 + lane;
 #pragma unroll
-        for (int pair = warp; pair < kChannels / 2; pair += kThreads / 32) {
+        for (int i = 0; i < kChannels / 2 / (kThreads / 32); i++) {
+            const int pair = warp + i * (kThreads / 32);
             const int64_t c = c0 + 2 * pair;
             const bool inside = s0 + s < p.S;
-            const float low = inside && c < p.C ? to_acc(source[c * p.S + s]) * scale : 0.0f;
-            const float high = inside && c + 1 < p.C ? to_acc(source[(c + 1) * p.S + s]) * scale : 0.0f;
-            tile[s][pair] = __floats2half2_rn(low, high);
+            const float low = inside && c < p.C ? to_acc(source[c * p.S + s]) : 0.0f;
+            const float high = inside && c + 1 < p.C ? to_acc(source[(c + 1) * p.S + s]) : 0.0f;
+            max = umax(max, umax(finite_magnitude(low), finite_magnitude(high)));
+            tile[s][pair] = __floats2half2_rn(low * scale, high * scale);
         }
     }
     __syncthreads();
@@ -126,66 +143,40 @@ template <typename T> __device__ void copy_tile(const Pack& p, int64_t n, int64_
         value.w = *reinterpret_cast<const unsigned*>(&tile[s][v * 4 + 3]);
         *reinterpret_cast<uint4*>(p.activation + (n * p.S + s0 + s) * p.C_pad + c0 + v * 8) = value;
     }
-    __syncthreads();
+    return max;
 }
 
-// The first M_pad blocks pack the weight. The others take items from one queue: for rounds of samples that fit into L2, the
-// search for the maximum, and kLookahead rounds later the copy. An item waits only for items that were taken before it by
-// blocks that are running, so the queue cannot stall, however few blocks are resident.
-template <typename T> __global__ void __launch_bounds__(kThreads, 5) pack_kernel(Pack p) {
-    if (blockIdx.x < p.M_pad) return pack_weight_row<T>(p, blockIdx.x);
-    __shared__ unsigned shared_item;
+HOST_DEVICE int64_t tiles_of_sample(const Pack& p) { return ceil_div(p.S, kPositions) * ceil_div(p.C_pad, kChannels); }
+
+template <typename T> __device__ unsigned copy_tile(const Pack& p, int64_t n, int64_t tile, float scale) {
     const int64_t channel_blocks = ceil_div(p.C_pad, kChannels);
-    const int64_t max_items = ceil_div(p.C * p.S, kMaxElements), copy_items = ceil_div(p.S, kTiles * kPositions) * channel_blocks;
-    const int64_t round_max = p.round_samples * max_items, round_copy = p.round_samples * copy_items;
-    const int64_t rounds = ceil_div(p.N, p.round_samples);
-    unsigned next = threadIdx.x == 0 ? atomicAdd(p.ticket, 1u) : 0;
-    while (true) {
-        __syncthreads();
-        if (threadIdx.x == 0) shared_item = next, next = atomicAdd(p.ticket, 1u);
-        __syncthreads();
-        // The queue: kLookahead rounds of searches, then for each round r its copies and the searches of round r + kLookahead.
-        int64_t item = shared_item, round;
-        bool copy = false;
-        if (item < kLookahead * round_max) {
-            round = item / round_max;
-            item %= round_max;
-        } else {
-            item -= kLookahead * round_max;
-            round = item / (round_max + round_copy);
-            item %= round_max + round_copy;
-            copy = item < round_copy;
-            if (!copy) item -= round_copy, round += kLookahead;
+    return copy_tile<T>(p, n, tile % channel_blocks * kChannels, tile / channel_blocks * kPositions, scale);
+}
+
+template <typename T> __global__ void __launch_bounds__(kThreads) copy_kernel(Pack p) {
+    const int64_t n = blockIdx.x / tiles_of_sample(p);
+    const unsigned max = block_max(copy_tile<T>(p, n, blockIdx.x % tiles_of_sample(p), power_of_two(first_shift_of(p.activation_max[n]))));
+    if (threadIdx.x == 0 && max > p.activation_max[n].all) atomicMax(&p.activation_max[n].all, max);
+}
+
+// Copies again the samples whose first copy does not hold: mostly none.
+template <typename T> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Pack p) {
+    for (int64_t n = 0; n < p.N; n++) {
+        if (first_copy_holds(p.activation_max[n])) continue;
+        const float scale = power_of_two(shift_of(p.activation_max[n]));
+        for (int64_t tile = blockIdx.x; tile < tiles_of_sample(p); tile += gridDim.x) {
+            copy_tile<T>(p, n, tile, scale);
+            __syncthreads();
         }
-        if (copy && round >= rounds) return;
-        const int64_t n = round * p.round_samples + item / (copy ? copy_items : max_items);
-        if (n >= p.N) continue;
-        if (!copy) {
-            find_max<T>(p, n, item % max_items);
-            __threadfence();
-            if (threadIdx.x == 0) atomicAdd(p.done + round, 1u);
-            continue;
-        }
-        const int64_t samples = p.N - round * p.round_samples < p.round_samples ? p.N - round * p.round_samples : p.round_samples;
-        if (threadIdx.x == 0)
-            while (*static_cast<volatile unsigned*>(p.done + round) < samples * max_items) __nanosleep(200);
-        __syncthreads();
-        __threadfence();
-        const float scale = power_of_two(shift_of(__ldcg(p.activation_max + n)));
-        const int64_t c0 = item % channel_blocks * kChannels, s0 = item % copy_items / channel_blocks * kTiles * kPositions;
-        for (int tile = 0; tile < kTiles && s0 + tile * kPositions < p.S; tile++) copy_tile<T>(p, n, c0, s0 + tile * kPositions, scale);
     }
 }
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
-// Bytes of the counters behind activation_max, ticket and done, which must be zero before the launch.
-inline int64_t counters(const Pack& p) { return p.N + 1 + ceil_div(p.N, p.round_samples); }
-
 template <typename T> int pack(const Pack& p, int multiprocessors, void* stream) {
-    const int64_t items = p.N * (ceil_div(p.C * p.S, kMaxElements) + ceil_div(p.S, kTiles * kPositions) * ceil_div(p.C_pad, kChannels));
-    const int64_t resident = multiprocessors * 5;
-    return launch(pack_kernel<T>, p.M_pad + (items < resident ? items : resident), kThreads, stream, p);
+    RETURN_IF_ERROR(launch(look_kernel<T>, p.M_pad + p.N * look_blocks(p), kThreads, stream, p));
+    RETURN_IF_ERROR(launch(copy_kernel<T>, p.N * tiles_of_sample(p), kThreads, stream, p));
+    return launch(copy_again_kernel<T>, multiprocessors * 2, kThreads, stream, p);
 }
 
 }  // namespace scaled_half
