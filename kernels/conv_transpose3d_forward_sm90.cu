@@ -29,7 +29,10 @@ constexpr int kMaxStages = 8;
 constexpr int kInputStages = 2;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kThreads = 384;
-constexpr int kNormStages = 6, kNormBytes = 4096;    // of the ring through which samples are normalized
+constexpr int kNormStages = 5, kNormBytes = 4096;    // of the ring through which samples are normalized
+constexpr int kSlice = 32;                           // positions of a warp's slice of the output on its way through shared memory
+constexpr int kSliceStride = kSlice + 8;             // floats from one of its 16 rows to the next: no bank conflicts
+constexpr int kSliceBytes = 16 * kSliceStride * 4;
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
@@ -42,6 +45,7 @@ struct Tiling {
     int pitch;             // positions from one output row to the next, in a tile's numbering and in its box
     int tile_w, w_tiles;   // output columns of a tile
     int positions;         // of a block: block_n or 2 * block_n
+    int vectors;           // 1: four positions at a multiple of four are neighbours in memory, all inside the output or all outside
     int plane_tiles;       // tiles of one plane of H_out rows
     int box_rows;          // of the input, halo included
     int kh_per_box;        // taps kh that a box serves: all, or 1
@@ -74,10 +78,10 @@ inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
         t.M_pad = round_up(g.C_out, block_m);
         t.w_tiles = w_tiles, t.tile_w = ceil_div(aw.out, w_tiles);
         int64_t pitch = t.tile_w + halo_w;
-        if (w_tiles == 1) {    // rows share their zeros; an even pitch keeps pairs of positions in one row
-            pitch = t.tile_w + (aw.padding < halo_w ? aw.padding : halo_w);
-            if (aw.out % 2 == 0 && pitch % 2 && pitch < t.tile_w + halo_w) pitch++;
-        }
+        // Rows share their zeros. Where rows are multiples of four positions, vectors never straddle their ends.
+        if (w_tiles == 1) pitch = t.tile_w + (aw.padding < halo_w ? aw.padding : halo_w);
+        if (pitch != aw.out && aw.out % 4 == 0 && t.tile_w % 4 == 0) pitch = ceil_div(pitch, 4) * 4;
+        t.vectors = (pitch == aw.out && ah.out * aw.out % 4 == 0) || (pitch % 4 == 0 && aw.out % 4 == 0 && t.tile_w % 4 == 0);
         t.positions = split_m ? block_n : 2 * block_n;
         const int64_t row_bytes = 2 * t.chunk;
         const int64_t rows = (pitch + t.positions - 2) / pitch + 1 + (kh_per_box == 1 ? 0 : halo_h);
@@ -86,7 +90,7 @@ inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
         t.plane_tiles = ceil_div(ah.out * pitch, t.positions);
         t.input_bytes = round_up((rows * pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = block_m * row_bytes;
-        const int64_t left = kSharedBytes - 1024 - kNormStages * kNormBytes - int64_t(kInputStages) * t.input_bytes;
+        const int64_t left = kSharedBytes - 1024 - kNormStages * kNormBytes - 8 * kSliceBytes - int64_t(kInputStages) * t.input_bytes;
         t.weight_stages = left / t.weight_bytes < kMaxStages ? left / t.weight_bytes : kMaxStages;
         if (left < 0 || t.weight_stages < 3) continue;
         t.m_tiles = t.M_pad / block_m;
@@ -229,11 +233,20 @@ __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap* 
 
 // ------------------------------------------------------------------------------------------------------- Consumer
 
+// Tells that this warpgroup's part of a tile of sample n is in global memory.
+__device__ __forceinline__ void signal_done(const Parameters& a, int64_t n) {
+    named_barrier(threadIdx.x / 128, 128);
+    if (threadIdx.x % 128 == 0) {
+        __threadfence();
+        atomicAdd(a.workspace.tiles_done + n, 1u);
+    }
+}
+
 // The sums of one tile: d (64 channels, kBlockN positions) of this warpgroup. kSteps: chunk / 16; known to the compiler, or
 // it would wait for each wgmma by itself.
 template <int kBlockN, int kSteps>
 __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, SharedHead& head, const uint8_t* input, const uint8_t* weights,
-                                         RingPosition& in, RingPosition& weight, bool first, float (&d)[kBlockN / 2]) {
+                                         RingPosition& in, RingPosition& weight, bool first, int64_t& pending, float (&d)[kBlockN / 2]) {
     const Geometry& g = a.p.g;
     const Tiling& t = a.p.t;
     const int warpgroup = threadIdx.x / 128 - 1;
@@ -263,6 +276,10 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
 #pragma unroll
                 for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
                 wgmma_commit_group();
+                if (pending >= 0) {    // by now the previous tile's stores are through: the fence costs little
+                    signal_done(a, pending);
+                    pending = -1;
+                }
                 wgmma_wait_group<1>();
                 if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
                 if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
@@ -280,32 +297,44 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
     if (first && elected && taps < t.weight_stages - 1) mbarrier_arrive(&head.stagger);
 }
 
-__device__ __forceinline__ float quad_sum(float v) {
-    v += __shfl_xor_sync(~0u, v, 1);
-    return v + __shfl_xor_sync(~0u, v, 2);
-}
-
 __device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
     if (dtype == kFloat32) return static_cast<const float*>(p)[i];
     return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
 }
 
-__device__ __forceinline__ void store(void* p, int dtype, int64_t i, float v) {
-    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
-    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
-    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
+// kCount neighbours, at a multiple of kCount
+template <int kCount> __device__ __forceinline__ void store(void* p, int dtype, int64_t i, const float (&v)[kCount]) {
+    if constexpr (kCount == 4) {
+        if (dtype == kFloat32) {
+            *reinterpret_cast<float4*>(static_cast<float*>(p) + i) = make_float4(v[0], v[1], v[2], v[3]);
+        } else if (dtype == kFloat16) {
+            reinterpret_cast<__half2*>(static_cast<__half*>(p) + i)[0] = __floats2half2_rn(v[0], v[1]);
+            reinterpret_cast<__half2*>(static_cast<__half*>(p) + i)[1] = __floats2half2_rn(v[2], v[3]);
+        } else {
+            reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p) + i)[0] = __floats2bfloat162_rn(v[0], v[1]);
+            reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p) + i)[1] = __floats2bfloat162_rn(v[2], v[3]);
+        }
+    } else {
+        if (dtype == kFloat32) static_cast<float*>(p)[i] = v[0];
+        else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v[0]);
+        else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v[0]);
+    }
 }
 
-// Two neighbours, i even
-__device__ __forceinline__ void store_pair(void* p, int dtype, int64_t i, float a, float b) {
-    if (dtype == kFloat32) *reinterpret_cast<float2*>(static_cast<float*>(p) + i) = make_float2(a, b);
-    else if (dtype == kFloat16) *reinterpret_cast<__half2*>(static_cast<__half*>(p) + i) = __floats2half2_rn(a, b);
-    else *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p) + i) = __floats2bfloat162_rn(a, b);
+// The sum over aligned runs of kLanes lanes.
+template <int kLanes> __device__ __forceinline__ float lanes_sum(float v) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+    return v;
 }
 
-// Scales back, adds the bias, applies ReLU, stores, and leaves the tile's moments where the fusion wants them.
-template <int kBlockN, bool kPairs>
-__device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, float (&d)[kBlockN / 2]) {
+// Scales back, adds the bias, applies ReLU, stores, and leaves the tile's moments where the fusion wants them. A warp has 16
+// channels; it passes kSlice positions at a time through shared memory, from where a lane takes kVector neighbouring ones.
+template <int kBlockN, int kVector>
+__device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, float* slice, const float (&d)[kBlockN / 2]) {
+    constexpr int kLanes = kSlice / kVector;       // lanes of a row
+    constexpr int kRows = 32 / kLanes;             // rows of a step
+    constexpr int kSteps = 16 / kRows;
     const Geometry& g = a.p.g;
     const Tiling& t = a.p.t;
     const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -313,89 +342,104 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
     const int width = min(t.tile_w, W - tile.w0), height = H - tile.h0;
     const int64_t plane = int64_t(H) * W, volume = g.axis[0].out * plane;
     const uint32_t magic = 0xffffffffu / t.pitch + 1;    // p / pitch = p * magic >> 32 for p < 2^16, pitch > 1
-    const int first = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN) + lane % 4 * 2;
-    const int channel0 = tile.m0 + (t.split_m ? warpgroup * kWarpgroupM : 0) + warp * 16 + lane / 4;
-
-    // The thread's two channels: their scales, bias, output.
-    float first_scale, second_scale[2], bias[2], sum[2] = {};
-    int64_t row[2];
-    bool live[2];
-    first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int channel = channel0 + half * 8;
-        live[half] = channel < g.C_out;
-        second_scale[half] = scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel]));
-        bias[half] = a.bias && live[half] ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
-        row[half] = (tile.n * g.C_out + channel) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
-    }
+    const bool fused = a.fusion.num_groups > 0;
+    const int first = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN) + lane % kLanes * kVector;
+    const int channel0 = tile.m0 + (t.split_m ? warpgroup * kWarpgroupM : 0) + warp * 16 + lane / kLanes;    // of step 0
+    const int64_t base = (tile.n * g.C_out + channel0) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
+    const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
     const float lowest = a.apply_relu ? 0.0f : -INFINITY;
-    uint32_t inside[(kBlockN / 4 + 31) / 32] = {};
+    float second_scale[kSteps], bias[kSteps];
 #pragma unroll
-    for (int j = 0; j < kBlockN / 8; j++) {
-        const int p = first + j * 8;
-        int h = t.pitch == 1 ? p : int(__umulhi(p, magic)), w = p - h * t.pitch;
-        const bool in0 = w < width && h < height;
-        const int offset0 = h * W + w;
-        if (!kPairs && ++w == t.pitch) w = 0, h++;
-        const bool in1 = kPairs ? in0 : w < width && h < height;
-        const int offset1 = h * W + w;
-        inside[j / 16] |= (uint32_t(in0) | uint32_t(in1) << 1) << j % 16 * 2;
+    for (int step = 0; step < kSteps; step++) {
+        const int channel = channel0 + step * kRows;
+        second_scale[step] = scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel]));
+        bias[step] = a.bias && channel < g.C_out ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+    }
+    // Moments of shifted values. The shift is the mean of a row's first values, which bounds what the variance can cancel.
+    float shift[kSteps] = {}, sum[kSteps] = {}, squares[kSteps] = {}, count = 0.0f;
+    bool shifted = false;
+
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float &v0 = d[j * 4 + half * 2], &v1 = d[j * 4 + half * 2 + 1];
-            v0 = max_nan(fmaf(v0 * first_scale, second_scale[half], bias[half]), lowest);
-            v1 = max_nan(fmaf(v1 * first_scale, second_scale[half], bias[half]), lowest);
-            if (in0) sum[half] += v0;
-            if (in1) sum[half] += v1;
-            if (kPairs) {
-                if (in0 && live[half]) store_pair(a.out, a.dtype, row[half] + offset0, v0, v1);
+    for (int s = 0; s < (kBlockN + kSlice - 1) / kSlice; s++) {
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < kSlice / 8; j++)
+            if (s * kSlice / 8 + j < kBlockN / 8)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int i = (s * kSlice / 8 + j) * 4 + half * 2;
+                    *reinterpret_cast<float2*>(slice + (lane / 4 + half * 8) * kSliceStride + j * 8 + lane % 4 * 2) = make_float2(d[i], d[i + 1]);
+                }
+        __syncwarp();
+        const int p = first + s * kSlice;
+        const int h = t.pitch == 1 ? p : int(__umulhi(p, magic)), w = p - h * t.pitch;
+        const bool inside = w < width && h < height && s * kSlice + lane % kLanes * kVector < kBlockN;
+        const int64_t offset = base + h * W + w;
+        float v[kSteps][kVector];
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) {
+            const float* source = slice + (step * kRows + lane / kLanes) * kSliceStride + lane % kLanes * kVector;
+            if constexpr (kVector == 4) {
+                const float4 four = *reinterpret_cast<const float4*>(source);
+                v[step][0] = four.x, v[step][1] = four.y, v[step][2] = four.z, v[step][3] = four.w;
             } else {
-                if (in0 && live[half]) store(a.out, a.dtype, row[half] + offset0, v0);
-                if (in1 && live[half]) store(a.out, a.dtype, row[half] + offset1, v1);
+                v[step][0] = *source;
+            }
+#pragma unroll
+            for (int e = 0; e < kVector; e++) v[step][e] = max_nan(fmaf(v[step][e] * first_scale, second_scale[step], bias[step]), lowest);
+            if (inside && channel0 + step * kRows < g.C_out) store(a.out, a.dtype, offset + step * kRows * volume, v[step]);
+        }
+        if (!fused) continue;
+        const float here = inside ? float(kVector) : 0.0f;
+        if (!shifted && __any_sync(~0u, inside)) {
+            shifted = true;
+            const float total = lanes_sum<kLanes>(here);
+#pragma unroll
+            for (int step = 0; step < kSteps; step++) {
+                float of_lane = 0.0f;
+#pragma unroll
+                for (int e = 0; e < kVector; e++) of_lane += v[step][e];
+                shift[step] = lanes_sum<kLanes>(inside ? of_lane : 0.0f) / total;
             }
         }
-    }
-    if (a.fusion.num_groups == 0) return;
-
-    // Moments in two readings of the registers: nothing cancels.
-    int count = 0;
+        count += here;
+        if (inside)
 #pragma unroll
-    for (int i = 0; i < (kBlockN / 4 + 31) / 32; i++) count += __popc(inside[i]);
-    const float total = quad_sum(float(count));
+            for (int step = 0; step < kSteps; step++)
+#pragma unroll
+                for (int e = 0; e < kVector; e++) {
+                    const float deviation = v[step][e] - shift[step];
+                    sum[step] += deviation;
+                    squares[step] = fmaf(deviation, deviation, squares[step]);
+                }
+    }
+    if (!fused) return;
+
+    const float total = lanes_sum<kLanes>(count), inverse = total > 0 ? 1.0f / total : 0.0f;
     const int64_t parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
     const int64_t part = tile.n * parts + (t.split_m ? tile.part : tile.part * 2 + warpgroup);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const float mean = total > 0 ? quad_sum(sum[half]) / total : 0.0f;
-        float squares = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kBlockN / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const float deviation = d[j * 4 + half * 2 + e] - mean;
-                if (inside[j / 16] >> (j % 16 * 2 + e) & 1) squares += deviation * deviation;
-            }
-        squares = quad_sum(squares);
-        if (lane % 4 == 0) a.workspace.moments[part * t.M_pad + channel0 + half * 8] = make_float2(mean, squares);
+    for (int step = 0; step < kSteps; step++) {
+        const float row_sum = lanes_sum<kLanes>(sum[step]), row_squares = lanes_sum<kLanes>(squares[step]);
+        const float mean = row_sum * inverse;
+        if (lane % kLanes == 0) a.workspace.moments[part * t.M_pad + channel0 + step * kRows] = make_float2(shift[step] + mean, row_squares - row_sum * mean);
     }
     if (lane == 0 && warp == 0) a.workspace.counts[part] = total;    // the same from every tile of these positions
-    __threadfence();
-    named_barrier(1 + warpgroup, 128);
-    if (threadIdx.x % 128 == 0) atomicAdd(a.workspace.tiles_done + tile.n, 1u);
 }
 
 template <int kBlockN>
-__device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, const uint8_t* input, const uint8_t* weights) {
+__device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, const uint8_t* input, const uint8_t* weights, uint8_t* slices) {
     RingPosition in, weight, slot;
     float d[kBlockN / 2];
     bool started = false;
+    int64_t pending = -1;    // the sample of the tile that is finished but not yet signalled
+    float* slice = reinterpret_cast<float*>(slices + (threadIdx.x / 32 - 4) * kSliceBytes);
     while (true) {
         mbarrier_wait(head.tile_full + slot.stage, slot.phase);
         const int index = head.tiles[slot.stage];
         mbarrier_arrive(head.tile_empty + slot.stage);
         slot.advance(2);
-        if (index < 0) return;
+        if (index < 0) break;
         const Tile tile = locate(a.p, index);
         // The second warpgroup starts once the first is ahead by what the ring of weights allows: then one multiplies while
         // the other finishes its tile.
@@ -403,15 +447,15 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, c
         if (!started && threadIdx.x / 128 == 2) mbarrier_wait(&head.stagger, 0);
         started = true;
         switch (a.p.t.chunk) {
-            case 64: multiply<kBlockN, 4>(a, tile, head, input, weights, in, weight, first, d); break;
-            case 32: multiply<kBlockN, 2>(a, tile, head, input, weights, in, weight, first, d); break;
-            default: multiply<kBlockN, 1>(a, tile, head, input, weights, in, weight, first, d); break;
+            case 64: multiply<kBlockN, 4>(a, tile, head, input, weights, in, weight, first, pending, d); break;
+            case 32: multiply<kBlockN, 2>(a, tile, head, input, weights, in, weight, first, pending, d); break;
+            default: multiply<kBlockN, 1>(a, tile, head, input, weights, in, weight, first, pending, d); break;
         }
-        // Pairs of positions stay in one row of the output, aligned, where all of these are even.
-        const bool pairs = ((a.p.t.pitch | int(a.p.g.axis[2].out) | a.p.t.tile_w) & 1) == 0;
-        if (pairs) finish<kBlockN, true>(a, tile, d);
-        else finish<kBlockN, false>(a, tile, d);
+        if (a.p.t.vectors) finish<kBlockN, 4>(a, tile, slice, d);
+        else finish<kBlockN, 1>(a, tile, slice, d);
+        if (a.fusion.num_groups > 0) pending = tile.n;
     }
+    if (pending >= 0) signal_done(a, pending);
 }
 
 // ----------------------------------------------------------------------------------------------------- Normalizer
@@ -535,7 +579,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const Tiling& t = a.p.t;
     uint8_t* input = shared + 1024;                                  // (kInputStages, box_rows, pitch, chunk) fp16 and margins
     uint8_t* weights = input + kInputStages * t.input_bytes;         // (weight_stages, block_m, chunk) fp16
-    uint8_t* norm_ring = weights + t.weight_stages * t.weight_bytes; // (kNormStages, kNormBytes)
+    uint8_t* norm_ring = weights + t.weight_stages * t.weight_bytes; // (kNormStages, kNormBytes), then a slice for each consumer warp
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
@@ -561,7 +605,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         if (warp == 3 && a.fusion.in_kernel) normalize_rows(head, norm_ring);
     } else {
         setmaxnreg_inc<kConsumerRegisters>();
-        consume<kBlockN>(a, head, input, weights);
+        consume<kBlockN>(a, head, input, weights, norm_ring + kNormStages * kNormBytes);
     }
 #endif
 }
@@ -622,7 +666,7 @@ inline Plan make_plan(const Geometry& g, int multiprocessors, bool fused, void* 
 template <int kBlockN>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    const int bytes = 1024 + kInputStages * t.input_bytes + t.weight_stages * t.weight_bytes + kNormStages * kNormBytes;
+    const int bytes = 1024 + kInputStages * t.input_bytes + t.weight_stages * t.weight_bytes + kNormStages * kNormBytes + 8 * kSliceBytes;
     RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
     conv_kernel<kBlockN><<<unsigned(blocks), kThreads, bytes, stream>>>(x_map, w_map, a);

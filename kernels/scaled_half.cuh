@@ -56,7 +56,7 @@ struct Pack {
 constexpr int kLookElements = 4096;                // of one block's look at a part of a sample
 constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one
 constexpr int64_t kSmallSample = 1 << 16;
-constexpr int kPositions = 64, kChannels = 64;     // of one block of the copy
+constexpr int kPositions = 128, kChannels = 64;    // of one block of the copy
 
 HOST_DEVICE int64_t look_blocks(const Pack& p) {
     const int64_t elements = p.C * p.S;
