@@ -1900,17 +1900,17 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
 // One destination channel of the weight.
 template <typename T> __device__ void pack_weight_row(const Pack& p, int64_t row) {
     const T* w = static_cast<const T*>(p.w) + row * p.row_stride;
-    const int64_t count = p.taps * p.C_pad;
+    const int taps = p.taps, C = p.C, C_pad = p.C_pad, live = row < p.rows ? C * taps : 0;
     unsigned max = 0;
-    if (row < p.rows)
-        for (int64_t i = threadIdx.x; i < p.C * p.taps; i += kThreads) max = umax(max, finite_magnitude(to_acc(w[i / p.taps * p.column_stride + i % p.taps])));
+#pragma unroll 8
+    for (int i = threadIdx.x; i < live; i += kThreads) max = umax(max, finite_magnitude(to_acc(w[i / taps * p.column_stride + i % taps])));
     max = block_max(max);
     const float scale = power_of_two(shift_of(max));
-    for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-        const int64_t tap = i / p.C_pad, c = i % p.C_pad;
-        const bool inside = row < p.rows && c < p.C;
-        const int64_t source = c * p.column_stride + (p.flip ? p.taps - 1 - tap : tap);
-        p.weight[(tap * p.M_pad + row) * p.C_pad + c] = __float2half_rn(inside ? to_acc(w[source]) * scale : 0.0f);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < taps * C_pad; i += kThreads) {
+        const int tap = i / C_pad, c = i % C_pad;
+        const float v = row < p.rows && c < C ? to_acc(w[c * p.column_stride + (p.flip ? taps - 1 - tap : tap)]) : 0.0f;
+        p.weight[(tap * p.M_pad + row) * C_pad + c] = __float2half_rn(v * scale);
     }
     if (threadIdx.x == 0) p.weight_max[row] = max;
 }
@@ -2015,7 +2015,8 @@ _SOURCES['conv_transpose3d_forward_sm90.cu'] = r'''
 // A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. The producer
 // copies a box of the input plane, halo included, once for all taps (kh, kw): positions are numbered along rows of `pitch`,
 // and a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. The weights of each tap
-// stream through a ring of stages. Where the whole width fits, neighbouring rows share the zeros of their halos.
+// stream through a ring of stages for each consumer, so that one multiplies while the other finishes its tile. Where the
+// whole width fits, neighbouring rows share the zeros of their halos.
 //
 // Fused: the epilogue writes relu(out) and, per tile and channel, the mean and the sum of squared deviations. The other warps
 // of the producer's warpgroup combine these and normalize the samples that are complete, from L2, while the tensor cores
@@ -2030,11 +2031,11 @@ namespace conv_sm90 {
 // ---------------------------------------------------------------------------------------------------------- Tiling
 
 constexpr int kWarpgroupM = 64;                // output channels of a warpgroup
-constexpr int kMaxStages = 8;
+constexpr int kMaxStages = 8;                  // of one consumer's ring of weights
 constexpr int kInputStages = 2;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kThreads = 384;
-constexpr int kNormStages = 5, kNormBytes = 4096;    // of the ring through which samples are normalized
+constexpr int kNormStages = 6, kNormBytes = 4096;    // of the ring through which samples are normalized
 constexpr int kSlice = 32;                           // positions of a warp's slice of the output on its way through shared memory
 constexpr int kSliceStride = kSlice + 8;             // floats from one of its 16 rows to the next: no bank conflicts
 constexpr int kSliceBytes = 16 * kSliceStride * 4;
@@ -2054,7 +2055,8 @@ struct Tiling {
     int plane_tiles;       // tiles of one plane of H_out rows
     int box_rows;          // of the input, halo included
     int kh_per_box;        // taps kh that a box serves: all, or 1
-    int input_bytes, weight_bytes, weight_stages;    // of a stage; a stage of input ends with a margin of zeros
+    int input_bytes, weight_bytes;    // of a stage; a stage of input ends with a margin of zeros
+    int weight_stages;     // of one consumer
     int64_t m_tiles, sample_tiles, tiles;
 };
 
@@ -2094,9 +2096,9 @@ inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
         t.pitch = pitch, t.box_rows = rows;
         t.plane_tiles = ceil_div(ah.out * pitch, t.positions);
         t.input_bytes = round_up((rows * pitch + halo_w) * row_bytes, 1024);
-        t.weight_bytes = block_m * row_bytes;
+        t.weight_bytes = kWarpgroupM * row_bytes;
         const int64_t left = kSharedBytes - 1024 - kNormStages * kNormBytes - 8 * kSliceBytes - int64_t(kInputStages) * t.input_bytes;
-        t.weight_stages = left / t.weight_bytes < kMaxStages ? left / t.weight_bytes : kMaxStages;
+        t.weight_stages = left / (2 * t.weight_bytes) < kMaxStages ? left / (2 * t.weight_bytes) : kMaxStages;
         if (left < 0 || t.weight_stages < 3) continue;
         t.m_tiles = t.M_pad / block_m;
         t.sample_tiles = ad.out * t.w_tiles * t.plane_tiles * t.m_tiles;
@@ -2143,21 +2145,12 @@ struct Parameters {
     Fusion fusion;
 };
 
-// A stage of the ring through which samples are normalized.
-struct NormPiece {
-    float high, low, scale, offset;        // y = ((r - high) - low) * scale + offset
-    float* y;
-    int bytes;                             // 0: no more
-};
-
 struct SharedHead {
     uint64_t input_full[kInputStages], input_empty[kInputStages];
-    uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];
+    uint64_t weight_full[2][kMaxStages], weight_empty[2][kMaxStages];    // of each consumer
     uint64_t tile_full[2], tile_empty[2];
-    uint64_t stagger;
-    uint64_t norm_full[kNormStages], norm_empty[kNormStages];
+    uint64_t norm_full[kNormStages];
     int tiles[2];
-    NormPiece pieces[kNormStages];
 };
 static_assert(sizeof(SharedHead) <= 1024, "the stages begin 1 KB into shared memory");
 
@@ -2195,12 +2188,45 @@ __device__ __forceinline__ int source_plane(const Geometry& g, int d, int kd) {
 
 // ------------------------------------------------------------------------------------------------------- Producer
 
-// One thread: takes tiles from the queue, tells the consumers, loads boxes of input and stages of weights.
+// The next tile of the block, or -1 at the end; `users` of a slot are the consumers' threads and the second producer.
+constexpr int kTileUsers = 256 + 1;
+__device__ __forceinline__ int next_tile(SharedHead& head, RingPosition& slot) {
+    mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+    const int index = head.tiles[slot.stage];
+    mbarrier_arrive(head.tile_empty + slot.stage);
+    slot.advance(2);
+    return index;
+}
+
+// Calls box(plane, kh0, c) for every box of input that the tile reads, and tap(c, k) for every tap that it serves, in order.
+template <typename Box, typename Tap>
+__device__ __forceinline__ void for_each_load(const Problem& p, const Tile& tile, Box box, Tap tap) {
+    const int K_d = p.g.axis[0].kernel, K_h = p.g.axis[1].kernel, K_w = p.g.axis[2].kernel;
+    for (int kd = 0; kd < K_d; kd++) {
+        const int plane = source_plane(p.g, tile.d, kd);
+        if (plane < 0) continue;
+        for (int kh0 = 0; kh0 < K_h; kh0 += p.t.kh_per_box)
+        for (int c = 0; c < p.t.C_pad; c += p.t.chunk) {
+            box(plane, kh0, c);
+            for (int k = kh0 * K_w; k < (kh0 + p.t.kh_per_box) * K_w; k++) tap(c, kd * K_h * K_w + k);
+        }
+    }
+}
+
+// One stage of a consumer's weights.
+__device__ __forceinline__ void load_weight(const Tiling& t, const CUtensorMap* map, SharedHead& head, uint8_t* weights, int consumer, const Tile& tile, int c, int k, RingPosition& at) {
+    uint64_t* full = head.weight_full[consumer] + at.stage;
+    mbarrier_wait(head.weight_empty[consumer] + at.stage, at.phase ^ 1);
+    mbarrier_arrive_expect_tx(full, t.weight_bytes);
+    tma_load_3d(weights + (consumer * t.weight_stages + at.stage) * t.weight_bytes, map, full, c, tile.m0 + (t.split_m ? consumer * kWarpgroupM : 0), k);
+    at.advance(t.weight_stages);
+}
+
+// One thread: takes tiles from the queue, tells the others, loads the boxes of input and the first consumer's weights.
 __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap* x_map, const CUtensorMap* w_map, SharedHead& head, uint8_t* input, uint8_t* weights) {
     const Geometry& g = a.p.g;
     const Tiling& t = a.p.t;
     const Axis &ah = g.axis[1], &aw = g.axis[2];
-    const int K_d = g.axis[0].kernel, K_h = ah.kernel, K_w = aw.kernel;
     const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
     RingPosition in, weight, slot;
     unsigned next = atomicAdd(a.workspace.tile_ticket, 1u);
@@ -2213,26 +2239,26 @@ __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap* 
         if (index >= t.tiles) return;
         next = atomicAdd(a.workspace.tile_ticket, 1u);
         const Tile tile = locate(a.p, index);
-        const int w_start = tile.w0 + int(aw.padding) - (K_w - 1) * int(aw.dilation);
-        for (int kd = 0; kd < K_d; kd++) {
-            const int plane = source_plane(g, tile.d, kd);
-            if (plane < 0) continue;
-            for (int kh0 = 0; kh0 < K_h; kh0 += t.kh_per_box)
-            for (int c = 0; c < t.C_pad; c += t.chunk) {
-                const int h_start = tile.h0 + int(ah.padding) - (kh0 + t.kh_per_box - 1) * int(ah.dilation);
-                mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
-                mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
-                tma_load_5d(input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, c, w_start, h_start, plane, int(tile.n));
-                in.advance(kInputStages);
-                for (int kh = kh0; kh < kh0 + t.kh_per_box; kh++)
-                for (int kw = 0; kw < K_w; kw++) {
-                    mbarrier_wait(head.weight_empty + weight.stage, weight.phase ^ 1);
-                    mbarrier_arrive_expect_tx(head.weight_full + weight.stage, t.weight_bytes);
-                    tma_load_3d(weights + weight.stage * t.weight_bytes, w_map, head.weight_full + weight.stage, c, tile.m0, (kd * K_h + kh) * K_w + kw);
-                    weight.advance(t.weight_stages);
-                }
-            }
-        }
+        const int w_start = tile.w0 + int(aw.padding) - int(aw.kernel - 1) * int(aw.dilation);
+        auto box = [&](int plane, int kh0, int c) {
+            const int h_start = tile.h0 + int(ah.padding) - (kh0 + t.kh_per_box - 1) * int(ah.dilation);
+            mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
+            mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
+            tma_load_5d(input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, c, w_start, h_start, plane, int(tile.n));
+            in.advance(kInputStages);
+        };
+        for_each_load(a.p, tile, box, [&](int c, int k) { load_weight(t, w_map, head, weights, 0, tile, c, k, weight); });
+    }
+}
+
+// Another thread: the second consumer's weights.
+__device__ __forceinline__ void produce_second(const Parameters& a, const CUtensorMap* w_map, SharedHead& head, uint8_t* weights) {
+    RingPosition weight, slot;
+    while (true) {
+        const int index = next_tile(head, slot);
+        if (index < 0) return;
+        const Tile tile = locate(a.p, index);
+        for_each_load(a.p, tile, [](int, int, int) {}, [&](int c, int k) { load_weight(a.p.t, w_map, head, weights, 1, tile, c, k, weight); });
     }
 }
 
@@ -2251,7 +2277,7 @@ __device__ __forceinline__ void signal_done(const Parameters& a, int64_t n) {
 // it would wait for each wgmma by itself.
 template <int kBlockN, int kSteps>
 __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, SharedHead& head, const uint8_t* input, const uint8_t* weights,
-                                         RingPosition& in, RingPosition& weight, bool first, int64_t& pending, float (&d)[kBlockN / 2]) {
+                                         RingPosition& in, RingPosition& weight, int64_t& pending, float (&d)[kBlockN / 2]) {
     const Geometry& g = a.p.g;
     const Tiling& t = a.p.t;
     const int warpgroup = threadIdx.x / 128 - 1;
@@ -2260,11 +2286,11 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
     const int K_d = g.axis[0].kernel, K_h = g.axis[1].kernel, K_w = g.axis[2].kernel;
     const int dilation_h = g.axis[1].dilation, dilation_w = g.axis[2].dilation;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
-    const int a_offset = t.split_m ? warpgroup * kWarpgroupM * row_bytes : 0;
+    uint64_t *weight_full = head.weight_full[warpgroup], *weight_empty = head.weight_empty[warpgroup];
+    const uint32_t ring = shared_address(weights + warpgroup * t.weight_stages * t.weight_bytes);
     const int b_row = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN);
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
-    int taps = 0;
     int done_weight = -1, done_input = -1;    // stages whose last reader is the wgmma group in flight
     for (int kd = 0; kd < K_d; kd++) {
         if (source_plane(g, tile.d, kd) < 0) continue;
@@ -2275,8 +2301,8 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
             for (int kh = t.kh_per_box - 1; kh >= 0; kh--)
             for (int kw = K_w - 1; kw >= 0; kw--) {
                 const uint32_t b = box + (kh * dilation_h * t.pitch + kw * dilation_w) * row_bytes;
-                mbarrier_wait(head.weight_full + weight.stage, weight.phase);
-                const uint32_t w = shared_address(weights + weight.stage * t.weight_bytes) + a_offset;
+                mbarrier_wait(weight_full + weight.stage, weight.phase);
+                const uint32_t w = ring + weight.stage * t.weight_bytes;
                 wgmma_fence();
 #pragma unroll
                 for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
@@ -2286,10 +2312,9 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
                     pending = -1;
                 }
                 wgmma_wait_group<1>();
-                if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
+                if (elected && done_weight >= 0) mbarrier_arrive(weight_empty + done_weight);
                 if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
                 done_input = -1, done_weight = weight.stage;
-                if (first && elected && ++taps == t.weight_stages - 1) mbarrier_arrive(&head.stagger);
                 weight.advance(t.weight_stages);
             }
             done_input = in.stage;
@@ -2297,9 +2322,8 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
         }
     }
     wgmma_wait_group<0>();
-    if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
+    if (elected && done_weight >= 0) mbarrier_arrive(weight_empty + done_weight);
     if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
-    if (first && elected && taps < t.weight_stages - 1) mbarrier_arrive(&head.stagger);
 }
 
 __device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
@@ -2353,15 +2377,16 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
     const int64_t base = (tile.n * g.C_out + channel0) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
     const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
     const float lowest = a.apply_relu ? 0.0f : -INFINITY;
-    float second_scale[kSteps], bias[kSteps];
-#pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-        const int channel = channel0 + step * kRows;
-        second_scale[step] = scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel]));
-        bias[step] = a.bias && channel < g.C_out ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+    // What a row needs lies behind its positions: its scale, its bias, and the shift of its moments.
+    auto constants = [slice](int row) { return slice + row * kSliceStride + kSlice; };
+    if (lane < 16) {
+        const int channel = channel0 - lane / kLanes + lane;
+        constants(lane)[0] = scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel]));
+        constants(lane)[1] = a.bias && channel < g.C_out ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+        constants(lane)[2] = 0.0f;
     }
     // Moments of shifted values. The shift is the mean of a row's first values, which bounds what the variance can cancel.
-    float shift[kSteps] = {}, sum[kSteps] = {}, squares[kSteps] = {}, count = 0.0f;
+    float sum[kSteps] = {}, squares[kSteps] = {}, count = 0.0f;
     bool shifted = false;
 
 #pragma unroll
@@ -2383,7 +2408,9 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
         float v[kSteps][kVector];
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
-            const float* source = slice + (step * kRows + lane / kLanes) * kSliceStride + lane % kLanes * kVector;
+            const int row = step * kRows + lane / kLanes;
+            const float* source = slice + row * kSliceStride + lane % kLanes * kVector;
+            const float2 scale_bias = *reinterpret_cast<const float2*>(constants(row));
             if constexpr (kVector == 4) {
                 const float4 four = *reinterpret_cast<const float4*>(source);
                 v[step][0] = four.x, v[step][1] = four.y, v[step][2] = four.z, v[step][3] = four.w;
@@ -2391,7 +2418,7 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
                 v[step][0] = *source;
             }
 #pragma unroll
-            for (int e = 0; e < kVector; e++) v[step][e] = max_nan(fmaf(v[step][e] * first_scale, second_scale[step], bias[step]), lowest);
+            for (int e = 0; e < kVector; e++) v[step][e] = max_nan(fmaf(v[step][e] * first_scale, scale_bias.x, scale_bias.y), lowest);
             if (inside && channel0 + step * kRows < g.C_out) store(a.out, a.dtype, offset + step * kRows * volume, v[step]);
         }
         if (!fused) continue;
@@ -2404,19 +2431,23 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
                 float of_lane = 0.0f;
 #pragma unroll
                 for (int e = 0; e < kVector; e++) of_lane += v[step][e];
-                shift[step] = lanes_sum<kLanes>(inside ? of_lane : 0.0f) / total;
+                const float shift = lanes_sum<kLanes>(inside ? of_lane : 0.0f) / total;
+                if (lane % kLanes == 0) constants(step * kRows + lane / kLanes)[2] = shift;
             }
+            __syncwarp();
         }
         count += here;
         if (inside)
 #pragma unroll
-            for (int step = 0; step < kSteps; step++)
+            for (int step = 0; step < kSteps; step++) {
+                const float shift = constants(step * kRows + lane / kLanes)[2];
 #pragma unroll
                 for (int e = 0; e < kVector; e++) {
-                    const float deviation = v[step][e] - shift[step];
+                    const float deviation = v[step][e] - shift;
                     sum[step] += deviation;
                     squares[step] = fmaf(deviation, deviation, squares[step]);
                 }
+            }
     }
     if (!fused) return;
 
@@ -2427,7 +2458,7 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
     for (int step = 0; step < kSteps; step++) {
         const float row_sum = lanes_sum<kLanes>(sum[step]), row_squares = lanes_sum<kLanes>(squares[step]);
         const float mean = row_sum * inverse;
-        if (lane % kLanes == 0) a.workspace.moments[part * t.M_pad + channel0 + step * kRows] = make_float2(shift[step] + mean, row_squares - row_sum * mean);
+        if (lane % kLanes == 0) a.workspace.moments[part * t.M_pad + channel0 + step * kRows] = make_float2(constants(step * kRows + lane / kLanes)[2] + mean, row_squares - row_sum * mean);
     }
     if (lane == 0 && warp == 0) a.workspace.counts[part] = total;    // the same from every tile of these positions
 }
@@ -2436,25 +2467,16 @@ template <int kBlockN>
 __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, const uint8_t* input, const uint8_t* weights, uint8_t* slices) {
     RingPosition in, weight, slot;
     float d[kBlockN / 2];
-    bool started = false;
     int64_t pending = -1;    // the sample of the tile that is finished but not yet signalled
     float* slice = reinterpret_cast<float*>(slices + (threadIdx.x / 32 - 4) * kSliceBytes);
     while (true) {
-        mbarrier_wait(head.tile_full + slot.stage, slot.phase);
-        const int index = head.tiles[slot.stage];
-        mbarrier_arrive(head.tile_empty + slot.stage);
-        slot.advance(2);
+        const int index = next_tile(head, slot);
         if (index < 0) break;
         const Tile tile = locate(a.p, index);
-        // The second warpgroup starts once the first is ahead by what the ring of weights allows: then one multiplies while
-        // the other finishes its tile.
-        const bool first = !started && threadIdx.x / 128 == 1;
-        if (!started && threadIdx.x / 128 == 2) mbarrier_wait(&head.stagger, 0);
-        started = true;
         switch (a.p.t.chunk) {
-            case 64: multiply<kBlockN, 4>(a, tile, head, input, weights, in, weight, first, pending, d); break;
-            case 32: multiply<kBlockN, 2>(a, tile, head, input, weights, in, weight, first, pending, d); break;
-            default: multiply<kBlockN, 1>(a, tile, head, input, weights, in, weight, first, pending, d); break;
+            case 64: multiply<kBlockN, 4>(a, tile, head, input, weights, in, weight, pending, d); break;
+            case 32: multiply<kBlockN, 2>(a, tile, head, input, weights, in, weight, pending, d); break;
+            default: multiply<kBlockN, 1>(a, tile, head, input, weights, in, weight, pending, d); break;
         }
         if (a.p.t.vectors) finish<kBlockN, 4>(a, tile, slice, d);
         else finish<kBlockN, 1>(a, tile, slice, d);
@@ -2465,8 +2487,8 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, c
 
 // ----------------------------------------------------------------------------------------------------- Normalizer
 //
-// Three warps: one combines moments, one loads rows of complete samples into a ring, one normalizes them and sends them back.
-// Their queues are taken in order, so each waits only for tiles and groups that running blocks have taken before.
+// Two warps: one combines moments, one normalizes the rows of complete samples on their way through a ring. Their queues are
+// taken in order, so each waits only for tiles and groups that running blocks have taken before.
 
 constexpr int kRowPieces = 8;    // pieces of one item of the row queue
 
@@ -2507,66 +2529,79 @@ __device__ __forceinline__ void combine_moments(const Parameters& a) {
     }
 }
 
-// One thread: takes kRowPieces pieces of a (n, channel) row at a time and loads them.
-__device__ __forceinline__ void load_rows(const Parameters& a, SharedHead& head, uint8_t* ring) {
+// A run of pieces of one (n, channel) row: y = ((r - high) - low) * scale + offset, the mean split so that no bit is lost.
+struct RowItem {
+    const uint8_t* r;
+    uint8_t* y;
+    int bytes;    // 0: no more
+    float high, low, scale, offset;
+};
+
+// One warp: the next item, waited for until its sample is complete.
+__device__ __forceinline__ RowItem next_row(const Parameters& a) {
     const int64_t row_bytes = out_volume(a.p.g) * 4, row_items = ceil_div(row_bytes, kRowPieces * kNormBytes);
     const int64_t channels = a.p.g.C_out, group_channels = channels / a.fusion.num_groups;
-    RingPosition stage;
-    unsigned next = atomicAdd(a.workspace.row_ticket, 1u);
-    while (true) {
-        const int64_t row = next / row_items, n = row / channels, channel = row % channels, group = row / group_channels;
-        if (n >= a.p.g.N) break;
-        const int64_t begin = next % row_items * kRowPieces * kNormBytes;
-        next = atomicAdd(a.workspace.row_ticket, 1u);
-        while (ld_acquire_gpu(a.workspace.groups_done + n) < a.fusion.num_groups) __nanosleep(200);
-        fence_proxy_async_all();    // what other multiprocessors stored is now visible to the copy engine too
-        const double mean = __ldcg(a.fusion.mean + group);
-        NormPiece piece;
-        piece.high = float(mean), piece.low = float(mean - double(piece.high));    // r - mean without losing the mean's low bits
-        piece.scale = float(__ldcg(a.fusion.rstd + group)) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
-        piece.offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
-        const int64_t end = begin + kRowPieces * kNormBytes < row_bytes ? begin + kRowPieces * kNormBytes : row_bytes;
-        for (int64_t at = begin; at < end; at += kNormBytes) {
-            piece.bytes = end - at < kNormBytes ? end - at : kNormBytes;
-            piece.y = static_cast<float*>(a.fusion.y) + (row * row_bytes + at) / 4;
-            mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
-            head.pieces[stage.stage] = piece;
-            mbarrier_arrive_expect_tx(head.norm_full + stage.stage, piece.bytes);
-            bulk_load(ring + stage.stage * kNormBytes, static_cast<const uint8_t*>(a.out) + row * row_bytes + at, piece.bytes, head.norm_full + stage.stage);
-            stage.advance(kNormStages);
-        }
-    }
-    mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
-    head.pieces[stage.stage].bytes = 0;
-    mbarrier_arrive(head.norm_full + stage.stage);
+    unsigned item = threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.row_ticket, 1u) : 0;
+    item = __shfl_sync(~0u, item, 0);
+    const int64_t row = item / row_items, n = row / channels, channel = row % channels, group = row / group_channels;
+    RowItem result = {};
+    if (n >= a.p.g.N) return result;
+    while (ld_acquire_gpu(a.workspace.groups_done + n) < a.fusion.num_groups) __nanosleep(200);
+    fence_proxy_async_all();    // what other multiprocessors stored is now visible to the copy engine too
+    const double mean = __ldcg(a.fusion.mean + group);
+    result.high = float(mean), result.low = float(mean - double(result.high));
+    result.scale = float(__ldcg(a.fusion.rstd + group)) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
+    result.offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
+    const int64_t begin = item % row_items * kRowPieces * kNormBytes;
+    result.bytes = row_bytes - begin < kRowPieces * kNormBytes ? row_bytes - begin : kRowPieces * kNormBytes;
+    result.r = static_cast<const uint8_t*>(a.out) + row * row_bytes + begin;
+    result.y = static_cast<uint8_t*>(a.fusion.y) + row * row_bytes + begin;
+    return result;
 }
 
-// One warp: normalizes the pieces in place and stores them.
-__device__ __forceinline__ void normalize_rows(SharedHead& head, uint8_t* ring) {
+// One warp: each piece is normalized in place and stored. Loads run kNormStages - 2 pieces ahead, into the next item too.
+__device__ __forceinline__ void normalize_rows(const Parameters& a, SharedHead& head, uint8_t* ring) {
     const int lane = threadIdx.x % 32;
-    RingPosition stage;
-    int storing = -1;    // the stage whose store may still read it
-    while (true) {
-        mbarrier_wait(head.norm_full + stage.stage, stage.phase);
-        const NormPiece piece = head.pieces[stage.stage];
-        if (piece.bytes == 0) break;
-        float4* values = reinterpret_cast<float4*>(ring + stage.stage * kNormBytes);
-        auto apply = [&piece](float v) { return fmaf((v - piece.high) - piece.low, piece.scale, piece.offset); };
+    RowItem store = next_row(a), load = store;
+    int store_at = 0, load_at = 0, ahead = 0;
+    RingPosition store_stage, load_stage;
+    while (store.bytes > 0) {
+        while (ahead < kNormStages - 2) {
+            if (load_at == load.bytes) {
+                if (load.r != store.r) break;    // at most one item ahead
+                load = next_row(a), load_at = 0;
+                if (load.bytes == 0) break;
+            }
+            const int bytes = min(load.bytes - load_at, kNormBytes);
+            if (lane == 0) {
+                bulk_wait_group_read<1>();       // the stage's previous piece, two stores ago, has left
+                mbarrier_arrive_expect_tx(head.norm_full + load_stage.stage, bytes);
+                bulk_load(ring + load_stage.stage * kNormBytes, load.r + load_at, bytes, head.norm_full + load_stage.stage);
+            }
+            load_stage.advance(kNormStages);
+            load_at += bytes, ahead++;
+        }
+        mbarrier_wait(head.norm_full + store_stage.stage, store_stage.phase);
+        const int bytes = min(store.bytes - store_at, kNormBytes);
+        float4* values = reinterpret_cast<float4*>(ring + store_stage.stage * kNormBytes);
+        auto apply = [&store](float v) { return fmaf((v - store.high) - store.low, store.scale, store.offset); };
 #pragma unroll 8
-        for (int i = lane; i < piece.bytes / 16; i += 32) {
+        for (int i = lane; i < bytes / 16; i += 32) {
             const float4 v = values[i];
             values[i] = make_float4(apply(v.x), apply(v.y), apply(v.z), apply(v.w));
         }
         fence_proxy_async();
         __syncwarp();
         if (lane == 0) {
-            bulk_store(piece.y, values, piece.bytes);
+            bulk_store(store.y + store_at, values, bytes);
             bulk_commit_group();
-            bulk_wait_group_read<1>();
-            if (storing >= 0) mbarrier_arrive(head.norm_empty + storing);
         }
-        storing = stage.stage;
-        stage.advance(kNormStages);
+        store_stage.advance(kNormStages);
+        store_at += bytes, ahead--;
+        if (store_at == store.bytes) {
+            if (load.r == store.r) load = next_row(a), load_at = 0;
+            store = load, store_at = 0;
+        }
     }
     if (lane == 0) bulk_wait_group_read<0>();
 }
@@ -2583,16 +2618,15 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     SharedHead& head = *reinterpret_cast<SharedHead*>(shared);
     const Tiling& t = a.p.t;
     uint8_t* input = shared + 1024;                                  // (kInputStages, box_rows, pitch, chunk) fp16 and margins
-    uint8_t* weights = input + kInputStages * t.input_bytes;         // (weight_stages, block_m, chunk) fp16
-    uint8_t* norm_ring = weights + t.weight_stages * t.weight_bytes; // (kNormStages, kNormBytes), then a slice for each consumer warp
+    uint8_t* weights = input + kInputStages * t.input_bytes;         // (2, weight_stages, kWarpgroupM, chunk) fp16
+    uint8_t* norm_ring = weights + 2 * t.weight_stages * t.weight_bytes; // (kNormStages, kNormBytes), then a slice for each consumer warp
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
         for (int i = 0; i < kInputStages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 2);
-        for (int i = 0; i < t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, 2);
-        for (int i = 0; i < 2; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256);
-        mbarrier_init(&head.stagger, 1);
-        for (int i = 0; i < kNormStages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
+        for (int i = 0; i < 2 * kMaxStages; i++) mbarrier_init(head.weight_full[0] + i, 1), mbarrier_init(head.weight_empty[0] + i, 1);
+        for (int i = 0; i < 2; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, kTileUsers);
+        for (int i = 0; i < kNormStages; i++) mbarrier_init(head.norm_full + i, 1);
         fence_mbarrier_init();
     }
     const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
@@ -2606,8 +2640,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         const int warp = threadIdx.x / 32;
         if (threadIdx.x == 0) produce(a, &x_map, &w_map, head, input, weights);
         if (warp == 1 && a.fusion.num_groups > 0) combine_moments(a);
-        if (threadIdx.x == 64 && a.fusion.in_kernel) load_rows(a, head, norm_ring);
-        if (warp == 3 && a.fusion.in_kernel) normalize_rows(head, norm_ring);
+        if (threadIdx.x == 64) produce_second(a, &w_map, head, weights);
+        if (warp == 3 && a.fusion.in_kernel) normalize_rows(a, head, norm_ring);
     } else {
         setmaxnreg_inc<kConsumerRegisters>();
         consume<kBlockN>(a, head, input, weights, norm_ring + kNormStages * kNormBytes);
@@ -2671,7 +2705,7 @@ inline Plan make_plan(const Geometry& g, int multiprocessors, bool fused, void* 
 template <int kBlockN>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    const int bytes = 1024 + kInputStages * t.input_bytes + t.weight_stages * t.weight_bytes + kNormStages * kNormBytes + 8 * kSliceBytes;
+    const int bytes = 1024 + kInputStages * t.input_bytes + 2 * t.weight_stages * t.weight_bytes + kNormStages * kNormBytes + 8 * kSliceBytes;
     RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
     conv_kernel<kBlockN><<<unsigned(blocks), kThreads, bytes, stream>>>(x_map, w_map, a);
@@ -2694,7 +2728,7 @@ inline int run(const Geometry& g, int dtype, int device, void* stream_pointer, v
     }
     CUtensorMap x_map, w_map;
     RETURN_IF_ERROR(make_tensor_map<5>(&x_map, plan.pack.activation, {t.C_pad, g.axis[2].in, g.axis[1].in, g.axis[0].in, g.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, plan.pack.weight, {t.C_pad, t.M_pad, plan.pack.taps}, {t.chunk, t.split_m ? 2 * kWarpgroupM : kWarpgroupM, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, plan.pack.weight, {t.C_pad, t.M_pad, plan.pack.taps}, {t.chunk, kWarpgroupM, 1}));
     const Parameters a = {plan.problem, dtype, apply_relu, bias, out, plan.pack.activation_max, plan.pack.weight_max, plan.workspace, fusion};
     switch (t.block_n) {
         case 256: return launch_conv<256>(x_map, w_map, a, multiprocessors, stream);

@@ -80,17 +80,17 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
 // One destination channel of the weight.
 template <typename T> __device__ void pack_weight_row(const Pack& p, int64_t row) {
     const T* w = static_cast<const T*>(p.w) + row * p.row_stride;
-    const int64_t count = p.taps * p.C_pad;
+    const int taps = p.taps, C = p.C, C_pad = p.C_pad, live = row < p.rows ? C * taps : 0;
     unsigned max = 0;
-    if (row < p.rows)
-        for (int64_t i = threadIdx.x; i < p.C * p.taps; i += kThreads) max = umax(max, finite_magnitude(to_acc(w[i / p.taps * p.column_stride + i % p.taps])));
+#pragma unroll 8
+    for (int i = threadIdx.x; i < live; i += kThreads) max = umax(max, finite_magnitude(to_acc(w[i / taps * p.column_stride + i % taps])));
     max = block_max(max);
     const float scale = power_of_two(shift_of(max));
-    for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-        const int64_t tap = i / p.C_pad, c = i % p.C_pad;
-        const bool inside = row < p.rows && c < p.C;
-        const int64_t source = c * p.column_stride + (p.flip ? p.taps - 1 - tap : tap);
-        p.weight[(tap * p.M_pad + row) * p.C_pad + c] = __float2half_rn(inside ? to_acc(w[source]) * scale : 0.0f);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < taps * C_pad; i += kThreads) {
+        const int tap = i / C_pad, c = i % C_pad;
+        const float v = row < p.rows && c < C ? to_acc(w[c * p.column_stride + (p.flip ? taps - 1 - tap : tap)]) : 0.0f;
+        p.weight[(tap * p.M_pad + row) * C_pad + c] = __float2half_rn(v * scale);
     }
     if (threadIdx.x == 0) p.weight_max[row] = max;
 }
