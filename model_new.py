@@ -1717,9 +1717,16 @@ __device__ __forceinline__ void bulk_load(void* destination, const void* source,
 __device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+                 ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
 __device__ __forceinline__ void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Waits until all but kPending of this thread's groups have read their source.
 template <int kPending> __device__ __forceinline__ void bulk_wait_group_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory"); }
+
+// Waits until all of this thread's groups have written their destination.
+__device__ __forceinline__ void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // cuTensorMapEncodeTiled, looked up at run time so that nothing links libcuda.
 using TensorMapEncode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
@@ -1740,19 +1747,19 @@ inline CUtensorMapSwizzle swizzle_of(int row_bytes) {
     return row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
 }
 
-// A map of a dense fp16 tensor; dims and box fastest first, rows of the box swizzled, zeros outside the tensor.
-template <int kRank> int make_tensor_map(CUtensorMap* map, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
+// A map of a dense tensor; dims and box fastest first, rows of the box swizzled, zeros outside the tensor.
+template <int kRank> int make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
     cuuint64_t sizes[kRank], strides[kRank];
     cuuint32_t boxes[kRank], steps[kRank];
-    cuuint64_t stride = 2;
+    cuuint64_t stride = element_bytes;
     for (int i = 0; i < kRank; i++) {
         sizes[i] = dims[i], boxes[i] = box[i], steps[i] = 1;
         stride *= dims[i];
         strides[i] = stride;
     }
     if (!tensor_map_encode()) return cudaErrorNotSupported;
-    const CUresult result = tensor_map_encode()(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                swizzle_of(box[0] * 2), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result = tensor_map_encode()(map, type, kRank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                                swizzle_of(box[0] * element_bytes), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -2015,8 +2022,7 @@ _SOURCES['conv_transpose3d_forward_sm90.cu'] = r'''
 // A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. The producer
 // copies a box of the input plane, halo included, once for all taps (kh, kw): positions are numbered along rows of `pitch`,
 // and a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. The weights of each tap
-// stream through a ring of stages for each consumer, so that one multiplies while the other finishes its tile. Where the
-// whole width fits, neighbouring rows share the zeros of their halos.
+// stream through a ring of stages. Where the whole width fits, neighbouring rows share the zeros of their halos.
 //
 // Fused: the epilogue writes relu(out) and, per tile and channel, the mean and the sum of squared deviations. The other warps
 // of the producer's warpgroup combine these and normalize the samples that are complete, from L2, while the tensor cores
@@ -2031,14 +2037,15 @@ namespace conv_sm90 {
 // ---------------------------------------------------------------------------------------------------------- Tiling
 
 constexpr int kWarpgroupM = 64;                // output channels of a warpgroup
-constexpr int kMaxStages = 8;                  // of one consumer's ring of weights
+constexpr int kMaxStages = 8;
 constexpr int kInputStages = 2;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kThreads = 384;
-constexpr int kNormStages = 6, kNormBytes = 4096;    // of the ring through which samples are normalized
-constexpr int kSlice = 32;                           // positions of a warp's slice of the output on its way through shared memory
-constexpr int kSliceStride = kSlice + 8;             // floats from one of its 16 rows to the next: no bank conflicts
-constexpr int kSliceBytes = 16 * kSliceStride * 4;
+constexpr int kNormStages = 5, kNormBytes = 4096;    // of the ring through which samples are normalized
+constexpr int kSlice = 32;                           // positions of a warp's slice (16 channels) of the output on its way through shared memory
+constexpr int kSliceFloats = 16 * kSlice;            // rows of 128 bytes, swizzled as the copy engine swizzles them
+constexpr int kSliceBytes = 2 * kSliceFloats * 4;    // of one warp: one slice is filled while the other is stored
+constexpr int kConstantBytes = 16 * 16;              // of one warp: what its 16 channels need
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
@@ -2051,12 +2058,12 @@ struct Tiling {
     int pitch;             // positions from one output row to the next, in a tile's numbering and in its box
     int tile_w, w_tiles;   // output columns of a tile
     int positions;         // of a block: block_n or 2 * block_n
+    int contiguous;        // 1: a tile is one run of the output plane, which the copy engine stores
     int vectors;           // 1: four positions at a multiple of four are neighbours in memory, all inside the output or all outside
     int plane_tiles;       // tiles of one plane of H_out rows
     int box_rows;          // of the input, halo included
     int kh_per_box;        // taps kh that a box serves: all, or 1
-    int input_bytes, weight_bytes;    // of a stage; a stage of input ends with a margin of zeros
-    int weight_stages;     // of one consumer
+    int input_bytes, weight_bytes, weight_stages;    // of a stage; a stage of input ends with a margin of zeros
     int64_t m_tiles, sample_tiles, tiles;
 };
 
@@ -2088,7 +2095,8 @@ inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
         // Rows share their zeros. Where rows are multiples of four positions, vectors never straddle their ends.
         if (w_tiles == 1) pitch = t.tile_w + (aw.padding < halo_w ? aw.padding : halo_w);
         if (pitch != aw.out && aw.out % 4 == 0 && t.tile_w % 4 == 0) pitch = ceil_div(pitch, 4) * 4;
-        t.vectors = (pitch == aw.out && ah.out * aw.out % 4 == 0) || (pitch % 4 == 0 && aw.out % 4 == 0 && t.tile_w % 4 == 0);
+        t.contiguous = w_tiles == 1 && pitch == aw.out && ah.out * aw.out % 4 == 0;
+        t.vectors = t.contiguous || (pitch % 4 == 0 && aw.out % 4 == 0 && t.tile_w % 4 == 0);
         t.positions = split_m ? block_n : 2 * block_n;
         const int64_t row_bytes = 2 * t.chunk;
         const int64_t rows = (pitch + t.positions - 2) / pitch + 1 + (kh_per_box == 1 ? 0 : halo_h);
@@ -2096,9 +2104,9 @@ inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
         t.pitch = pitch, t.box_rows = rows;
         t.plane_tiles = ceil_div(ah.out * pitch, t.positions);
         t.input_bytes = round_up((rows * pitch + halo_w) * row_bytes, 1024);
-        t.weight_bytes = kWarpgroupM * row_bytes;
-        const int64_t left = kSharedBytes - 1024 - kNormStages * kNormBytes - 8 * kSliceBytes - int64_t(kInputStages) * t.input_bytes;
-        t.weight_stages = left / (2 * t.weight_bytes) < kMaxStages ? left / (2 * t.weight_bytes) : kMaxStages;
+        t.weight_bytes = block_m * row_bytes;
+        const int64_t left = kSharedBytes - 1024 - kNormStages * kNormBytes - 8 * (kSliceBytes + kConstantBytes) - int64_t(kInputStages) * t.input_bytes;
+        t.weight_stages = left / t.weight_bytes < kMaxStages ? left / t.weight_bytes : kMaxStages;
         if (left < 0 || t.weight_stages < 3) continue;
         t.m_tiles = t.M_pad / block_m;
         t.sample_tiles = ad.out * t.w_tiles * t.plane_tiles * t.m_tiles;
@@ -2136,7 +2144,8 @@ struct Fusion {
 struct Parameters {
     Problem p;
     int dtype;
-    int apply_relu;
+    bool apply_relu;
+    bool bulk_store;    // by the copy engine: float32, contiguous tiles
     const void* bias;
     void* out;
     const scaled_half::SampleMax* activation_max;    // (N)
@@ -2145,12 +2154,20 @@ struct Parameters {
     Fusion fusion;
 };
 
+// A stage of the ring through which samples are normalized.
+struct NormPiece {
+    float high, low, scale, offset;        // y = ((r - high) - low) * scale + offset
+    float* y;
+    int bytes;                             // 0: no more
+};
+
 struct SharedHead {
     uint64_t input_full[kInputStages], input_empty[kInputStages];
-    uint64_t weight_full[2][kMaxStages], weight_empty[2][kMaxStages];    // of each consumer
+    uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];
     uint64_t tile_full[2], tile_empty[2];
-    uint64_t norm_full[kNormStages];
+    uint64_t norm_full[kNormStages], norm_empty[kNormStages];
     int tiles[2];
+    NormPiece pieces[kNormStages];
 };
 static_assert(sizeof(SharedHead) <= 1024, "the stages begin 1 KB into shared memory");
 
@@ -2188,45 +2205,12 @@ __device__ __forceinline__ int source_plane(const Geometry& g, int d, int kd) {
 
 // ------------------------------------------------------------------------------------------------------- Producer
 
-// The next tile of the block, or -1 at the end; `users` of a slot are the consumers' threads and the second producer.
-constexpr int kTileUsers = 256 + 1;
-__device__ __forceinline__ int next_tile(SharedHead& head, RingPosition& slot) {
-    mbarrier_wait(head.tile_full + slot.stage, slot.phase);
-    const int index = head.tiles[slot.stage];
-    mbarrier_arrive(head.tile_empty + slot.stage);
-    slot.advance(2);
-    return index;
-}
-
-// Calls box(plane, kh0, c) for every box of input that the tile reads, and tap(c, k) for every tap that it serves, in order.
-template <typename Box, typename Tap>
-__device__ __forceinline__ void for_each_load(const Problem& p, const Tile& tile, Box box, Tap tap) {
-    const int K_d = p.g.axis[0].kernel, K_h = p.g.axis[1].kernel, K_w = p.g.axis[2].kernel;
-    for (int kd = 0; kd < K_d; kd++) {
-        const int plane = source_plane(p.g, tile.d, kd);
-        if (plane < 0) continue;
-        for (int kh0 = 0; kh0 < K_h; kh0 += p.t.kh_per_box)
-        for (int c = 0; c < p.t.C_pad; c += p.t.chunk) {
-            box(plane, kh0, c);
-            for (int k = kh0 * K_w; k < (kh0 + p.t.kh_per_box) * K_w; k++) tap(c, kd * K_h * K_w + k);
-        }
-    }
-}
-
-// One stage of a consumer's weights.
-__device__ __forceinline__ void load_weight(const Tiling& t, const CUtensorMap* map, SharedHead& head, uint8_t* weights, int consumer, const Tile& tile, int c, int k, RingPosition& at) {
-    uint64_t* full = head.weight_full[consumer] + at.stage;
-    mbarrier_wait(head.weight_empty[consumer] + at.stage, at.phase ^ 1);
-    mbarrier_arrive_expect_tx(full, t.weight_bytes);
-    tma_load_3d(weights + (consumer * t.weight_stages + at.stage) * t.weight_bytes, map, full, c, tile.m0 + (t.split_m ? consumer * kWarpgroupM : 0), k);
-    at.advance(t.weight_stages);
-}
-
-// One thread: takes tiles from the queue, tells the others, loads the boxes of input and the first consumer's weights.
+// One thread: takes tiles from the queue, tells the consumers, loads boxes of input and stages of weights.
 __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap* x_map, const CUtensorMap* w_map, SharedHead& head, uint8_t* input, uint8_t* weights) {
     const Geometry& g = a.p.g;
     const Tiling& t = a.p.t;
     const Axis &ah = g.axis[1], &aw = g.axis[2];
+    const int K_d = g.axis[0].kernel, K_h = ah.kernel, K_w = aw.kernel;
     const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
     RingPosition in, weight, slot;
     unsigned next = atomicAdd(a.workspace.tile_ticket, 1u);
@@ -2239,26 +2223,26 @@ __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap* 
         if (index >= t.tiles) return;
         next = atomicAdd(a.workspace.tile_ticket, 1u);
         const Tile tile = locate(a.p, index);
-        const int w_start = tile.w0 + int(aw.padding) - int(aw.kernel - 1) * int(aw.dilation);
-        auto box = [&](int plane, int kh0, int c) {
-            const int h_start = tile.h0 + int(ah.padding) - (kh0 + t.kh_per_box - 1) * int(ah.dilation);
-            mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
-            mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
-            tma_load_5d(input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, c, w_start, h_start, plane, int(tile.n));
-            in.advance(kInputStages);
-        };
-        for_each_load(a.p, tile, box, [&](int c, int k) { load_weight(t, w_map, head, weights, 0, tile, c, k, weight); });
-    }
-}
-
-// Another thread: the second consumer's weights.
-__device__ __forceinline__ void produce_second(const Parameters& a, const CUtensorMap* w_map, SharedHead& head, uint8_t* weights) {
-    RingPosition weight, slot;
-    while (true) {
-        const int index = next_tile(head, slot);
-        if (index < 0) return;
-        const Tile tile = locate(a.p, index);
-        for_each_load(a.p, tile, [](int, int, int) {}, [&](int c, int k) { load_weight(a.p.t, w_map, head, weights, 1, tile, c, k, weight); });
+        const int w_start = tile.w0 + int(aw.padding) - (K_w - 1) * int(aw.dilation);
+        for (int kd = 0; kd < K_d; kd++) {
+            const int plane = source_plane(g, tile.d, kd);
+            if (plane < 0) continue;
+            for (int kh0 = 0; kh0 < K_h; kh0 += t.kh_per_box)
+            for (int c = 0; c < t.C_pad; c += t.chunk) {
+                const int h_start = tile.h0 + int(ah.padding) - (kh0 + t.kh_per_box - 1) * int(ah.dilation);
+                mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
+                mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
+                tma_load_5d(input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, c, w_start, h_start, plane, int(tile.n));
+                in.advance(kInputStages);
+                for (int kh = kh0; kh < kh0 + t.kh_per_box; kh++)
+                for (int kw = 0; kw < K_w; kw++) {
+                    mbarrier_wait(head.weight_empty + weight.stage, weight.phase ^ 1);
+                    mbarrier_arrive_expect_tx(head.weight_full + weight.stage, t.weight_bytes);
+                    tma_load_3d(weights + weight.stage * t.weight_bytes, w_map, head.weight_full + weight.stage, c, tile.m0, (kd * K_h + kh) * K_w + kw);
+                    weight.advance(t.weight_stages);
+                }
+            }
+        }
     }
 }
 
@@ -2266,6 +2250,10 @@ __device__ __forceinline__ void produce_second(const Parameters& a, const CUtens
 
 // Tells that this warpgroup's part of a tile of sample n is in global memory.
 __device__ __forceinline__ void signal_done(const Parameters& a, int64_t n) {
+    if (threadIdx.x % 32 == 0) {
+        bulk_wait_group();
+        fence_proxy_async_all();
+    }
     named_barrier(threadIdx.x / 128, 128);
     if (threadIdx.x % 128 == 0) {
         __threadfence();
@@ -2286,8 +2274,7 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
     const int K_d = g.axis[0].kernel, K_h = g.axis[1].kernel, K_w = g.axis[2].kernel;
     const int dilation_h = g.axis[1].dilation, dilation_w = g.axis[2].dilation;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
-    uint64_t *weight_full = head.weight_full[warpgroup], *weight_empty = head.weight_empty[warpgroup];
-    const uint32_t ring = shared_address(weights + warpgroup * t.weight_stages * t.weight_bytes);
+    const int a_offset = t.split_m ? warpgroup * kWarpgroupM * row_bytes : 0;
     const int b_row = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN);
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
@@ -2301,8 +2288,8 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
             for (int kh = t.kh_per_box - 1; kh >= 0; kh--)
             for (int kw = K_w - 1; kw >= 0; kw--) {
                 const uint32_t b = box + (kh * dilation_h * t.pitch + kw * dilation_w) * row_bytes;
-                mbarrier_wait(weight_full + weight.stage, weight.phase);
-                const uint32_t w = ring + weight.stage * t.weight_bytes;
+                mbarrier_wait(head.weight_full + weight.stage, weight.phase);
+                const uint32_t w = shared_address(weights + weight.stage * t.weight_bytes) + a_offset;
                 wgmma_fence();
 #pragma unroll
                 for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
@@ -2312,7 +2299,7 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
                     pending = -1;
                 }
                 wgmma_wait_group<1>();
-                if (elected && done_weight >= 0) mbarrier_arrive(weight_empty + done_weight);
+                if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
                 if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
                 done_input = -1, done_weight = weight.stage;
                 weight.advance(t.weight_stages);
@@ -2322,7 +2309,7 @@ __device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, 
         }
     }
     wgmma_wait_group<0>();
-    if (elected && done_weight >= 0) mbarrier_arrive(weight_empty + done_weight);
+    if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
     if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
 }
 
@@ -2360,10 +2347,11 @@ template <int kLanes> __device__ __forceinline__ float lanes_sum(float v) {
 // Scales back, adds the bias, applies ReLU, stores, and leaves the tile's moments where the fusion wants them. A warp has 16
 // channels; it passes kSlice positions at a time through shared memory, from where a lane takes kVector neighbouring ones.
 template <int kBlockN, int kVector>
-__device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, float* slice, const float (&d)[kBlockN / 2]) {
+__device__ __forceinline__ void finish(const Parameters& a, const CUtensorMap* out_map, const Tile& tile, float* slices, float4* constants, const float (&d)[kBlockN / 2]) {
     constexpr int kLanes = kSlice / kVector;       // lanes of a row
     constexpr int kRows = 32 / kLanes;             // rows of a step
     constexpr int kSteps = 16 / kRows;
+    constexpr int kSlices = (kBlockN + kSlice - 1) / kSlice;
     const Geometry& g = a.p.g;
     const Tiling& t = a.p.t;
     const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -2371,26 +2359,28 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
     const int width = min(t.tile_w, W - tile.w0), height = H - tile.h0;
     const int64_t plane = int64_t(H) * W, volume = g.axis[0].out * plane;
     const uint32_t magic = 0xffffffffu / t.pitch + 1;    // p / pitch = p * magic >> 32 for p < 2^16, pitch > 1
-    const bool fused = a.fusion.num_groups > 0;
-    const int first = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN) + lane % kLanes * kVector;
-    const int channel0 = tile.m0 + (t.split_m ? warpgroup * kWarpgroupM : 0) + warp * 16 + lane / kLanes;    // of step 0
+    const bool fused = a.fusion.num_groups > 0, bulk = kVector == 4 && a.bulk_store;
+    const int block0 = t.split_m ? 0 : warpgroup * kBlockN, first = tile.q0 + block0 + lane % kLanes * kVector;
+    const int warp_channel = tile.m0 + (t.split_m ? warpgroup * kWarpgroupM : 0) + warp * 16, channel0 = warp_channel + lane / kLanes;    // of step 0
     const int64_t base = (tile.n * g.C_out + channel0) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
     const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
     const float lowest = a.apply_relu ? 0.0f : -INFINITY;
-    // What a row needs lies behind its positions: its scale, its bias, and the shift of its moments.
-    auto constants = [slice](int row) { return slice + row * kSliceStride + kSlice; };
+    // A channel's scale, its bias, and the shift of its moments: the mean of its first values, which bounds what the variance
+    // can cancel.
+    __syncwarp();
     if (lane < 16) {
-        const int channel = channel0 - lane / kLanes + lane;
-        constants(lane)[0] = scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel]));
-        constants(lane)[1] = a.bias && channel < g.C_out ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
-        constants(lane)[2] = 0.0f;
+        const int channel = warp_channel + lane;
+        constants[lane] = make_float4(scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])),
+                                      a.bias && channel < g.C_out ? load_as_float(a.bias, a.dtype, channel) : 0.0f, 0.0f, 0.0f);
     }
-    // Moments of shifted values. The shift is the mean of a row's first values, which bounds what the variance can cancel.
     float sum[kSteps] = {}, squares[kSteps] = {}, count = 0.0f;
     bool shifted = false;
 
 #pragma unroll
-    for (int s = 0; s < (kBlockN + kSlice - 1) / kSlice; s++) {
+    for (int s = 0; s < kSlices; s++) {
+        float* slice = slices + s % 2 * kSliceFloats;
+        auto at = [slice](int row, int position) { return slice + row * kSlice + ((position / 4 ^ row % 8) * 4 | position % 4); };
+        if (bulk && lane == 0) bulk_wait_group_read<1>();    // the store before last has left this slice
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < kSlice / 8; j++)
@@ -2398,28 +2388,38 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int i = (s * kSlice / 8 + j) * 4 + half * 2;
-                    *reinterpret_cast<float2*>(slice + (lane / 4 + half * 8) * kSliceStride + j * 8 + lane % 4 * 2) = make_float2(d[i], d[i + 1]);
+                    *reinterpret_cast<float2*>(at(lane / 4 + half * 8, j * 8 + lane % 4 * 2)) = make_float2(d[i], d[i + 1]);
                 }
         __syncwarp();
         const int p = first + s * kSlice;
         const int h = t.pitch == 1 ? p : int(__umulhi(p, magic)), w = p - h * t.pitch;
         const bool inside = w < width && h < height && s * kSlice + lane % kLanes * kVector < kBlockN;
+        const bool whole = (s + 1) * kSlice <= kBlockN;      // the last slice may end within the next tile
         const int64_t offset = base + h * W + w;
         float v[kSteps][kVector];
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
             const int row = step * kRows + lane / kLanes;
-            const float* source = slice + row * kSliceStride + lane % kLanes * kVector;
-            const float2 scale_bias = *reinterpret_cast<const float2*>(constants(row));
+            float* source = at(row, lane % kLanes * kVector);
             if constexpr (kVector == 4) {
                 const float4 four = *reinterpret_cast<const float4*>(source);
                 v[step][0] = four.x, v[step][1] = four.y, v[step][2] = four.z, v[step][3] = four.w;
             } else {
                 v[step][0] = *source;
             }
+            const float2 scale_bias = *reinterpret_cast<const float2*>(constants + row);
 #pragma unroll
             for (int e = 0; e < kVector; e++) v[step][e] = max_nan(fmaf(v[step][e] * first_scale, scale_bias.x, scale_bias.y), lowest);
-            if (inside && channel0 + step * kRows < g.C_out) store(a.out, a.dtype, offset + step * kRows * volume, v[step]);
+            if (bulk && whole) store<kVector>(source, kFloat32, 0, v[step]);
+            else if (inside && channel0 + step * kRows < g.C_out) store(a.out, a.dtype, offset + step * kRows * volume, v[step]);
+        }
+        if (bulk && whole) {
+            fence_proxy_async();
+            __syncwarp();
+            if (lane == 0) {
+                tma_store_4d(out_map, slice, int(tile.p0) + block0 + s * kSlice, tile.d, warp_channel, int(tile.n));
+                bulk_commit_group();
+            }
         }
         if (!fused) continue;
         const float here = inside ? float(kVector) : 0.0f;
@@ -2432,7 +2432,7 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
 #pragma unroll
                 for (int e = 0; e < kVector; e++) of_lane += v[step][e];
                 const float shift = lanes_sum<kLanes>(inside ? of_lane : 0.0f) / total;
-                if (lane % kLanes == 0) constants(step * kRows + lane / kLanes)[2] = shift;
+                if (lane % kLanes == 0) constants[step * kRows + lane / kLanes].z = shift;
             }
             __syncwarp();
         }
@@ -2440,7 +2440,7 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
         if (inside)
 #pragma unroll
             for (int step = 0; step < kSteps; step++) {
-                const float shift = constants(step * kRows + lane / kLanes)[2];
+                const float shift = constants[step * kRows + lane / kLanes].z;
 #pragma unroll
                 for (int e = 0; e < kVector; e++) {
                     const float deviation = v[step][e] - shift;
@@ -2458,19 +2458,27 @@ __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, fl
     for (int step = 0; step < kSteps; step++) {
         const float row_sum = lanes_sum<kLanes>(sum[step]), row_squares = lanes_sum<kLanes>(squares[step]);
         const float mean = row_sum * inverse;
-        if (lane % kLanes == 0) a.workspace.moments[part * t.M_pad + channel0 + step * kRows] = make_float2(constants(step * kRows + lane / kLanes)[2] + mean, row_squares - row_sum * mean);
+        if (lane % kLanes == 0) {
+            const float shift = constants[step * kRows + lane / kLanes].z;
+            a.workspace.moments[part * t.M_pad + channel0 + step * kRows] = make_float2(shift + mean, row_squares - row_sum * mean);
+        }
     }
     if (lane == 0 && warp == 0) a.workspace.counts[part] = total;    // the same from every tile of these positions
 }
 
 template <int kBlockN>
-__device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, const uint8_t* input, const uint8_t* weights, uint8_t* slices) {
+__device__ __forceinline__ void consume(const Parameters& a, const CUtensorMap* out_map, SharedHead& head, const uint8_t* input, const uint8_t* weights, uint8_t* slices) {
     RingPosition in, weight, slot;
     float d[kBlockN / 2];
     int64_t pending = -1;    // the sample of the tile that is finished but not yet signalled
-    float* slice = reinterpret_cast<float*>(slices + (threadIdx.x / 32 - 4) * kSliceBytes);
+    const int consumer_warp = threadIdx.x / 32 - 4;
+    float* slice = reinterpret_cast<float*>(slices + consumer_warp * kSliceBytes);
+    float4* constants = reinterpret_cast<float4*>(slices + 8 * kSliceBytes + consumer_warp * kConstantBytes);
     while (true) {
-        const int index = next_tile(head, slot);
+        mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+        const int index = head.tiles[slot.stage];
+        mbarrier_arrive(head.tile_empty + slot.stage);
+        slot.advance(2);
         if (index < 0) break;
         const Tile tile = locate(a.p, index);
         switch (a.p.t.chunk) {
@@ -2478,17 +2486,18 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, c
             case 32: multiply<kBlockN, 2>(a, tile, head, input, weights, in, weight, pending, d); break;
             default: multiply<kBlockN, 1>(a, tile, head, input, weights, in, weight, pending, d); break;
         }
-        if (a.p.t.vectors) finish<kBlockN, 4>(a, tile, slice, d);
-        else finish<kBlockN, 1>(a, tile, slice, d);
+        if (a.p.t.vectors) finish<kBlockN, 4>(a, out_map, tile, slice, constants, d);
+        else finish<kBlockN, 1>(a, out_map, tile, slice, constants, d);
         if (a.fusion.num_groups > 0) pending = tile.n;
     }
     if (pending >= 0) signal_done(a, pending);
+    if (threadIdx.x % 32 == 0) bulk_wait_group();
 }
 
 // ----------------------------------------------------------------------------------------------------- Normalizer
 //
-// Two warps: one combines moments, one normalizes the rows of complete samples on their way through a ring. Their queues are
-// taken in order, so each waits only for tiles and groups that running blocks have taken before.
+// Three warps: one combines moments, one loads rows of complete samples into a ring, one normalizes them and sends them back.
+// Their queues are taken in order, so each waits only for tiles and groups that running blocks have taken before.
 
 constexpr int kRowPieces = 8;    // pieces of one item of the row queue
 
@@ -2529,79 +2538,66 @@ __device__ __forceinline__ void combine_moments(const Parameters& a) {
     }
 }
 
-// A run of pieces of one (n, channel) row: y = ((r - high) - low) * scale + offset, the mean split so that no bit is lost.
-struct RowItem {
-    const uint8_t* r;
-    uint8_t* y;
-    int bytes;    // 0: no more
-    float high, low, scale, offset;
-};
-
-// One warp: the next item, waited for until its sample is complete.
-__device__ __forceinline__ RowItem next_row(const Parameters& a) {
+// One thread: takes kRowPieces pieces of a (n, channel) row at a time and loads them.
+__device__ __forceinline__ void load_rows(const Parameters& a, SharedHead& head, uint8_t* ring) {
     const int64_t row_bytes = out_volume(a.p.g) * 4, row_items = ceil_div(row_bytes, kRowPieces * kNormBytes);
     const int64_t channels = a.p.g.C_out, group_channels = channels / a.fusion.num_groups;
-    unsigned item = threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.row_ticket, 1u) : 0;
-    item = __shfl_sync(~0u, item, 0);
-    const int64_t row = item / row_items, n = row / channels, channel = row % channels, group = row / group_channels;
-    RowItem result = {};
-    if (n >= a.p.g.N) return result;
-    while (ld_acquire_gpu(a.workspace.groups_done + n) < a.fusion.num_groups) __nanosleep(200);
-    fence_proxy_async_all();    // what other multiprocessors stored is now visible to the copy engine too
-    const double mean = __ldcg(a.fusion.mean + group);
-    result.high = float(mean), result.low = float(mean - double(result.high));
-    result.scale = float(__ldcg(a.fusion.rstd + group)) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
-    result.offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
-    const int64_t begin = item % row_items * kRowPieces * kNormBytes;
-    result.bytes = row_bytes - begin < kRowPieces * kNormBytes ? row_bytes - begin : kRowPieces * kNormBytes;
-    result.r = static_cast<const uint8_t*>(a.out) + row * row_bytes + begin;
-    result.y = static_cast<uint8_t*>(a.fusion.y) + row * row_bytes + begin;
-    return result;
+    RingPosition stage;
+    unsigned next = atomicAdd(a.workspace.row_ticket, 1u);
+    while (true) {
+        const int64_t row = next / row_items, n = row / channels, channel = row % channels, group = row / group_channels;
+        if (n >= a.p.g.N) break;
+        const int64_t begin = next % row_items * kRowPieces * kNormBytes;
+        next = atomicAdd(a.workspace.row_ticket, 1u);
+        while (ld_acquire_gpu(a.workspace.groups_done + n) < a.fusion.num_groups) __nanosleep(200);
+        fence_proxy_async_all();    // what other multiprocessors stored is now visible to the copy engine too
+        const double mean = __ldcg(a.fusion.mean + group);
+        NormPiece piece;
+        piece.high = float(mean), piece.low = float(mean - double(piece.high));    // r - mean without losing the mean's low bits
+        piece.scale = float(__ldcg(a.fusion.rstd + group)) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
+        piece.offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
+        const int64_t end = begin + kRowPieces * kNormBytes < row_bytes ? begin + kRowPieces * kNormBytes : row_bytes;
+        for (int64_t at = begin; at < end; at += kNormBytes) {
+            piece.bytes = end - at < kNormBytes ? end - at : kNormBytes;
+            piece.y = static_cast<float*>(a.fusion.y) + (row * row_bytes + at) / 4;
+            mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
+            head.pieces[stage.stage] = piece;
+            mbarrier_arrive_expect_tx(head.norm_full + stage.stage, piece.bytes);
+            bulk_load(ring + stage.stage * kNormBytes, static_cast<const uint8_t*>(a.out) + row * row_bytes + at, piece.bytes, head.norm_full + stage.stage);
+            stage.advance(kNormStages);
+        }
+    }
+    mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
+    head.pieces[stage.stage].bytes = 0;
+    mbarrier_arrive(head.norm_full + stage.stage);
 }
 
-// One warp: each piece is normalized in place and stored. Loads run kNormStages - 2 pieces ahead, into the next item too.
-__device__ __forceinline__ void normalize_rows(const Parameters& a, SharedHead& head, uint8_t* ring) {
+// One warp: normalizes the pieces in place and stores them.
+__device__ __forceinline__ void normalize_rows(SharedHead& head, uint8_t* ring) {
     const int lane = threadIdx.x % 32;
-    RowItem store = next_row(a), load = store;
-    int store_at = 0, load_at = 0, ahead = 0;
-    RingPosition store_stage, load_stage;
-    while (store.bytes > 0) {
-        while (ahead < kNormStages - 2) {
-            if (load_at == load.bytes) {
-                if (load.r != store.r) break;    // at most one item ahead
-                load = next_row(a), load_at = 0;
-                if (load.bytes == 0) break;
-            }
-            const int bytes = min(load.bytes - load_at, kNormBytes);
-            if (lane == 0) {
-                bulk_wait_group_read<1>();       // the stage's previous piece, two stores ago, has left
-                mbarrier_arrive_expect_tx(head.norm_full + load_stage.stage, bytes);
-                bulk_load(ring + load_stage.stage * kNormBytes, load.r + load_at, bytes, head.norm_full + load_stage.stage);
-            }
-            load_stage.advance(kNormStages);
-            load_at += bytes, ahead++;
-        }
-        mbarrier_wait(head.norm_full + store_stage.stage, store_stage.phase);
-        const int bytes = min(store.bytes - store_at, kNormBytes);
-        float4* values = reinterpret_cast<float4*>(ring + store_stage.stage * kNormBytes);
-        auto apply = [&store](float v) { return fmaf((v - store.high) - store.low, store.scale, store.offset); };
+    RingPosition stage;
+    int storing = -1;    // the stage whose store may still read it
+    while (true) {
+        mbarrier_wait(head.norm_full + stage.stage, stage.phase);
+        const NormPiece piece = head.pieces[stage.stage];
+        if (piece.bytes == 0) break;
+        float4* values = reinterpret_cast<float4*>(ring + stage.stage * kNormBytes);
+        auto apply = [&piece](float v) { return fmaf((v - piece.high) - piece.low, piece.scale, piece.offset); };
 #pragma unroll 8
-        for (int i = lane; i < bytes / 16; i += 32) {
+        for (int i = lane; i < piece.bytes / 16; i += 32) {
             const float4 v = values[i];
             values[i] = make_float4(apply(v.x), apply(v.y), apply(v.z), apply(v.w));
         }
         fence_proxy_async();
         __syncwarp();
         if (lane == 0) {
-            bulk_store(store.y + store_at, values, bytes);
+            bulk_store(piece.y, values, piece.bytes);
             bulk_commit_group();
+            bulk_wait_group_read<1>();
+            if (storing >= 0) mbarrier_arrive(head.norm_empty + storing);
         }
-        store_stage.advance(kNormStages);
-        store_at += bytes, ahead--;
-        if (store_at == store.bytes) {
-            if (load.r == store.r) load = next_row(a), load_at = 0;
-            store = load, store_at = 0;
-        }
+        storing = stage.stage;
+        stage.advance(kNormStages);
     }
     if (lane == 0) bulk_wait_group_read<0>();
 }
@@ -2612,21 +2608,21 @@ __device__ __forceinline__ void normalize_rows(const Parameters& a, SharedHead& 
 
 template <int kBlockN>
 __global__ void __launch_bounds__(kThreads, 1)
-conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Parameters a) {
+conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map, const __grid_constant__ Parameters a) {
 #ifdef HAS_SM90A
     extern __shared__ __align__(1024) uint8_t shared[];
     SharedHead& head = *reinterpret_cast<SharedHead*>(shared);
     const Tiling& t = a.p.t;
     uint8_t* input = shared + 1024;                                  // (kInputStages, box_rows, pitch, chunk) fp16 and margins
-    uint8_t* weights = input + kInputStages * t.input_bytes;         // (2, weight_stages, kWarpgroupM, chunk) fp16
-    uint8_t* norm_ring = weights + 2 * t.weight_stages * t.weight_bytes; // (kNormStages, kNormBytes), then a slice for each consumer warp
+    uint8_t* weights = input + kInputStages * t.input_bytes;         // (weight_stages, block_m, chunk) fp16
+    uint8_t* norm_ring = weights + t.weight_stages * t.weight_bytes; // (kNormStages, kNormBytes), then a slice for each consumer warp
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
         for (int i = 0; i < kInputStages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 2);
-        for (int i = 0; i < 2 * kMaxStages; i++) mbarrier_init(head.weight_full[0] + i, 1), mbarrier_init(head.weight_empty[0] + i, 1);
-        for (int i = 0; i < 2; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, kTileUsers);
-        for (int i = 0; i < kNormStages; i++) mbarrier_init(head.norm_full + i, 1);
+        for (int i = 0; i < t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, 2);
+        for (int i = 0; i < 2; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256);
+        for (int i = 0; i < kNormStages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
         fence_mbarrier_init();
     }
     const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
@@ -2640,11 +2636,11 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         const int warp = threadIdx.x / 32;
         if (threadIdx.x == 0) produce(a, &x_map, &w_map, head, input, weights);
         if (warp == 1 && a.fusion.num_groups > 0) combine_moments(a);
-        if (threadIdx.x == 64) produce_second(a, &w_map, head, weights);
-        if (warp == 3 && a.fusion.in_kernel) normalize_rows(a, head, norm_ring);
+        if (threadIdx.x == 64 && a.fusion.in_kernel) load_rows(a, head, norm_ring);
+        if (warp == 3 && a.fusion.in_kernel) normalize_rows(head, norm_ring);
     } else {
         setmaxnreg_inc<kConsumerRegisters>();
-        consume<kBlockN>(a, head, input, weights, norm_ring + kNormStages * kNormBytes);
+        consume<kBlockN>(a, &out_map, head, input, weights, norm_ring + kNormStages * kNormBytes);
     }
 #endif
 }
@@ -2703,12 +2699,12 @@ inline Plan make_plan(const Geometry& g, int multiprocessors, bool fused, void* 
 }
 
 template <int kBlockN>
-int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
+int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    const int bytes = 1024 + kInputStages * t.input_bytes + 2 * t.weight_stages * t.weight_bytes + kNormStages * kNormBytes + 8 * kSliceBytes;
+    const int bytes = 1024 + kInputStages * t.input_bytes + t.weight_stages * t.weight_bytes + kNormStages * kNormBytes + 8 * (kSliceBytes + kConstantBytes);
     RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
-    conv_kernel<kBlockN><<<unsigned(blocks), kThreads, bytes, stream>>>(x_map, w_map, a);
+    conv_kernel<kBlockN><<<unsigned(blocks), kThreads, bytes, stream>>>(x_map, w_map, out_map, a);
     return cudaGetLastError();
 }
 
@@ -2726,17 +2722,20 @@ inline int run(const Geometry& g, int dtype, int device, void* stream_pointer, v
         case kBFloat16: RETURN_IF_ERROR(scaled_half::pack<__nv_bfloat16>(plan.pack, multiprocessors, stream)); break;
         default: return cudaErrorInvalidValue;
     }
-    CUtensorMap x_map, w_map;
-    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, plan.pack.activation, {t.C_pad, g.axis[2].in, g.axis[1].in, g.axis[0].in, g.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, plan.pack.weight, {t.C_pad, t.M_pad, plan.pack.taps}, {t.chunk, kWarpgroupM, 1}));
-    const Parameters a = {plan.problem, dtype, apply_relu, bias, out, plan.pack.activation_max, plan.pack.weight_max, plan.workspace, fusion};
+    CUtensorMap x_map, w_map, out_map = {};
+    const bool bulk_store = t.contiguous && dtype == kFloat32;
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, plan.pack.activation, {t.C_pad, g.axis[2].in, g.axis[1].in, g.axis[0].in, g.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, plan.pack.weight, {t.C_pad, t.M_pad, plan.pack.taps}, {t.chunk, t.split_m ? 2 * kWarpgroupM : kWarpgroupM, 1}));
+    if (bulk_store)
+        RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, out, {g.axis[1].out * g.axis[2].out, g.axis[0].out, g.C_out, g.N}, {kSlice, 1, 16, 1}));
+    const Parameters a = {plan.problem, dtype, apply_relu, bulk_store, bias, out, plan.pack.activation_max, plan.pack.weight_max, plan.workspace, fusion};
     switch (t.block_n) {
-        case 256: return launch_conv<256>(x_map, w_map, a, multiprocessors, stream);
-        case 232: return launch_conv<232>(x_map, w_map, a, multiprocessors, stream);
-        case 192: return launch_conv<192>(x_map, w_map, a, multiprocessors, stream);
-        case 160: return launch_conv<160>(x_map, w_map, a, multiprocessors, stream);
-        case 128: return launch_conv<128>(x_map, w_map, a, multiprocessors, stream);
-        default: return launch_conv<64>(x_map, w_map, a, multiprocessors, stream);
+        case 256: return launch_conv<256>(x_map, w_map, out_map, a, multiprocessors, stream);
+        case 232: return launch_conv<232>(x_map, w_map, out_map, a, multiprocessors, stream);
+        case 192: return launch_conv<192>(x_map, w_map, out_map, a, multiprocessors, stream);
+        case 160: return launch_conv<160>(x_map, w_map, out_map, a, multiprocessors, stream);
+        case 128: return launch_conv<128>(x_map, w_map, out_map, a, multiprocessors, stream);
+        default: return launch_conv<64>(x_map, w_map, out_map, a, multiprocessors, stream);
     }
 }
 

@@ -89,9 +89,16 @@ __device__ __forceinline__ void bulk_load(void* destination, const void* source,
 __device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+                 ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
 __device__ __forceinline__ void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Waits until all but kPending of this thread's groups have read their source.
 template <int kPending> __device__ __forceinline__ void bulk_wait_group_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory"); }
+
+// Waits until all of this thread's groups have written their destination.
+__device__ __forceinline__ void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // cuTensorMapEncodeTiled, looked up at run time so that nothing links libcuda.
 using TensorMapEncode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
@@ -112,19 +119,19 @@ inline CUtensorMapSwizzle swizzle_of(int row_bytes) {
     return row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
 }
 
-// A map of a dense fp16 tensor; dims and box fastest first, rows of the box swizzled, zeros outside the tensor.
-template <int kRank> int make_tensor_map(CUtensorMap* map, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
+// A map of a dense tensor; dims and box fastest first, rows of the box swizzled, zeros outside the tensor.
+template <int kRank> int make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
     cuuint64_t sizes[kRank], strides[kRank];
     cuuint32_t boxes[kRank], steps[kRank];
-    cuuint64_t stride = 2;
+    cuuint64_t stride = element_bytes;
     for (int i = 0; i < kRank; i++) {
         sizes[i] = dims[i], boxes[i] = box[i], steps[i] = 1;
         stride *= dims[i];
         strides[i] = stride;
     }
     if (!tensor_map_encode()) return cudaErrorNotSupported;
-    const CUresult result = tensor_map_encode()(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                swizzle_of(box[0] * 2), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result = tensor_map_encode()(map, type, kRank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                                swizzle_of(box[0] * element_bytes), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
