@@ -257,10 +257,16 @@ def _always(geometry, dtype, tf32, device):
     return True
 
 
-def _sm90_stride_1(geometry, dtype, tf32, device):
-    """Hopper, stride 1, one group, kernels up to 7, TF32-equivalent arithmetic allowed, and enough work to fill tiles."""
+def _sm90_tensor_cores(geometry, dtype, tf32, device):
+    """Hopper, one group, stride 1, or 2 with kernels of 2, 4 or 6, TF32-equivalent arithmetic allowed, and enough work to fill tiles.
+
+    cuDNN computes in TF32 there too. For most other strides, and stride 2 with dilation, it is float32-accurate even where TF32
+    is allowed, and so are we. Odd kernels leave taps without a weight in some phases, where an infinite input would meet a zero.
+    """
+    axes = geometry.axis
     return (_capability(device.index) == (9, 0) and geometry.groups == 1 and (tf32 if dtype == torch.float32 else dtype != torch.float64)
-            and all(axis.stride == 1 and axis.kernel <= 7 for axis in geometry.axis)
+            and all(axis.kernel <= 7 for axis in axes)
+            and (all(axis.stride == 1 for axis in axes) or all(axis.stride == 2 and axis.kernel % 2 == 0 and axis.dilation == 1 for axis in axes))
             and _multiply_adds(geometry) >= 2**24 and bool(_library("cuda").conv_transpose3d_sm90_supports(ctypes.addressof(geometry), device.index)))
 
 
@@ -273,8 +279,8 @@ def _multiply_adds(geometry):
 
 _PATHS = {
     # operation: ((path, condition), ...)
-    "conv_transpose3d_forward": (("sm90", _sm90_stride_1), ("generic", _always)),
-    "conv_transpose3d_relu_group_norm_forward": (("sm90", _sm90_stride_1), ("composed", _always)),    # composed of the operations above and below
+    "conv_transpose3d_forward": (("sm90", _sm90_tensor_cores), ("generic", _always)),
+    "conv_transpose3d_relu_group_norm_forward": (("sm90", _sm90_tensor_cores), ("composed", _always)),    # composed of the operations above and below
     "conv_transpose3d_dinput": (("generic", _always),),
     "conv_transpose3d_dweight": (("generic", _always),),
     "conv_transpose3d_dbias": (("generic", _always),),
@@ -355,8 +361,8 @@ def _launch(operation, shape, dtypes, device, inputs, outputs):
         names.append(name)
     if device.type == "cpu":
         return _launch_cpu(function, first, inputs, outputs)
-    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
-    error = function(*first, torch._C._cuda_getCurrentRawStream(device.index), workspace.data_ptr(), *_pointers(inputs), *_pointers(outputs))
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device) if workspace_bytes else None
+    error = function(*first, torch._C._cuda_getCurrentRawStream(device.index), workspace.data_ptr() if workspace_bytes else None, *_pointers(inputs), *_pointers(outputs))
     if error:
         raise RuntimeError(f"{name}: CUDA error {error}, {_library('cuda').cuda_error_string(error).decode()}")
 
@@ -838,6 +844,74 @@ HOST_DEVICE Range valid_range(const Phase& p, int64_t j) {
     int64_t end = src < p.src_size ? ceil_div(p.src_size - src, p.src_step) : 0;
     end = end < p.count ? end : p.count;
     return {begin, end > begin ? end : begin};
+}
+'''
+
+_SOURCES['stencil.h'] = r'''
+// A transposed convolution of any stride as a convolution of stride 1.
+//
+// Output o of an axis has u = o + padding = stride * q + r with phase r in [0, stride). Input i reaches it through tap k where
+// u = stride * i + dilation * k: then r = dilation * k mod stride, and i = q - m with m = dilation * k div stride. So each tap k
+// belongs to one phase r and one shift m, and the layer is a convolution of stride 1 on the grid of the q, with one output
+// channel per (channel, phase), taps (m), and zeros where a phase has no tap with that shift. Backwards, for dx, the grid of
+// the q is the source and its (channel, phase) pairs are the input channels: i reads q = i + m.
+#pragma once
+
+#include "geometry.h"
+
+constexpr int kMaxTaps = 7, kMaxStride = 4;
+
+// One axis. Position p of the destination's grid reads the source's grid at first + p - shift[t] for every tap t, where that
+// is in [0, sources). Forward, position p and phase r are output p * phases + r - crop, where that is in [0, out).
+struct StencilAxis {
+    int sources, positions, first;
+    int taps, shift[kMaxTaps];        // ascending
+    int phases, crop, out;
+    int live[kMaxStride];             // bit t: tap t has a weight in this phase
+    int kernel, dilation;
+};
+
+struct Stencil {
+    StencilAxis axis[3];              // D, H, W
+};
+
+// Which row of GEMM_M is which (channel, phase), phase = (r_d * phases_h + r_h) * phases_w + r_w. A row tile is 8 granules of 8
+// channels each, `octets` channel octets times `packed_phases` neighbouring phases; the other phases have row tiles of their own.
+struct RowMap {
+    int packed_phases, octets, channel_tiles;
+    HOST_DEVICE int row(int channel, int phase) const {
+        const int row_tile = phase / packed_phases * channel_tiles + channel / (octets * 8);
+        return row_tile * 64 + (channel / 8 % octets * packed_phases + phase % packed_phases) * 8 + channel % 8;
+    }
+};
+
+// The kernel index k of (shift, phase), or -1 where there is none.
+HOST_DEVICE int kernel_index(const StencilAxis& a, int shift, int phase, int stride) {
+    const int distance = shift * stride + phase;
+    return distance % a.dilation == 0 && distance / a.dilation < a.kernel ? distance / a.dilation : -1;
+}
+
+inline StencilAxis make_forward_axis(const Axis& a) {
+    StencilAxis s = {};
+    s.kernel = a.kernel, s.dilation = a.dilation;
+    s.phases = a.stride, s.out = a.out, s.sources = a.in;
+    s.first = a.padding / a.stride, s.crop = a.padding % a.stride;
+    s.positions = (a.out - 1 + a.padding) / a.stride - s.first + 1;
+    for (int k = 0; k < s.kernel; k++) {
+        const int shift = k * s.dilation / s.phases;
+        if (s.taps == 0 || s.shift[s.taps - 1] != shift) s.shift[s.taps++] = shift;
+        s.live[k * s.dilation % s.phases] |= 1 << (s.taps - 1);
+    }
+    return s;
+}
+
+inline Stencil make_forward_stencil(const Geometry& g) { return {{make_forward_axis(g.axis[0]), make_forward_axis(g.axis[1]), make_forward_axis(g.axis[2])}}; }
+
+// Whether the arrays above suffice.
+inline bool has_stencil(const Geometry& g) {
+    for (const Axis& a : g.axis)
+        if (a.kernel > kMaxTaps || a.stride > kMaxStride) return false;
+    return true;
 }
 '''
 
@@ -1638,6 +1712,15 @@ _SOURCES['ptx_sm90.cuh'] = r'''
 #define HAS_SM90A 1
 #endif
 
+// ----------------------------------------------------------------------------------------------------- Arithmetic
+
+// max that keeps NaN
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float v;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
+
 // -------------------------------------------------------------------------------------------------- Shared memory
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -1650,6 +1733,9 @@ __device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.pr
 
 // barrier.sync among `threads` threads of the block
 __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// barrier.arrive: the same, without waiting
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ------------------------------------------------------------------------------------------------------- mbarrier
 
@@ -1674,11 +1760,16 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
         "}\n" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 
-// max that keeps NaN
-__device__ __forceinline__ float max_nan(float a, float b) {
-    float v;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-    return v;
+// Whether it has.
+__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    return done != 0;
 }
 
 // A ring of stages: the position of one of its users.
@@ -1698,6 +1789,8 @@ __device__ __forceinline__ unsigned ld_acquire_gpu(const unsigned* p) {
     return v;
 }
 
+__device__ __forceinline__ void red_release_gpu(unsigned* p, unsigned v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+
 // ------------------------------------------------------------------------------------- Tensor memory access (copy engine)
 
 __device__ __forceinline__ void tma_load_3d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
@@ -1709,6 +1802,12 @@ __device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap
                  ::"r"(shared_address(destination)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
+// What lies outside the tensor is left out.
+__device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+                 ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+
 // 16-byte aligned runs of bytes, without a tensor map
 __device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -1717,22 +1816,16 @@ __device__ __forceinline__ void bulk_load(void* destination, const void* source,
 __device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
-                 ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
-}
 __device__ __forceinline__ void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until all but kPending of this thread's groups have read their source.
+// Waits until all but kPending of this thread's groups are complete, or have read their source.
+template <int kPending> __device__ __forceinline__ void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory"); }
 template <int kPending> __device__ __forceinline__ void bulk_wait_group_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory"); }
-
-// Waits until all of this thread's groups have written their destination.
-__device__ __forceinline__ void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // cuTensorMapEncodeTiled, looked up at run time so that nothing links libcuda.
 using TensorMapEncode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
                                      CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-inline TensorMapEncode tensor_map_encode() {
+static TensorMapEncode tensor_map_encode() {
     static const TensorMapEncode encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult result;
@@ -1747,8 +1840,8 @@ inline CUtensorMapSwizzle swizzle_of(int row_bytes) {
     return row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
 }
 
-// A map of a dense tensor; dims and box fastest first, rows of the box swizzled, zeros outside the tensor.
-template <int kRank> int make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
+// A map of a dense tensor; dims and box fastest first, zeros outside the tensor.
+template <int kRank> int make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, CUtensorMapSwizzle swizzle, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
     cuuint64_t sizes[kRank], strides[kRank];
     cuuint32_t boxes[kRank], steps[kRank];
     cuuint64_t stride = element_bytes;
@@ -1759,7 +1852,7 @@ template <int kRank> int make_tensor_map(CUtensorMap* map, CUtensorMapDataType t
     }
     if (!tensor_map_encode()) return cudaErrorNotSupported;
     const CUresult result = tensor_map_encode()(map, type, kRank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                swizzle_of(box[0] * element_bytes), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                                swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -1773,6 +1866,9 @@ template <int kRegisters> __device__ __forceinline__ void setmaxnreg_inc() { asm
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending> __device__ __forceinline__ void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
+
+// Keeps the compiler from using a register's value ahead of this point.
+__device__ __forceinline__ void keep_after(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 
 // A K-major operand of rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address.
 // The hardware swizzles absolute addresses, so the address may be any row of a tile, not only a multiple of eight.
@@ -1805,17 +1901,17 @@ template <> __device__ __forceinline__ void wgmma_m64k16_f16<192>(float (&d)[96]
     asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " "%90, %91, %92, %93, %94, %95" "}, %96, %97, 1, 1, 1, 0, 0;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]) : "l"(a), "l"(b));
 }
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<216>(float (&d)[108], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n216k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " "%100, %101, %102, %103, %104, %105, %106, %107" "}, %108, %109, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]) : "l"(a), "l"(b));
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<224>(float (&d)[112], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111" "}, %112, %113, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]) : "l"(a), "l"(b));
 }
 template <> __device__ __forceinline__ void wgmma_m64k16_f16<232>(float (&d)[116], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, 1, 1, 1, 0, 0;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b));
 }
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<256>(float (&d)[128], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " REGS10("11") ", " "%120, %121, %122, %123, %124, %125, %126, %127" "}, %128, %129, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), ACC10(110), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127]) : "l"(a), "l"(b));
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<240>(float (&d)[120], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n240k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " REGS10("11") "}, %120, %121, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), ACC10(110) : "l"(a), "l"(b));
 }
 
 #undef REGS10
@@ -1831,13 +1927,14 @@ _SOURCES['scaled_half.cuh'] = r'''
 // element within 2^(m + 14) of it rounds exactly as TF32 rounds it, to nearest, and a smaller one is off by at most 2^-(m + 25)
 // of the maximum. NaN and Inf stay what they are. Products of two such numbers are exact in float32.
 //
-// Weights have one scale per row (destination channel), from its maximum, with m = 15. Activations have one scale per sample,
+// Weights have one scale per destination channel, from its maximum, with m = 15. Activations have one scale per sample,
 // so that they are read once: the maximum of a part of the sample is scaled to [2^8, 2^9), the copy finds the true maximum on
 // its way, and a sample that turns out to hold something 2^6 times larger is copied again, its maximum scaled to [2^14, 2^15).
 // The maxima live in device memory: nothing synchronises with the host.
 #pragma once
 
 #include "launch.cuh"
+#include "stencil.h"
 
 namespace scaled_half {
 
@@ -1868,16 +1965,24 @@ __device__ __forceinline__ unsigned finite_magnitude(float v) {
 // ---------------------------------------------------------------------------------------------------- Parameters
 
 // x (N, C, S) of the input's dtype -> activation (N, S, C_pad) fp16, zeros in the added channels.
-// w (rows x columns channels, taps) -> weight (taps, M_pad, C_pad) fp16, zeros in the added rows and columns.
-struct Pack {
+struct Activation {
     int64_t N, C, S, C_pad;
-    int64_t rows, M_pad, taps;                     // rows: destination channels; its columns are the C source channels
-    int64_t row_stride, column_stride;             // of w, in elements; taps are contiguous
-    bool flip;                                     // take tap taps - 1 - k in place of k
-    const void *x, *w;
-    __half *activation, *weight;
-    SampleMax* activation_max;                     // (N), starts at zero
-    unsigned* weight_max;                          // (M_pad)
+    const void* x;
+    bool vectors;                                  // S and the address are multiples of four elements
+    __half* copy;
+    SampleMax* max;                                // (N), starts at zero
+};
+
+// w -> copy (taps, M_pad, C_pad) fp16: the weight of each row, a (channel, phase), at each tap (d, h, w) of the stencil; zero
+// where there is none. Rows that belong to no channel stay as they are.
+struct Weight {
+    Stencil stencil;
+    RowMap rows;
+    int64_t channels, C, M_pad, C_pad;             // destination channels, source channels
+    int64_t row_stride, column_stride;             // of w, in elements, by destination and source channel; kernel elements are contiguous
+    const void* w;
+    __half* copy;
+    unsigned* max;                                 // (channels)
 };
 
 constexpr int kLookElements = 4096;                // of one block's look at a part of a sample
@@ -1885,8 +1990,8 @@ constexpr int kLookShare = 16;                     // a sixteenth of a sample is
 constexpr int64_t kSmallSample = 1 << 16;
 constexpr int kPositions = 128, kChannels = 64;    // of one block of the copy
 
-HOST_DEVICE int64_t look_blocks(const Pack& p) {
-    const int64_t elements = p.C * p.S;
+HOST_DEVICE int64_t look_blocks(const Activation& a) {
+    const int64_t elements = a.C * a.S;
     return ceil_div(elements > kSmallSample ? (elements / kLookShare > kSmallSample ? elements / kLookShare : kSmallSample) : elements, kLookElements);
 }
 
@@ -1904,95 +2009,115 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
     return max;
 }
 
-// One destination channel of the weight.
-template <typename T> __device__ void pack_weight_row(const Pack& p, int64_t row) {
-    const T* w = static_cast<const T*>(p.w) + row * p.row_stride;
-    const int taps = p.taps, C = p.C, C_pad = p.C_pad, live = row < p.rows ? C * taps : 0;
+// One destination channel: a warp reads the kernel of one source channel after another, then writes the rows of one tap after another.
+template <typename T> __device__ void pack_channel(const Weight& p, int channel) {
+    const T* w = static_cast<const T*>(p.w) + channel * p.row_stride;
+    const StencilAxis &ad = p.stencil.axis[0], &ah = p.stencil.axis[1], &aw = p.stencil.axis[2];
+    const int volume = ad.kernel * ah.kernel * aw.kernel, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned max = 0;
+    for (int k = lane; k < volume; k += 32)
 #pragma unroll 8
-    for (int i = threadIdx.x; i < live; i += kThreads) max = umax(max, finite_magnitude(to_acc(w[i / taps * p.column_stride + i % taps])));
+        for (int c = warp; c < p.C; c += kThreads / 32) max = umax(max, finite_magnitude(to_acc(w[c * p.column_stride + k])));
     max = block_max(max);
+    if (threadIdx.x == 0) p.max[channel] = max;
     const float scale = power_of_two(shift_of(max));
-#pragma unroll 8
-    for (int i = threadIdx.x; i < taps * C_pad; i += kThreads) {
-        const int tap = i / C_pad, c = i % C_pad;
-        const float v = row < p.rows && c < C ? to_acc(w[c * p.column_stride + (p.flip ? taps - 1 - tap : tap)]) : 0.0f;
-        p.weight[(tap * p.M_pad + row) * C_pad + c] = __float2half_rn(v * scale);
+    const int taps = ad.taps * ah.taps * aw.taps, phases = ad.phases * ah.phases * aw.phases;
+    for (int i = warp; i < taps * phases; i += kThreads / 32) {
+        const int tap = i % taps, phase = i / taps;
+        const int kd = kernel_index(ad, ad.shift[tap / aw.taps / ah.taps], phase / aw.phases / ah.phases, ad.phases);
+        const int kh = kernel_index(ah, ah.shift[tap / aw.taps % ah.taps], phase / aw.phases % ah.phases, ah.phases);
+        const int kw = kernel_index(aw, aw.shift[tap % aw.taps], phase % aw.phases, aw.phases);
+        const bool live = kd >= 0 && kh >= 0 && kw >= 0;
+        const int k = (kd * ah.kernel + kh) * aw.kernel + kw;
+        __half* row = p.copy + (tap * p.M_pad + p.rows.row(channel, phase)) * p.C_pad;
+#pragma unroll 4
+        for (int c = lane; c < p.C_pad; c += 32) row[c] = __float2half_rn(live && c < p.C ? to_acc(w[c * p.column_stride + k]) * scale : 0.0f);
     }
-    if (threadIdx.x == 0) p.weight_max[row] = max;
 }
 
-// The weight's rows, and a look at parts of every sample, evenly spread.
-template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Pack p) {
-    if (blockIdx.x < p.M_pad) return pack_weight_row<T>(p, blockIdx.x);
-    const int64_t blocks = look_blocks(p), elements = p.C * p.S;
-    const int64_t n = (blockIdx.x - p.M_pad) / blocks, block = (blockIdx.x - p.M_pad) % blocks;
+// The weight, and a look at parts of every sample, evenly spread.
+template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
+    if (blockIdx.x < p.channels) return pack_channel<T>(p, blockIdx.x);
+    const int64_t blocks = look_blocks(a), elements = a.C * a.S;
+    const int64_t n = (blockIdx.x - p.channels) / blocks, block = (blockIdx.x - p.channels) % blocks;
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
     const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
-    const T* part = static_cast<const T*>(p.x) + n * elements + begin;
+    const T* part = static_cast<const T*>(a.x) + n * elements + begin;
     const int count = elements < kLookElements ? elements : kLookElements;
     unsigned max = 0;
 #pragma unroll 16
     for (int i = threadIdx.x; i < count; i += kThreads) max = umax(max, finite_magnitude(to_acc(part[i])));
     max = block_max(max);
-    if (threadIdx.x == 0) atomicMax(&p.activation_max[n].part, max);
+    if (threadIdx.x == 0) atomicMax(&a.max[n].part, max);
 }
 
+template <typename T> struct alignas(4 * sizeof(T)) Four { T v[4]; };
+
 // kChannels x kPositions of one sample from (c0, s0) on, transposed through shared memory; returns the thread's maximum.
-template <typename T> __device__ unsigned copy_tile(const Pack& p, int64_t n, int64_t c0, int64_t s0, float scale) {
-    __shared__ __half2 tile[kPositions][kChannels / 2 + 1];    // (positions, channel pairs), padded: no bank conflicts
-    const T* source = static_cast<const T*>(p.x) + n * p.C * p.S + s0;
+template <typename T> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t c0, int64_t s0, float scale) {
+    // (positions, channel pairs); pair p of position s is at p + s / 4 + s % 4 (mod 32), which keeps threads off each other's banks.
+    __shared__ __half2 tile[kPositions][kChannels / 2];
+    const T* source = static_cast<const T*>(a.x) + n * a.C * a.S + s0;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    constexpr int kWarps = kThreads / 32, kPairs = kChannels / 2 / kWarps;
+    Four<T> values[kPairs][2];
+#pragma unroll
+    for (int i = 0; i < kPairs; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int64_t c = c0 + (warp + i * kWarps) * 2 + half;
+            if (a.vectors) {
+                if (c < a.C && s0 + lane * 4 < a.S) values[i][half] = *reinterpret_cast<const Four<T>*>(source + c * a.S + lane * 4);
+                else values[i][half] = {};
+            } else {
+#pragma unroll
+                for (int e = 0; e < 4; e++) values[i][half].v[e] = c < a.C && s0 + lane + e * 32 < a.S ? source[c * a.S + lane + e * 32] : from_acc<T>(0.0f);
+            }
+        }
     unsigned max = 0;
 #pragma unroll
-    for (int half = 0; half < kPositions / 32; half++) {
-        const int s = half * 32 + lane;
+    for (int i = 0; i < kPairs; i++)
 #pragma unroll
-        for (int i = 0; i < kChannels / 2 / (kThreads / 32); i++) {
-            const int pair = warp + i * (kThreads / 32);
-            const int64_t c = c0 + 2 * pair;
-            const bool inside = s0 + s < p.S;
-            const float low = inside && c < p.C ? to_acc(source[c * p.S + s]) : 0.0f;
-            const float high = inside && c + 1 < p.C ? to_acc(source[(c + 1) * p.S + s]) : 0.0f;
+        for (int e = 0; e < 4; e++) {
+            const float low = to_acc(values[i][0].v[e]), high = to_acc(values[i][1].v[e]);
+            const int s = a.vectors ? lane * 4 + e : lane + e * 32;
             max = umax(max, umax(finite_magnitude(low), finite_magnitude(high)));
-            tile[s][pair] = __floats2half2_rn(low * scale, high * scale);
+            tile[s][(warp + i * kWarps + s / 4 + s % 4) % 32] = __floats2half2_rn(low * scale, high * scale);
         }
-    }
     __syncthreads();
     constexpr int kVectors = kChannels / 8;                    // of 16 bytes per position
+#pragma unroll
     for (int i = threadIdx.x; i < kPositions * kVectors; i += kThreads) {
         const int s = i / kVectors, v = i % kVectors;
-        if (s0 + s >= p.S || c0 + v * 8 >= p.C_pad) continue;
-        uint4 value;
-        value.x = *reinterpret_cast<const unsigned*>(&tile[s][v * 4]);
-        value.y = *reinterpret_cast<const unsigned*>(&tile[s][v * 4 + 1]);
-        value.z = *reinterpret_cast<const unsigned*>(&tile[s][v * 4 + 2]);
-        value.w = *reinterpret_cast<const unsigned*>(&tile[s][v * 4 + 3]);
-        *reinterpret_cast<uint4*>(p.activation + (n * p.S + s0 + s) * p.C_pad + c0 + v * 8) = value;
+        if (s0 + s >= a.S || c0 + v * 8 >= a.C_pad) continue;
+        __half2 four[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) four[k] = tile[s][(v * 4 + k + s / 4 + s % 4) % 32];
+        *reinterpret_cast<uint4*>(a.copy + (n * a.S + s0 + s) * a.C_pad + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
     }
     return max;
 }
 
-HOST_DEVICE int64_t tiles_of_sample(const Pack& p) { return ceil_div(p.S, kPositions) * ceil_div(p.C_pad, kChannels); }
+HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(a.S, kPositions) * ceil_div(a.C_pad, kChannels); }
 
-template <typename T> __device__ unsigned copy_tile(const Pack& p, int64_t n, int64_t tile, float scale) {
-    const int64_t channel_blocks = ceil_div(p.C_pad, kChannels);
-    return copy_tile<T>(p, n, tile % channel_blocks * kChannels, tile / channel_blocks * kPositions, scale);
+template <typename T> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t tile, float scale) {
+    const int64_t channel_blocks = ceil_div(a.C_pad, kChannels);
+    return copy_tile<T>(a, n, tile % channel_blocks * kChannels, tile / channel_blocks * kPositions, scale);
 }
 
-template <typename T> __global__ void __launch_bounds__(kThreads) copy_kernel(Pack p) {
-    const int64_t n = blockIdx.x / tiles_of_sample(p);
-    const unsigned max = block_max(copy_tile<T>(p, n, blockIdx.x % tiles_of_sample(p), power_of_two(first_shift_of(p.activation_max[n]))));
-    if (threadIdx.x == 0 && max > p.activation_max[n].all) atomicMax(&p.activation_max[n].all, max);
+template <typename T> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a) {
+    const int64_t n = blockIdx.x / tiles_of_sample(a);
+    const unsigned max = block_max(copy_tile<T>(a, n, blockIdx.x % tiles_of_sample(a), power_of_two(first_shift_of(a.max[n]))));
+    if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
 }
 
 // Copies again the samples whose first copy does not hold: mostly none.
-template <typename T> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Pack p) {
-    for (int64_t n = 0; n < p.N; n++) {
-        if (first_copy_holds(p.activation_max[n])) continue;
-        const float scale = power_of_two(shift_of(p.activation_max[n]));
-        for (int64_t tile = blockIdx.x; tile < tiles_of_sample(p); tile += gridDim.x) {
-            copy_tile<T>(p, n, tile, scale);
+template <typename T> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
+    for (int64_t n = 0; n < a.N; n++) {
+        if (first_copy_holds(a.max[n])) continue;
+        const float scale = power_of_two(shift_of(a.max[n]));
+        for (int64_t tile = blockIdx.x; tile < tiles_of_sample(a); tile += gridDim.x) {
+            copy_tile<T>(a, n, tile, scale);
             __syncthreads();
         }
     }
@@ -2000,136 +2125,418 @@ template <typename T> __global__ void __launch_bounds__(kThreads) copy_again_ker
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
-template <typename T> int pack(const Pack& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(look_kernel<T>, p.M_pad + p.N * look_blocks(p), kThreads, stream, p));
-    RETURN_IF_ERROR(launch(copy_kernel<T>, p.N * tiles_of_sample(p), kThreads, stream, p));
-    return launch(copy_again_kernel<T>, multiprocessors * 2, kThreads, stream, p);
+template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
+    a.vectors = a.S % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
+    RETURN_IF_ERROR(launch(look_kernel<T>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
+    RETURN_IF_ERROR(launch(copy_kernel<T>, a.N * tiles_of_sample(a), kThreads, stream, a));
+    return launch(copy_again_kernel<T>, multiprocessors * 2, kThreads, stream, a);
 }
 
 }  // namespace scaled_half
 '''
 
-_SOURCES['conv_transpose3d_forward_sm90.cu'] = r'''
-// Transposed convolution of stride 1 on Hopper's tensor cores, alone or with ReLU and GroupNorm behind it.
-//
-//   out[n, co, o] = bias[co] + sum over ci, k of x[n, ci, o + padding - k * dilation] * w[ci, co, k]
-//
-//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
-//
-// Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = output channels, GEMM_N =
-// positions of one (n, d) plane of the output, GEMM_K = (tap, input channel).
-//
-// A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. The producer
-// copies a box of the input plane, halo included, once for all taps (kh, kw): positions are numbered along rows of `pitch`,
-// and a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. The weights of each tap
-// stream through a ring of stages. Where the whole width fits, neighbouring rows share the zeros of their halos.
-//
-// Fused: the epilogue writes relu(out) and, per tile and channel, the mean and the sum of squared deviations. The other warps
-// of the producer's warpgroup combine these and normalize the samples that are complete, from L2, while the tensor cores
-// work on the next ones. Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
+_SOURCES['tiling_sm90.h'] = r'''
+// How the Hopper convolution cuts its work: GEMM_M rows into (channel, phase), GEMM_N into runs of positions.
+#pragma once
 
-#include "group_norm.cuh"
-#include "ptx_sm90.cuh"
-#include "scaled_half.cuh"
+#include <initializer_list>
+
+#include "stencil.h"
 
 namespace conv_sm90 {
 
-// ---------------------------------------------------------------------------------------------------------- Tiling
-
-constexpr int kWarpgroupM = 64;                // output channels of a warpgroup
+constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 constexpr int kMaxStages = 8;
 constexpr int kInputStages = 2;
 constexpr int kSharedBytes = 227 * 1024;
-constexpr int kThreads = 384;
-constexpr int kNormStages = 5, kNormBytes = 4096;    // of the ring through which samples are normalized
-constexpr int kSlice = 32;                           // positions of a warp's slice (16 channels) of the output on its way through shared memory
-constexpr int kSliceFloats = 16 * kSlice;            // rows of 128 bytes, swizzled as the copy engine swizzles them
-constexpr int kSliceBytes = 2 * kSliceFloats * 4;    // of one warp: one slice is filled while the other is stored
-constexpr int kConstantBytes = 16 * 16;              // of one warp: what its 16 channels need
-constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
-static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+constexpr int kHeadBytes = 2048;               // barriers and the like
+constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
+constexpr int kMaxNormStages = 8;
 
-// How the output is cut into tiles, and where a tile finds its input. Chosen by choose_tiling.
+// Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
+//
+// Positions. One (n, d) plane of the grid, a strip of tile_w columns at a time, in runs of `run` positions for each warpgroup.
+// A box of the source, halo included, is copied once for all taps (h, w): rows of `pitch`, so that a tap is a shift of an
+// address by whole rows of shared memory. Where the strip is the whole width, neighbouring rows share the zeros of their halos.
 struct Tiling {
-    int block_n;           // positions of a warpgroup
-    int split_m;           // 1: the two warpgroups have the same positions, other channels; 0: the other way round
-    int chunk;             // input channels of a stage: 16, 32 or 64
-    int C_pad, M_pad;      // channels of the scratch copies
-    int pitch;             // positions from one output row to the next, in a tile's numbering and in its box
-    int tile_w, w_tiles;   // output columns of a tile
-    int positions;         // of a block: block_n or 2 * block_n
-    int contiguous;        // 1: a tile is one run of the output plane, which the copy engine stores
-    int vectors;           // 1: four positions at a multiple of four are neighbours in memory, all inside the output or all outside
-    int plane_tiles;       // tiles of one plane of H_out rows
-    int box_rows;          // of the input, halo included
-    int kh_per_box;        // taps kh that a box serves: all, or 1
-    int input_bytes, weight_bytes, weight_stages;    // of a stage; a stage of input ends with a margin of zeros
-    int64_t m_tiles, sample_tiles, tiles;
-};
-
-struct Problem {
-    Geometry g;
-    Tiling t;
+    int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
+    int split_m;                               // 1: the two warpgroups have the same positions, other rows; 0: the other way round
+    int chunk;                                 // source channels of a stage: 16, 32 or 64
+    int C_pad;                                 // source channels of the scratch copies
+    bool packed[3];                            // axes
+    RowMap rows;
+    int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
+    int tile_w, strips;                        // columns of a strip
+    int run, runs;                             // positions of a run, runs of a strip (or pairs of runs, where split_m is 0)
+    int pitch, box_rows;
+    int taps_per_box;                          // taps h that a box serves: all, or 1
+    bool whole_rows;                           // a run is whole rows of the strip
+    bool contiguous;                           // the outputs of a run are neighbours in memory
+    bool bulk, dense;                          // staged outputs are aligned as in memory; position q is float q of its region
+    bool tensor_store;                         // one copy of the whole run
+    int region_stride;                         // floats of the staged outputs of a channel
+    int buffers, table_bytes;                  // how many warpgroups can stage at a time; what tells a warpgroup where to stage
+    int input_bytes, weight_bytes, weight_stages, norm_stages;
+    int buffer_bytes;
+    int64_t row_pairs, sample_tiles, tiles;    // row tiles of a block
+    HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
 
 inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
 
+// Positions from the first to the last of a run that begins at position `begin` of a strip, gaps included.
+inline int span_of(const Tiling& t, int64_t begin, int64_t count) {
+    return int(((begin + count - 1) / t.tile_w - begin / t.tile_w) * t.pitch + (begin + count - 1) % t.tile_w - begin % t.tile_w) + 1;
+}
+
+inline bool runs_fit(const Tiling& t, int64_t strip, int64_t run) {
+    for (int64_t begin = 0; begin < strip; begin += run)
+        if (span_of(t, begin, run < strip - begin ? run : strip - begin) > t.block_n) return false;
+    return true;
+}
+
+// The length of the fewest equal runs of a strip that fit, 8 mod 16 or a multiple of 4; 0 where there is none.
+inline int longest_run(const Tiling& t, int64_t strip, int step) {
+    for (int64_t count = ceil_div(strip, t.block_n);; count++) {
+        const int64_t run = ceil_div(strip, count), length = step == 16 ? round_up(run + 8, 16) - 8 : round_up(run, 4);
+        if (runs_fit(t, strip, length)) return int(length);
+        if (run <= 4) return 0;
+    }
+}
+
+// Cuts a strip into runs. False where one would not fit.
+inline bool cut_runs(Tiling& t, const Stencil& s) {
+    const StencilAxis &h = s.axis[1], &w = s.axis[2];
+    const int64_t strip = int64_t(h.positions) * t.tile_w, group = t.split_m ? 1 : 2;
+    t.whole_rows = h.phases * w.phases > 1 || t.strips > 1;
+    if (t.whole_rows) {
+        if (t.tile_w > t.block_n) return false;
+        const int rows = (t.block_n - t.tile_w) / t.pitch + 1;
+        t.run = (rows < h.positions ? rows : h.positions) * t.tile_w;
+    } else {
+        // Runs of 8 mod 16 positions, which suits lay_out_regions, if that makes hardly more of them.
+        const int suited = longest_run(t, strip, 16), other = longest_run(t, strip, 4);
+        if (suited <= 0 && other <= 0) return false;
+        t.run = suited > 0 && ceil_div(strip, suited) * 16 <= ceil_div(strip, other) * 17 ? suited : other;
+    }
+    t.runs = ceil_div(ceil_div(strip, t.run), group);
+    int rows = 0;    // of the grid, from a group's first to its last
+    for (int64_t i = 0; i < t.runs; i++) {
+        const int64_t begin = i * group * t.run, end = begin + group * t.run < strip ? begin + group * t.run : strip;
+        const int span = int((end - 1) / t.tile_w - begin / t.tile_w) + 1;
+        rows = span > rows ? span : rows;
+        if (i > 64) { rows++; break; }
+    }
+    t.box_rows = rows + (t.taps_per_box == 1 ? 0 : h.shift[h.taps - 1]);
+    return t.box_rows <= 256;
+}
+
+// Lays a run's outputs out for staging: a region for each (channel, packed phase of D).
+inline void lay_out_regions(Tiling& t, const Stencil& s) {
+    const int out_h = s.axis[1].out, out_w = s.axis[2].out;
+    const int phases_h = t.packed[1] ? s.axis[1].phases : 1, phases_w = s.axis[2].phases;
+    t.contiguous = t.strips == 1 && (s.axis[1].phases == 1 || t.packed[1]);
+    const int rows = ceil_div(t.run, t.tile_w) * phases_h;
+    const bool aligned = int64_t(out_h) * out_w % 4 == 0 && (t.whole_rows && t.contiguous ? out_w : t.run) % 4 == 0;
+    t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
+    t.dense = t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w && t.run % 2 == 0 && !(s.axis[1].phases > 1);
+    const int floats = t.contiguous ? (t.whole_rows ? rows * out_w : t.run) + (aligned ? 0 : 4) : rows * t.tile_w * phases_w;
+    t.region_stride = round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts
+    t.tensor_store = t.contiguous && !t.whole_rows && aligned && t.region_stride == t.run;
+    t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
+    const int regions = t.rows.octets * 8 * (t.packed[0] ? s.axis[0].phases : 1);
+    t.buffer_bytes = round_up(int64_t(regions) * t.region_stride * 4, 128);
+}
+
 // The tiling of least estimated time, or one of block_n 0 where none fits into shared memory.
-inline Tiling choose_tiling(const Geometry& g, int multiprocessors) {
-    const Axis &ad = g.axis[0], &ah = g.axis[1], &aw = g.axis[2];
-    const int64_t halo_h = (ah.kernel - 1) * ah.dilation, halo_w = (aw.kernel - 1) * aw.dilation;
+inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int multiprocessors) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    const int halo_w = w.shift[w.taps - 1];
     Tiling best = {};
     double best_time = 0;
+    for (int packing = 0; packing < 3; packing++)
     for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {256, 232, 192, 160, 128, 64})
-    for (int64_t w_tiles = 1; w_tiles <= ceil_div(aw.out, 8) && w_tiles <= 64; w_tiles++)
-    for (int kh_per_box : {int(ah.kernel), 1}) {
+    for (int block_n : {240, 232, 224, 192, 160, 128, 64})
+    for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
+    for (int taps_per_box : {h.taps, 1}) {
         Tiling t = {};
-        t.block_n = block_n, t.split_m = split_m, t.kh_per_box = kh_per_box;
+        t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
+        t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
+        if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
+        t.rows.packed_phases = w.phases * (t.packed[1] ? h.phases : 1) * (t.packed[0] ? d.phases : 1);
+        if (t.rows.packed_phases > 8) continue;
+        t.rows.octets = 8 / t.rows.packed_phases;
         t.chunk = g.C_in <= 16 ? 16 : g.C_in <= 32 ? 32 : 64;
         t.C_pad = round_up(g.C_in, t.chunk);
-        const int block_m = split_m ? 2 * kWarpgroupM : kWarpgroupM;
-        t.M_pad = round_up(g.C_out, block_m);
-        t.w_tiles = w_tiles, t.tile_w = ceil_div(aw.out, w_tiles);
-        int64_t pitch = t.tile_w + halo_w;
-        // Rows share their zeros. Where rows are multiples of four positions, vectors never straddle their ends.
-        if (w_tiles == 1) pitch = t.tile_w + (aw.padding < halo_w ? aw.padding : halo_w);
-        if (pitch != aw.out && aw.out % 4 == 0 && t.tile_w % 4 == 0) pitch = ceil_div(pitch, 4) * 4;
-        t.contiguous = w_tiles == 1 && pitch == aw.out && ah.out * aw.out % 4 == 0;
-        t.vectors = t.contiguous || (pitch % 4 == 0 && aw.out % 4 == 0 && t.tile_w % 4 == 0);
-        t.positions = split_m ? block_n : 2 * block_n;
+        t.rows.channel_tiles = ceil_div(g.C_out, t.rows.octets * 8);
+        t.row_tiles = round_up(d.phases * h.phases * w.phases / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
+        t.M_pad = kRows * t.row_tiles;
+        t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
+        // Rows share their zeros: those right of one row are those left of the next.
+        const int left = halo_w - w.first, right = w.first + w.positions - w.sources;
+        t.pitch = t.tile_w + halo_w;
+        if (strips == 1 && left > 0 && right > 0) t.pitch -= left < right ? left : right;
+        if (t.pitch > 256 || !cut_runs(t, s)) continue;
+        lay_out_regions(t, s);
         const int64_t row_bytes = 2 * t.chunk;
-        const int64_t rows = (pitch + t.positions - 2) / pitch + 1 + (kh_per_box == 1 ? 0 : halo_h);
-        if (pitch > 256 || rows > 256) continue;
-        t.pitch = pitch, t.box_rows = rows;
-        t.plane_tiles = ceil_div(ah.out * pitch, t.positions);
-        t.input_bytes = round_up((rows * pitch + halo_w) * row_bytes, 1024);
-        t.weight_bytes = block_m * row_bytes;
-        const int64_t left = kSharedBytes - 1024 - kNormStages * kNormBytes - 8 * (kSliceBytes + kConstantBytes) - int64_t(kInputStages) * t.input_bytes;
-        t.weight_stages = left / t.weight_bytes < kMaxStages ? left / t.weight_bytes : kMaxStages;
-        if (left < 0 || t.weight_stages < 3) continue;
-        t.m_tiles = t.M_pad / block_m;
-        t.sample_tiles = ad.out * t.w_tiles * t.plane_tiles * t.m_tiles;
+        t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
+        t.weight_bytes = kRows * row_bytes;
+        t.norm_stages = fused ? 4 : 0;
+        int64_t left_bytes = kSharedBytes - kHeadBytes - int64_t(t.norm_stages) * kNormBytes - int64_t(kInputStages) * t.input_bytes - t.buffer_bytes - 2 * t.table_bytes;
+        t.buffers = left_bytes >= t.buffer_bytes + 2 * 5 * t.weight_bytes ? 2 : 1;
+        left_bytes -= (t.buffers - 1) * int64_t(t.buffer_bytes);
+        if (left_bytes < 2 * 3 * t.weight_bytes) continue;
+        t.weight_stages = left_bytes / (2 * t.weight_bytes) < kMaxStages ? left_bytes / (2 * t.weight_bytes) : kMaxStages;
+        if (fused) t.norm_stages += (left_bytes - 2 * int64_t(t.weight_stages) * t.weight_bytes) / kNormBytes;
+        if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
+        t.row_pairs = t.row_tiles / (split_m ? 2 : 1);
+        t.sample_tiles = int64_t(d.positions) * strips * t.runs * t.row_pairs;
         t.tiles = g.N * t.sample_tiles;
-        // Time of the busiest multiprocessor, in columns of wgmma: the tile's own, and a constant share for what is not overlapped.
-        const double boxes = kh_per_box == 1 ? double(ah.kernel) : 1.0;
-        const double load = 0.15 * boxes * rows * pitch / (ah.kernel * aw.kernel);
-        const double stages = t.weight_stages < 4 ? 1.1 : 1.0;
+        // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
+        const double steps = double(d.taps) * h.taps * w.taps * t.C_pad / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
+        const double boxes = double(d.taps) * (taps_per_box == 1 ? h.taps : 1) * t.C_pad / t.chunk;
+        // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
+        // cache; and longer where the stages that are not in use do not cover that one's latency.
+        const double weight_cycles = 2 * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
+        const double lead = (t.weight_stages - 2) * step * t.chunk / 16, latency = 1800;
+        const double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double traffic = out_bytes / 17 + boxes * t.box_rows * t.pitch * row_bytes / 40 + 300;
+        const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
-        const double time = waves * (2 * block_n + 24 + load) * stages;
+        const double time = waves * (tile + 400);
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
     }
     return best;
 }
 
+}  // namespace conv_sm90
+'''
+
+_SOURCES['tiles_sm90.h'] = r'''
+// Where a tile of the Hopper convolution reads and writes: the index arithmetic of the kernel, for host and device.
+#pragma once
+
+#include "tiling_sm90.h"
+
+namespace conv_sm90 {
+
+// ---------------------------------------------------------------------------------------------------------- Problem
+
+HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+HOST_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
+
+struct Problem {
+    int64_t N, C_out;
+    int64_t out_volume;
+    Stencil s;
+    Tiling t;
+};
+
+// ---------------------------------------------------------------------------------------------------------- Tiles
+
+// A warpgroup's run of a tile, and where its outputs go. They are staged in regions, one for each (channel, packed phase of D):
+// either as one piece, in the order of global memory and at the same place modulo 16 bytes, or as one piece for each output row.
+struct Run {
+    int row_tile, channel0, outer;       // first channel of the row tile, phase of the axes that are not packed
+    int b_row;                           // of the box
+    int count, h0, q0;                   // positions; the first one's row and column
+    int od0, phase_h;                    // output plane of packed phase 0, phase of H where it is not packed
+    int oh0, ow0, oh_end, ow_end;        // the outputs of a region
+    int first;                           // floats of the region's first row before the run
+};
+
+struct Tile {
+    int n, d, w0, columns;    // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
+    int h0, part;             // first row of the box's positions; index in the sample
+    int live_d, live_h;       // bit t: some row has a weight at tap t
+    Run run[2];               // of the warpgroups
+};
+
+// How many phases the axes have that are not packed.
+HOST_DEVICE int outer_phases(const Problem& p) { return p.s.axis[0].phases * p.s.axis[1].phases * p.s.axis[2].phases / p.t.rows.packed_phases; }
+
+// Sets of moments of a channel: of each run and phase.
+HOST_DEVICE int64_t parts_of_sample(const Problem& p) {
+    const Tiling& t = p.t;
+    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * p.s.axis[0].phases * p.s.axis[1].phases * p.s.axis[2].phases : 0;
+}
+
+HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed ? (1 << a.taps) - 1 : a.live[phase]; }
+
+HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
+    const Tiling& t = p.t;
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int row_tile = index % int(t.row_pairs) * (t.split_m ? 2 : 1);
+    index /= int(t.row_pairs);
+    tile.part = index % int(t.sample_tiles / t.row_pairs);
+    const int first_run = index % t.runs * (t.split_m ? 1 : 2);
+    index /= t.runs;
+    tile.w0 = index % t.strips * t.tile_w;
+    index /= t.strips;
+    tile.d = index % ad.positions, tile.n = index / ad.positions;
+    tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
+    tile.h0 = first_run * t.run / t.tile_w;
+    tile.live_d = tile.live_h = 0;
+    for (int i = 0; i < 2; i++) {
+        Run& run = tile.run[i];
+        run.row_tile = row_tile + (t.split_m ? i : 0);
+        run.channel0 = run.row_tile % t.rows.channel_tiles * t.rows.octets * 8, run.outer = run.row_tile / t.rows.channel_tiles;
+        const int phases_h = t.packed[1] ? 1 : ah.phases;
+        const int phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
+        run.phase_h = run.outer % phases_h;
+        tile.live_d |= live_taps(ad, t.packed[0], phase_d), tile.live_h |= live_taps(ah, t.packed[1], run.phase_h);
+        const int begin = (first_run + (t.split_m ? 0 : i)) * t.run;
+        run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
+        run.h0 = begin / t.tile_w, run.q0 = begin % t.tile_w;
+        run.b_row = run.count > 0 ? (run.h0 - tile.h0) * t.pitch + run.q0 : 0;
+        run.od0 = tile.d * ad.phases + phase_d - ad.crop;
+        run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, tile.w0 * aw.phases - aw.crop);
+        if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
+        run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
+        run.first = t.whole_rows ? 0 : run.q0;
+    }
+}
+
+// A tile's boxes and taps, in the order in which everyone takes them.
+struct Cursor {
+    const Problem& p;
+    int live_d = 0, live_h = 0, d = 0, h0 = 0;
+    int td = 0, plane = 0, first = 0, c = 0, th = 0, tw = 0;    // tap and plane of D, first tap (h) of the box, source channel, taps (h, w)
+    bool box = false;                   // at the first tap of a box
+
+    HOST_DEVICE Cursor(const Problem& p) : p(p) {}
+    // Each returns whether there is a tap.
+    HOST_DEVICE bool begin(const Tile& tile) {
+        live_d = tile.live_d, live_h = tile.live_h, d = tile.d, h0 = tile.h0;
+        td = -1, first = p.s.axis[1].taps;
+        return next_rows();
+    }
+    HOST_DEVICE bool next() {
+        box = false;
+        if (++tw < p.s.axis[2].taps) return true;
+        tw = 0;
+        while (++th < first + p.t.taps_per_box)
+            if (live_h >> th & 1) return true;
+        if ((c += p.t.chunk) < p.t.C_pad) return open_box();
+        return next_rows();
+    }
+
+    HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
+    HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
+    HOST_DEVICE int tap() const { return (td * p.s.axis[1].taps + th) * p.s.axis[2].taps + tw; }
+    // By how many rows of shared memory the tap is shifted in its box.
+    HOST_DEVICE int rows() const {
+        const StencilAxis& aw = p.s.axis[2];
+        return (last_shift() - p.s.axis[1].shift[th]) * p.t.pitch + aw.shift[aw.taps - 1] - aw.shift[tw];
+    }
+
+private:
+    HOST_DEVICE bool open_box() {
+        for (th = first; !(live_h >> th & 1);) th++;
+        tw = 0;
+        return box = true;
+    }
+    HOST_DEVICE bool next_rows() {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1];
+        while (true) {
+            first += p.t.taps_per_box;
+            if (first >= ah.taps) {
+                do {
+                    if (++td >= ad.taps) return false;
+                    plane = ad.first + d - ad.shift[td];
+                } while (!(live_d >> td & 1) || plane < 0 || plane >= ad.sources);
+                first = 0;
+            }
+            c = 0;
+            if (live_h >> first & ((1 << p.t.taps_per_box) - 1)) return open_box();
+        }
+    }
+};
+
+// -------------------------------------------------------------------------------------------------- Staged outputs
+
+HOST_DEVICE int packed_phases_d(const Problem& p) { return p.t.packed[0] ? p.s.axis[0].phases : 1; }
+
+// Floats from one staged row to the next.
+HOST_DEVICE int staged_row(const Problem& p) { return p.t.contiguous ? p.s.axis[2].out : p.t.tile_w * p.s.axis[2].phases; }
+
+// The global index of a region's first float.
+HOST_DEVICE int64_t region_origin(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    return ((tile.n * p.C_out + channel) * ad.out + od) * ah.out * aw.out + int64_t(run.oh0) * aw.out + run.ow0 + run.first;
+}
+
+// Where position q of a phase is staged in its region, or -1. Positions count the gaps, from column 0 of the run's first row on.
+HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
+    const Tiling& t = p.t;
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int row = q / t.pitch, column = q % t.pitch;
+    const int oh = (run.h0 + row) * ah.phases + (t.packed[1] ? packed_h : run.phase_h) - ah.crop, ow = (tile.w0 + column) * aw.phases + phase_w - aw.crop;
+    const bool inside = column < tile.columns && row * t.tile_w + column - run.q0 < run.count && oh >= 0 && oh < ah.out && ow >= 0 && ow < aw.out;
+    return inside ? (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first : -1;
+}
+
+// Calls f(global index, staged float, count) for the pieces of every `step`-th staged region, from `first` on.
+template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int step, F f) {
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int phases_d = packed_phases_d(p), regions = run.count > 0 ? p.t.rows.octets * 8 * phases_d : 0;
+    const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * (p.t.packed[1] ? ah.phases : 1), row_step = p.t.packed[1] ? 1 : ah.phases;
+    const int count = !p.t.contiguous ? run.ow_end - run.ow0 : p.t.whole_rows ? (run.oh_end - run.oh0) * aw.out : run.count;
+    for (int region = first; region < regions; region += step) {
+        const int channel = run.channel0 + (phases_d == 1 ? region : region / phases_d), od = run.od0 + (phases_d == 1 ? 0 : region % phases_d);
+        if (channel >= p.C_out || od < 0 || od >= p.s.axis[0].out) continue;
+        const int64_t origin = region_origin(p, tile, run, channel, od);
+        for (int row = 0; row < rows; row++) {
+            const int oh = run.oh0 + row * row_step;
+            if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region * p.t.region_stride + (p.t.contiguous ? int(origin & 3) : row * staged_row(p)), count);
+        }
+    }
+}
+
+}  // namespace conv_sm90
+'''
+
+_SOURCES['conv_sm90.cuh'] = r'''
+// Convolution of stride 1 on Hopper's tensor cores, which is a transposed convolution of any stride (stencil.h), alone or with
+// ReLU and GroupNorm behind it.
+//
+// Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = (channel, phase) of the
+// output, GEMM_N = positions of one (n, d) plane of the grid, GEMM_K = (tap, source channel). tiling_sm90.h tells how it is cut.
+//
+// A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. A box of the source
+// plane, halo included, is copied once for all taps (h, w); a tap is a shift of the wgmma descriptor's start address by whole
+// rows of shared memory. A producer warp for each consumer streams its weights through a ring of their own, so that one consumer
+// may be some taps ahead: its epilogue then overlaps the other's products. An epilogue stages the outputs in shared memory in
+// the order of global memory; the producer warp stores them by bulk copies.
+//
+// Fused: the epilogue stores relu(out) and, per run and row, the mean and the sum of squared deviations; other warps of the
+// producer's warpgroup normalize the samples that are complete while the tensor cores work on the next (normalizer_sm90.cuh).
+#pragma once
+
+#include "launch.cuh"
+#include "ptx_sm90.cuh"
+#include "scaled_half.cuh"
+#include "tiles_sm90.h"
+
+namespace conv_sm90 {
+
+constexpr int kThreads = 384;
+constexpr int kProducerRegisters = 96, kConsumerRegisters = 200;
+constexpr int kTileSlots = 3;
+constexpr int kLagTaps = 4;        // by which one consumer begins later than the other
+static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+
 // ---------------------------------------------------------------------------------------------------- Parameters
 
 // Scratch of a call. Counters start at zero.
 struct Workspace {
-    unsigned *tile_ticket, *group_ticket, *row_ticket;    // queues
-    unsigned *tiles_done, *groups_done;    // (N): warpgroups that finished a tile, groups with final statistics
-    float2* moments;                       // (N, parts, M_pad): mean and sum of squared deviations of a tile's channel
-    float* counts;                         // (N, parts): how many values they are of
+    unsigned* tile_ticket;                         // queue
+    unsigned *channel_tickets, *item_tickets;      // (N): queues
+    unsigned* runs_done;                           // (N): runs of tiles that have landed
+    unsigned long long* channel_sums;              // (2, N, C_out): sum and sum of squares, encoded (normalizer_sm90.cuh); start at zero
+    float2* moments;                               // (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
+    float* counts;                                 // (N, parts): how many values they are of; starts at zero
 };
 
 struct Fusion {
@@ -2145,11 +2552,10 @@ struct Parameters {
     Problem p;
     int dtype;
     bool apply_relu;
-    bool bulk_store;    // by the copy engine: float32, contiguous tiles
-    const void* bias;
-    void* out;
+    const void* bias;                                // (C_out), or null
+    void* out;                                       // (N, C_out, D_out, H_out, W_out)
     const scaled_half::SampleMax* activation_max;    // (N)
-    const unsigned* weight_max;                      // (M_pad)
+    const unsigned* weight_max;                      // (C_out)
     Workspace workspace;
     Fusion fusion;
 };
@@ -2163,417 +2569,610 @@ struct NormPiece {
 
 struct SharedHead {
     uint64_t input_full[kInputStages], input_empty[kInputStages];
-    uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];
-    uint64_t tile_full[2], tile_empty[2];
-    uint64_t norm_full[kNormStages], norm_empty[kNormStages];
-    int tiles[2];
-    NormPiece pieces[kNormStages];
+    uint64_t weight_full[2][kMaxStages], weight_empty[2][kMaxStages];
+    uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
+    uint64_t norm_full[kMaxNormStages], norm_empty[kMaxNormStages];
+    uint64_t buffer_free[2], staged[2];    // by the consumer that used it
+    Tile tiles[kTileSlots];
+    NormPiece pieces[kMaxNormStages];
 };
-static_assert(sizeof(SharedHead) <= 1024, "the stages begin 1 KB into shared memory");
+static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the head");
 
-// Where a tile is.
-struct Tile {
-    int64_t n;
-    int d, w0, h0, q0, m0, part;    // first row of the box's outputs, position of the tile in it, first channel, part of the statistics
-    int64_t p0;                     // first position in the plane
+// The parts of shared memory.
+struct SharedParts {
+    SharedHead& head;
+    uint8_t *input, *weights, *buffers, *tables, *norm;    // (kInputStages, box_rows, pitch, chunk) fp16 and margins; (2, weight_stages, 64, chunk) fp16; ...
+    __device__ SharedParts(uint8_t* base, const Tiling& t) : head(*reinterpret_cast<SharedHead*>(base)) {
+        input = base + kHeadBytes;
+        weights = input + kInputStages * t.input_bytes;
+        buffers = weights + 2 * t.weight_stages * t.weight_bytes;
+        tables = buffers + t.buffers * t.buffer_bytes;
+        norm = tables + 2 * t.table_bytes;
+    }
 };
 
-__device__ __forceinline__ Tile locate(const Problem& problem, int64_t index) {
-    const Tiling& t = problem.t;
-    Tile tile;
-    tile.m0 = index % t.m_tiles * (t.split_m ? 2 * kWarpgroupM : kWarpgroupM);
-    index /= t.m_tiles;
-    tile.part = index % (t.sample_tiles / t.m_tiles);
-    tile.p0 = index % t.plane_tiles * t.positions;
-    index /= t.plane_tiles;
-    tile.w0 = index % t.w_tiles * t.tile_w;
-    index /= t.w_tiles;
-    tile.d = index % problem.g.axis[0].out;
-    tile.n = index / problem.g.axis[0].out;
-    tile.h0 = tile.p0 / t.pitch;
-    tile.q0 = tile.p0 % t.pitch;
-    return tile;
-}
-
-// The plane of the input that tap kd of output plane d reads, or -1.
-__device__ __forceinline__ int source_plane(const Geometry& g, int d, int kd) {
-    const int plane = d + int(g.axis[0].padding) - kd * int(g.axis[0].dilation);
-    return plane < int(g.axis[0].in) ? plane : -1;
-}
+inline int shared_bytes(const Tiling& t) { return kHeadBytes + kInputStages * t.input_bytes + 2 * t.weight_stages * t.weight_bytes + t.buffers * t.buffer_bytes + 2 * t.table_bytes + t.norm_stages * kNormBytes; }
 
 #ifdef HAS_SM90A
 
 // ------------------------------------------------------------------------------------------------------- Producer
 
-// One thread: takes tiles from the queue, tells the consumers, loads boxes of input and stages of weights.
-__device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap* x_map, const CUtensorMap* w_map, SharedHead& head, uint8_t* input, uint8_t* weights) {
-    const Geometry& g = a.p.g;
-    const Tiling& t = a.p.t;
-    const Axis &ah = g.axis[1], &aw = g.axis[2];
-    const int K_d = g.axis[0].kernel, K_h = ah.kernel, K_w = aw.kernel;
-    const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
-    RingPosition in, weight, slot;
-    unsigned next = atomicAdd(a.workspace.tile_ticket, 1u);
-    while (true) {
-        const int64_t index = next;
-        mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
-        head.tiles[slot.stage] = index < t.tiles ? int(index) : -1;
-        mbarrier_arrive(head.tile_full + slot.stage);
-        slot.advance(2);
-        if (index >= t.tiles) return;
-        next = atomicAdd(a.workspace.tile_ticket, 1u);
-        const Tile tile = locate(a.p, index);
-        const int w_start = tile.w0 + int(aw.padding) - (K_w - 1) * int(aw.dilation);
-        for (int kd = 0; kd < K_d; kd++) {
-            const int plane = source_plane(g, tile.d, kd);
-            if (plane < 0) continue;
-            for (int kh0 = 0; kh0 < K_h; kh0 += t.kh_per_box)
-            for (int c = 0; c < t.C_pad; c += t.chunk) {
-                const int h_start = tile.h0 + int(ah.padding) - (kh0 + t.kh_per_box - 1) * int(ah.dilation);
-                mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
-                mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
-                tma_load_5d(input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, c, w_start, h_start, plane, int(tile.n));
-                in.advance(kInputStages);
-                for (int kh = kh0; kh < kh0 + t.kh_per_box; kh++)
-                for (int kw = 0; kw < K_w; kw++) {
-                    mbarrier_wait(head.weight_empty + weight.stage, weight.phase ^ 1);
-                    mbarrier_arrive_expect_tx(head.weight_full + weight.stage, t.weight_bytes);
-                    tma_load_3d(weights + weight.stage * t.weight_bytes, w_map, head.weight_full + weight.stage, c, tile.m0, (kd * K_h + kh) * K_w + kw);
-                    weight.advance(t.weight_stages);
-                }
-            }
+// Whether bulk copies store the staged outputs.
+__device__ __forceinline__ bool stores_bulk(const Parameters& a) { return a.dtype == kFloat32 && a.p.t.bulk; }
+
+// One warp for each consumer: loads that one's weights and stores its outputs. The first also takes tiles from the queue and
+// loads the boxes.
+struct Producer {
+    const Parameters& a;
+    const SharedParts& shared;
+    const CUtensorMap *x_map, *w_map, *out_map;
+    int consumer;
+    RingPosition slot, in, weight;
+    const Tile* storing = nullptr;    // the tile whose outputs are to be stored, or are being read by their copies
+    bool stored = false;
+    int stored_before = -1;           // the sample of the copies before those
+    uint32_t phase = 0;               // of the staging
+
+    __device__ bool elected() const { return threadIdx.x % 32 == 0; }
+
+    // Stores the outputs of the tile before: by bulk copies of what is 16-byte aligned.
+    __device__ __forceinline__ void store() {
+        if (storing == nullptr || stored) return;
+        stored = true;
+        mbarrier_wait(shared.head.staged + consumer, phase);
+        phase ^= 1;
+        const float* buffer = reinterpret_cast<const float*>(shared.buffers + buffer_index() * a.p.t.buffer_bytes);
+        const Run& run = storing->run[consumer];
+        if (a.p.t.tensor_store && a.dtype == kFloat32) {
+            if (elected() && run.count > 0 && run.od0 >= 0 && run.od0 < a.p.s.axis[0].out)
+                tma_store_4d(out_map, buffer, run.h0 * a.p.t.tile_w + run.q0, run.od0, run.channel0, storing->n);
+            bulk_commit_group();
+        } else if (stores_bulk(a)) {
+            float* out = static_cast<float*>(a.out);
+            for_each_piece(a.p, *storing, run, threadIdx.x % 32, 32, [&](int64_t at, int staged, int count) {
+                const int head = min(count, int(-at & 3)), body = (count - head) / 4 * 4;
+                if (body > 0) bulk_store(out + at + head, buffer + staged + head, body * 4);
+#pragma unroll 1
+                for (int k = 0; k < head; k++) out[at + k] = buffer[staged + k];
+#pragma unroll 1
+                for (int k = head + body; k < count; k++) out[at + k] = buffer[staged + k];
+            });
+            bulk_commit_group();
+        }
+        if (a.fusion.num_groups > 0) {
+            bulk_wait_group<1>();
+            report_landed();
+            stored_before = storing->n;
         }
     }
-}
+
+    // The copies have read the buffer.
+    __device__ __forceinline__ void free_buffer() {
+        if (storing == nullptr) return;
+        bulk_wait_group_read<0>();
+        __syncwarp();
+        if (elected()) mbarrier_arrive(shared.head.buffer_free + consumer);
+        if (elected()) mbarrier_arrive(shared.head.tile_empty + (storing - shared.head.tiles));
+        storing = nullptr;
+    }
+
+    __device__ __forceinline__ void report_landed() {
+        __syncwarp();
+        if (stored_before >= 0 && elected()) red_release_gpu(a.workspace.runs_done + stored_before, 1);
+    }
+
+    __device__ __forceinline__ void run() {
+        const Tiling& t = a.p.t;
+        const StencilAxis& aw = a.p.s.axis[2];
+        SharedHead& head = shared.head;
+        const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
+        unsigned next = consumer == 0 && elected() ? atomicAdd(a.workspace.tile_ticket, 1u) : 0;
+        while (true) {
+            Tile& tile = head.tiles[slot.stage];
+            if (consumer == 0) {
+                mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
+                if (elected()) {
+                    if (next < t.tiles) locate(a.p, next, tile);
+                    else tile.n = -1;
+                    mbarrier_arrive(head.tile_full + slot.stage);
+                    if (next < t.tiles) next = atomicAdd(a.workspace.tile_ticket, 1u);
+                }
+                __syncwarp();
+            } else {
+                mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+            }
+            if (tile.n < 0) break;
+            const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
+            int taps = 0;
+            Cursor at(a.p);
+#pragma unroll 1
+            for (bool more = at.begin(tile); more; more = at.next()) {
+                // The consumer stages the tile before, and then frees the next stage.
+                if (taps == t.weight_stages) store();
+                if (taps == t.weight_stages + 2) free_buffer();
+                if (consumer == 0 && at.box) {
+                    if (taps > 0) store(), free_buffer();    // the other consumer may need the buffer before it frees a box
+                    mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
+                    if (elected()) {
+                        mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
+                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, at.c, w_start, at.source_row(), at.plane, tile.n);
+                    }
+                    in.advance(kInputStages);
+                }
+                mbarrier_wait(head.weight_empty[consumer] + weight.stage, weight.phase ^ 1);
+                if (elected()) {
+                    uint64_t* full = head.weight_full[consumer] + weight.stage;
+                    mbarrier_arrive_expect_tx(full, t.weight_bytes);
+                    tma_load_3d(shared.weights + (consumer * t.weight_stages + weight.stage) * t.weight_bytes, w_map, full, at.c, row, at.tap());
+                }
+                __syncwarp();
+                weight.advance(t.weight_stages);
+                taps++;
+            }
+            store();
+            free_buffer();
+            storing = &tile, stored = false;
+            slot.advance(kTileSlots);
+        }
+        store();
+        free_buffer();
+        if (a.fusion.num_groups == 0) return;
+        bulk_wait_group<0>();
+        report_landed();
+    }
+
+private:
+    __device__ int buffer_index() const { return a.p.t.buffers == 2 ? consumer : 0; }
+};
 
 // ------------------------------------------------------------------------------------------------------- Consumer
-
-// Tells that this warpgroup's part of a tile of sample n is in global memory.
-__device__ __forceinline__ void signal_done(const Parameters& a, int64_t n) {
-    if (threadIdx.x % 32 == 0) {
-        bulk_wait_group();
-        fence_proxy_async_all();
-    }
-    named_barrier(threadIdx.x / 128, 128);
-    if (threadIdx.x % 128 == 0) {
-        __threadfence();
-        atomicAdd(a.workspace.tiles_done + n, 1u);
-    }
-}
-
-// The sums of one tile: d (64 channels, kBlockN positions) of this warpgroup. kSteps: chunk / 16; known to the compiler, or
-// it would wait for each wgmma by itself.
-template <int kBlockN, int kSteps>
-__device__ __forceinline__ void multiply(const Parameters& a, const Tile& tile, SharedHead& head, const uint8_t* input, const uint8_t* weights,
-                                         RingPosition& in, RingPosition& weight, int64_t& pending, float (&d)[kBlockN / 2]) {
-    const Geometry& g = a.p.g;
-    const Tiling& t = a.p.t;
-    const int warpgroup = threadIdx.x / 128 - 1;
-    const bool elected = threadIdx.x % 128 == 0;
-    constexpr int row_bytes = kSteps * 32;
-    const int K_d = g.axis[0].kernel, K_h = g.axis[1].kernel, K_w = g.axis[2].kernel;
-    const int dilation_h = g.axis[1].dilation, dilation_w = g.axis[2].dilation;
-    const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
-    const int a_offset = t.split_m ? warpgroup * kWarpgroupM * row_bytes : 0;
-    const int b_row = tile.q0 + (t.split_m ? 0 : warpgroup * kBlockN);
-#pragma unroll
-    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
-    int done_weight = -1, done_input = -1;    // stages whose last reader is the wgmma group in flight
-    for (int kd = 0; kd < K_d; kd++) {
-        if (source_plane(g, tile.d, kd) < 0) continue;
-        for (int kh0 = 0; kh0 < K_h; kh0 += t.kh_per_box)
-        for (int c = 0; c < t.C_pad; c += t.chunk) {
-            mbarrier_wait(head.input_full + in.stage, in.phase);
-            const uint32_t box = shared_address(input + in.stage * t.input_bytes) + b_row * row_bytes;
-            for (int kh = t.kh_per_box - 1; kh >= 0; kh--)
-            for (int kw = K_w - 1; kw >= 0; kw--) {
-                const uint32_t b = box + (kh * dilation_h * t.pitch + kw * dilation_w) * row_bytes;
-                mbarrier_wait(head.weight_full + weight.stage, weight.phase);
-                const uint32_t w = shared_address(weights + weight.stage * t.weight_bytes) + a_offset;
-                wgmma_fence();
-#pragma unroll
-                for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
-                wgmma_commit_group();
-                if (pending >= 0) {    // by now the previous tile's stores are through: the fence costs little
-                    signal_done(a, pending);
-                    pending = -1;
-                }
-                wgmma_wait_group<1>();
-                if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
-                if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
-                done_input = -1, done_weight = weight.stage;
-                weight.advance(t.weight_stages);
-            }
-            done_input = in.stage;
-            in.advance(kInputStages);
-        }
-    }
-    wgmma_wait_group<0>();
-    if (elected && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
-    if (elected && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
-}
 
 __device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
     if (dtype == kFloat32) return static_cast<const float*>(p)[i];
     return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
 }
 
-// kCount neighbours, at a multiple of kCount
-template <int kCount> __device__ __forceinline__ void store(void* p, int dtype, int64_t i, const float (&v)[kCount]) {
-    if constexpr (kCount == 4) {
-        if (dtype == kFloat32) {
-            *reinterpret_cast<float4*>(static_cast<float*>(p) + i) = make_float4(v[0], v[1], v[2], v[3]);
-        } else if (dtype == kFloat16) {
-            reinterpret_cast<__half2*>(static_cast<__half*>(p) + i)[0] = __floats2half2_rn(v[0], v[1]);
-            reinterpret_cast<__half2*>(static_cast<__half*>(p) + i)[1] = __floats2half2_rn(v[2], v[3]);
+__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v) {
+    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
+    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
+    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
+}
+
+// One of the two rows that a lane has of each tile: row 16 * warp + lane / 4, and the one 8 further, in the next granule.
+struct LaneRow {
+    int channel, packed_d, packed_h, phase_w;    // channel from the row tile's first on
+    int region;                                  // first float of its region
+    int table;                                   // first entry of its phase in the table of staged places
+    bool used;
+    float scale, bias;                           // of the tile
+    bool live;                                   // there is such an output plane and channel
+};
+
+// What a consumer warpgroup carries from tile to tile.
+struct Consumer {
+    const Parameters& a;
+    const SharedParts& shared;
+    int warpgroup;                 // 0 or 1
+    RingPosition in, weight, slot;
+    LaneRow rows[2];
+    float first_scale;             // of the tile's sample
+    int staged = 0;                // how often this one staged outputs
+    int4 table_key = {-1, 0, 0, 0};    // what the table was made for
+    bool first = true;
+
+    __device__ __forceinline__ Consumer(const Parameters& a, const SharedParts& shared) : a(a), shared(shared), warpgroup(threadIdx.x / 128 - 1) {
+        const Problem& p = a.p;
+        const Tiling& t = p.t;
+        const int phases_d = t.packed[0] ? p.s.axis[0].phases : 1, phases_h = t.packed[1] ? p.s.axis[1].phases : 1, phases_w = p.s.axis[2].phases;
+        for (int half = 0; half < 2; half++) {
+            LaneRow& row = rows[half];
+            const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases;
+            row.used = octet < t.rows.octets;
+            row.channel = octet * 8 + threadIdx.x % 32 / 4;
+            row.phase_w = phase % phases_w, row.packed_h = phase / phases_w % phases_h, row.packed_d = phase / phases_w / phases_h;
+            row.region = row.used ? (row.channel * phases_d + row.packed_d) * t.region_stride : 0;
+            row.table = phase % (phases_h * phases_w) * t.block_n;
+        }
+    }
+    __device__ bool elected() const { return threadIdx.x % 32 == 0; }    // of a warp
+    __device__ void sync() const { named_barrier(1 + warpgroup, 128); }
+    __device__ int buffer_index() const { return a.p.t.buffers == 2 ? warpgroup : 0; }
+    __device__ float* buffer() const { return reinterpret_cast<float*>(shared.buffers + buffer_index() * a.p.t.buffer_bytes); }
+    __device__ int* table() const { return reinterpret_cast<int*>(shared.tables + warpgroup * a.p.t.table_bytes); }
+
+    // With one buffer the consumers take turns: the first waits for the second's release of the tile before, the second for the
+    // first's release of this tile. With two, each waits for its own of the tile before.
+    __device__ __forceinline__ void wait_for_buffer() {
+        const int shared_buffer = a.p.t.buffers == 1, releaser = warpgroup ^ shared_buffer, release = shared_buffer && warpgroup == 1 ? staged : staged - 1;
+        mbarrier_wait(shared.head.buffer_free + releaser, release & 1);
+        staged++;
+    }
+
+    // What the epilogue will need of global memory.
+    __device__ __forceinline__ void load_constants(const Tile& tile) {
+        first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
+        const Run& run = tile.run[warpgroup];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            LaneRow& row = rows[half];
+            const int channel = run.channel0 + row.channel, od = run.od0 + row.packed_d;
+            row.live = row.used && run.outer < outer_phases(a.p) && channel < a.p.C_out && od >= 0 && od < a.p.s.axis[0].out;
+            row.scale = row.live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])) : 0.0f;
+            row.bias = row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+        }
+    }
+};
+
+// The sums of one tile: d (64 rows, kBlockN positions) of this warpgroup. kSteps: chunk / 16; known to the compiler, or it
+// would wait for each wgmma by itself.
+template <int kBlockN, int kSteps>
+__device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (&d)[kBlockN / 2]) {
+    const Tiling& t = me.a.p.t;
+    SharedHead& head = me.shared.head;
+    constexpr int row_bytes = kSteps * 32;
+    const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
+    const int b_row = tile.run[me.warpgroup].b_row;
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+    int done_weight = -1, done_input = -1, open_input = -1;    // stages whose last reader is the wgmma group in flight
+    int taps = 0;
+    uint32_t box = 0;
+    auto let_the_other_begin = [&] {
+        if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
+        me.first = false;
+    };
+    Cursor at(me.a.p);
+    for (bool more = at.begin(tile); more;) {
+        if (at.box) {
+            if (open_input >= 0) {
+                done_input = open_input;
+                let_the_other_begin();
+            }
+            mbarrier_wait(head.input_full + me.in.stage, me.in.phase);
+            box = shared_address(me.shared.input + me.in.stage * t.input_bytes) + b_row * row_bytes;
+            open_input = me.in.stage;
+            me.in.advance(kInputStages);
+        }
+        const uint32_t b = box + at.rows() * row_bytes;
+        mbarrier_wait(head.weight_full[me.warpgroup] + me.weight.stage, me.weight.phase);
+        const uint32_t w = shared_address(me.shared.weights + (me.warpgroup * t.weight_stages + me.weight.stage) * t.weight_bytes);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+        wgmma_commit_group();
+        ++taps;
+        if (taps == 1) me.load_constants(tile);
+        if (taps == kLagTaps) let_the_other_begin();
+        more = at.next();
+        wgmma_wait_group<1>();
+        if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty[me.warpgroup] + done_weight);
+        if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
+        done_input = -1, done_weight = me.weight.stage;
+        me.weight.advance(t.weight_stages);
+    }
+    wgmma_wait_group<0>();
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
+    if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty[me.warpgroup] + done_weight);
+    if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
+    if (me.elected() && open_input >= 0) mbarrier_arrive(head.input_empty + open_input);
+    let_the_other_begin();
+    if (taps == 0) me.load_constants(tile);
+}
+
+// ------------------------------------------------------------------------------------------------------- Epilogue
+
+// Sum over the four lanes that share a row.
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// Where a lane's row is staged.
+__device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& tile, const LaneRow& row) {
+    const Run& run = tile.run[me.warpgroup];
+    return me.buffer() + row.region + (me.a.p.t.contiguous ? int(region_origin(me.a.p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d)) & 3 : 0);
+}
+
+// The moments of each row: sums of deviations from one of the lane's values, whose own squared deviation is part of the result,
+// which bounds the cancellation. valid: bit j * 2 + e tells that position j * 8 + lane % 4 * 2 + e is an output.
+template <int kBlockN>
+__device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& tile, const uint32_t (&valid)[2][(kBlockN + 127) / 128], const float (&v)[kBlockN / 2]) {
+    const Parameters& a = me.a;
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const Run& run = tile.run[me.warpgroup];
+    const int lane = threadIdx.x % 32;
+    const int64_t part = (tile.n * int(t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : me.warpgroup);
+    const int phases = p.s.axis[0].phases * ah.phases * aw.phases;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const LaneRow& row = me.rows[half];
+        float shift = 0.0f, sum = 0.0f, squares = 0.0f, count = 0.0f;
+#pragma unroll
+        for (int i = 0; i < (kBlockN + 127) / 128; i++) count += __popc(valid[half][i]);
+        const bool filled = t.dense ? run.count >= kBlockN : !t.whole_rows;    // positions that are no output hold the first one's value
+        if (filled) {
+            shift = __shfl_sync(~0u, v[half * 2], lane & ~3);
         } else {
-            reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p) + i)[0] = __floats2bfloat162_rn(v[0], v[1]);
-            reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p) + i)[1] = __floats2bfloat162_rn(v[2], v[3]);
+#pragma unroll
+            for (int i = (kBlockN + 127) / 128 - 1; i >= 0; i--)
+                if (valid[half][i]) {
+                    const int bit = i * 32 + __ffs(valid[half][i]) - 1, q = bit / 2 * 8 + lane % 4 * 2 + bit % 2;
+                    shift = staged_region(me, tile, row)[t.dense ? q : me.table()[row.table + q]];
+                }
         }
-    } else {
-        if (dtype == kFloat32) static_cast<float*>(p)[i] = v[0];
-        else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v[0]);
-        else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v[0]);
+        auto add = [&](float deviation) {
+            sum += deviation;
+            squares = fmaf(deviation, deviation, squares);
+        };
+        if (filled) {
+#pragma unroll
+            for (int i = 0; i < kBlockN / 4; i++) add(v[i / 2 * 4 + half * 2 + i % 2] - shift);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kBlockN / 4; i++) add(valid[half][i / 32] & 1u << i % 32 ? v[i / 2 * 4 + half * 2 + i % 2] - shift : 0.0f);
+        }
+        const float of_lane = count > 0 ? sum / count : 0.0f, total = quad_sum(count);    // the lanes' means and squares, combined
+        squares -= sum * of_lane;
+        const float all = quad_sum(count * (shift + of_lane)), mean = total > 0 ? all / total : 0.0f;
+        const float off = shift + of_lane - mean;
+        squares = quad_sum(fmaf(count * off, off, squares));
+        if (lane % 4 == 0 && row.live) {
+            const int phase = run.outer * t.rows.packed_phases + (row.packed_d * (t.packed[1] ? ah.phases : 1) + row.packed_h) * aw.phases + row.phase_w;
+            a.workspace.moments[(part * phases + phase) * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
+            a.workspace.counts[part * phases + phase] = total;    // the same from every channel
+        }
     }
 }
 
-// The sum over aligned runs of kLanes lanes.
-template <int kLanes> __device__ __forceinline__ float lanes_sum(float v) {
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-    return v;
-}
+__device__ __forceinline__ float value_of(float product, float first_scale, const LaneRow& row, float lowest) { return max_nan(fmaf(product * first_scale, row.scale, row.bias), lowest); }
 
-// Scales back, adds the bias, applies ReLU, stores, and leaves the tile's moments where the fusion wants them. A warp has 16
-// channels; it passes kSlice positions at a time through shared memory, from where a lane takes kVector neighbouring ones.
-template <int kBlockN, int kVector>
-__device__ __forceinline__ void finish(const Parameters& a, const CUtensorMap* out_map, const Tile& tile, float* slices, float4* constants, const float (&d)[kBlockN / 2]) {
-    constexpr int kLanes = kSlice / kVector;       // lanes of a row
-    constexpr int kRows = 32 / kLanes;             // rows of a step
-    constexpr int kSteps = 16 / kRows;
-    constexpr int kSlices = (kBlockN + kSlice - 1) / kSlice;
-    const Geometry& g = a.p.g;
-    const Tiling& t = a.p.t;
-    const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const int H = g.axis[1].out, W = g.axis[2].out;
-    const int width = min(t.tile_w, W - tile.w0), height = H - tile.h0;
-    const int64_t plane = int64_t(H) * W, volume = g.axis[0].out * plane;
-    const uint32_t magic = 0xffffffffu / t.pitch + 1;    // p / pitch = p * magic >> 32 for p < 2^16, pitch > 1
-    const bool fused = a.fusion.num_groups > 0, bulk = kVector == 4 && a.bulk_store;
-    const int block0 = t.split_m ? 0 : warpgroup * kBlockN, first = tile.q0 + block0 + lane % kLanes * kVector;
-    const int warp_channel = tile.m0 + (t.split_m ? warpgroup * kWarpgroupM : 0) + warp * 16, channel0 = warp_channel + lane / kLanes;    // of step 0
-    const int64_t base = (tile.n * g.C_out + channel0) * volume + tile.d * plane + int64_t(tile.h0) * W + tile.w0;
-    const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
+// Scales back, adds the bias, applies ReLU, stages and stores, and leaves the moments where the fusion wants them.
+template <int kBlockN>
+__device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
+    const Parameters& a = me.a;
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const Run& run = tile.run[me.warpgroup];
+    const int lane = threadIdx.x % 32;
     const float lowest = a.apply_relu ? 0.0f : -INFINITY;
-    // A channel's scale, its bias, and the shift of its moments: the mean of its first values, which bounds what the variance
-    // can cancel.
+    me.wait_for_buffer();
+    if (!t.dense) {
+        // Runs of the same form, all but those at the edges, have the same table.
+        const int4 key = {run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 2 + (run.h0 == 0)};
+        if (key.x != me.table_key.x || key.y != me.table_key.y || key.z != me.table_key.z || key.w != me.table_key.w) {
+            const int phases_hw = (t.packed[1] ? ah.phases : 1) * aw.phases;
+            for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
+                me.table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
+            me.table_key = key;
+        }
+        me.sync();
+    }
+    const bool fill = !t.whole_rows && !t.dense;    // the first position is an output: its value takes the place of those that are none
+    uint32_t valid[2][(kBlockN + 127) / 128] = {};    // bit j * 2 + e: position j * 8 + lane % 4 * 2 + e is an output
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const LaneRow& row = me.rows[half];
+        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row, lowest); };
+        const float filling = __shfl_sync(~0u, value_of(v[half * 2], me.first_scale, row, lowest), lane & ~3);
+        if (!row.live) continue;
+        float* region = staged_region(me, tile, row);
+        if (t.dense) {    // position q is float q of its region
+            float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);
+#pragma unroll
+            for (int j = 0; j < kBlockN / 8; j++) at[j * 4] = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
+            const int live = run.count - lane % 4 * 2, bits = max(0, live) / 8 * 2 + min(max(0, live) % 8, 2);
+#pragma unroll
+            for (int i = 0; i < (kBlockN + 127) / 128; i++) valid[half][i] = bits >= i * 32 + 32 ? ~0u : bits <= i * 32 ? 0u : (1u << (bits - i * 32)) - 1;
+        } else {
+            const int* table = me.table() + row.table + lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < kBlockN / 8; j++) {
+                const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
+                const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
+                if (place.x >= 0) region[place.x] = low;
+                else if (fill) v[j * 4 + half * 2] = filling;
+                if (place.y >= 0) region[place.y] = high;
+                else if (fill) v[j * 4 + half * 2 + 1] = filling;
+                valid[half][j / 16] |= (place.x >= 0 ? 1u << j * 2 % 32 : 0u) | (place.y >= 0 ? 2u << j * 2 % 32 : 0u);
+            }
+        }
+    }
+    fence_proxy_async();
+    if (!stores_bulk(a)) {
+        me.sync();
+        const float* buffer = me.buffer();
+        for_each_piece(p, tile, run, threadIdx.x / 32 % 4, 4, [&](int64_t at, int place, int count) {
+            for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[place + k]);
+        });
+    }
+    if (a.fusion.num_groups > 0) leave_moments<kBlockN>(me, tile, valid, v);
     __syncwarp();
-    if (lane < 16) {
-        const int channel = warp_channel + lane;
-        constants[lane] = make_float4(scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])),
-                                      a.bias && channel < g.C_out ? load_as_float(a.bias, a.dtype, channel) : 0.0f, 0.0f, 0.0f);
-    }
-    float sum[kSteps] = {}, squares[kSteps] = {}, count = 0.0f;
-    bool shifted = false;
-
-#pragma unroll
-    for (int s = 0; s < kSlices; s++) {
-        float* slice = slices + s % 2 * kSliceFloats;
-        auto at = [slice](int row, int position) { return slice + row * kSlice + ((position / 4 ^ row % 8) * 4 | position % 4); };
-        if (bulk && lane == 0) bulk_wait_group_read<1>();    // the store before last has left this slice
-        __syncwarp();
-#pragma unroll
-        for (int j = 0; j < kSlice / 8; j++)
-            if (s * kSlice / 8 + j < kBlockN / 8)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int i = (s * kSlice / 8 + j) * 4 + half * 2;
-                    *reinterpret_cast<float2*>(at(lane / 4 + half * 8, j * 8 + lane % 4 * 2)) = make_float2(d[i], d[i + 1]);
-                }
-        __syncwarp();
-        const int p = first + s * kSlice;
-        const int h = t.pitch == 1 ? p : int(__umulhi(p, magic)), w = p - h * t.pitch;
-        const bool inside = w < width && h < height && s * kSlice + lane % kLanes * kVector < kBlockN;
-        const bool whole = (s + 1) * kSlice <= kBlockN;      // the last slice may end within the next tile
-        const int64_t offset = base + h * W + w;
-        float v[kSteps][kVector];
-#pragma unroll
-        for (int step = 0; step < kSteps; step++) {
-            const int row = step * kRows + lane / kLanes;
-            float* source = at(row, lane % kLanes * kVector);
-            if constexpr (kVector == 4) {
-                const float4 four = *reinterpret_cast<const float4*>(source);
-                v[step][0] = four.x, v[step][1] = four.y, v[step][2] = four.z, v[step][3] = four.w;
-            } else {
-                v[step][0] = *source;
-            }
-            const float2 scale_bias = *reinterpret_cast<const float2*>(constants + row);
-#pragma unroll
-            for (int e = 0; e < kVector; e++) v[step][e] = max_nan(fmaf(v[step][e] * first_scale, scale_bias.x, scale_bias.y), lowest);
-            if (bulk && whole) store<kVector>(source, kFloat32, 0, v[step]);
-            else if (inside && channel0 + step * kRows < g.C_out) store(a.out, a.dtype, offset + step * kRows * volume, v[step]);
-        }
-        if (bulk && whole) {
-            fence_proxy_async();
-            __syncwarp();
-            if (lane == 0) {
-                tma_store_4d(out_map, slice, int(tile.p0) + block0 + s * kSlice, tile.d, warp_channel, int(tile.n));
-                bulk_commit_group();
-            }
-        }
-        if (!fused) continue;
-        const float here = inside ? float(kVector) : 0.0f;
-        if (!shifted && __any_sync(~0u, inside)) {
-            shifted = true;
-            const float total = lanes_sum<kLanes>(here);
-#pragma unroll
-            for (int step = 0; step < kSteps; step++) {
-                float of_lane = 0.0f;
-#pragma unroll
-                for (int e = 0; e < kVector; e++) of_lane += v[step][e];
-                const float shift = lanes_sum<kLanes>(inside ? of_lane : 0.0f) / total;
-                if (lane % kLanes == 0) constants[step * kRows + lane / kLanes].z = shift;
-            }
-            __syncwarp();
-        }
-        count += here;
-        if (inside)
-#pragma unroll
-            for (int step = 0; step < kSteps; step++) {
-                const float shift = constants[step * kRows + lane / kLanes].z;
-#pragma unroll
-                for (int e = 0; e < kVector; e++) {
-                    const float deviation = v[step][e] - shift;
-                    sum[step] += deviation;
-                    squares[step] = fmaf(deviation, deviation, squares[step]);
-                }
-            }
-    }
-    if (!fused) return;
-
-    const float total = lanes_sum<kLanes>(count), inverse = total > 0 ? 1.0f / total : 0.0f;
-    const int64_t parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
-    const int64_t part = tile.n * parts + (t.split_m ? tile.part : tile.part * 2 + warpgroup);
-#pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-        const float row_sum = lanes_sum<kLanes>(sum[step]), row_squares = lanes_sum<kLanes>(squares[step]);
-        const float mean = row_sum * inverse;
-        if (lane % kLanes == 0) {
-            const float shift = constants[step * kRows + lane / kLanes].z;
-            a.workspace.moments[part * t.M_pad + channel0 + step * kRows] = make_float2(shift + mean, row_squares - row_sum * mean);
-        }
-    }
-    if (lane == 0 && warp == 0) a.workspace.counts[part] = total;    // the same from every tile of these positions
+    if (lane == 0) mbarrier_arrive(me.shared.head.staged + me.warpgroup);
 }
 
 template <int kBlockN>
-__device__ __forceinline__ void consume(const Parameters& a, const CUtensorMap* out_map, SharedHead& head, const uint8_t* input, const uint8_t* weights, uint8_t* slices) {
-    RingPosition in, weight, slot;
+__device__ __forceinline__ void consume(const Parameters& a, const SharedParts& shared) {
+    Consumer me(a, shared);
+    SharedHead& head = shared.head;
     float d[kBlockN / 2];
-    int64_t pending = -1;    // the sample of the tile that is finished but not yet signalled
-    const int consumer_warp = threadIdx.x / 32 - 4;
-    float* slice = reinterpret_cast<float*>(slices + consumer_warp * kSliceBytes);
-    float4* constants = reinterpret_cast<float4*>(slices + 8 * kSliceBytes + consumer_warp * kConstantBytes);
     while (true) {
-        mbarrier_wait(head.tile_full + slot.stage, slot.phase);
-        const int index = head.tiles[slot.stage];
-        mbarrier_arrive(head.tile_empty + slot.stage);
-        slot.advance(2);
-        if (index < 0) break;
-        const Tile tile = locate(a.p, index);
+        mbarrier_wait(head.tile_full + me.slot.stage, me.slot.phase);
+        const Tile& tile = head.tiles[me.slot.stage];
+        if (tile.n < 0) break;
+        if (me.first && me.warpgroup == 1) named_barrier(3, 256);
         switch (a.p.t.chunk) {
-            case 64: multiply<kBlockN, 4>(a, tile, head, input, weights, in, weight, pending, d); break;
-            case 32: multiply<kBlockN, 2>(a, tile, head, input, weights, in, weight, pending, d); break;
-            default: multiply<kBlockN, 1>(a, tile, head, input, weights, in, weight, pending, d); break;
+            case 64: multiply<kBlockN, 4>(me, tile, d); break;
+            case 32: multiply<kBlockN, 2>(me, tile, d); break;
+            default: multiply<kBlockN, 1>(me, tile, d); break;
         }
-        if (a.p.t.vectors) finish<kBlockN, 4>(a, out_map, tile, slice, constants, d);
-        else finish<kBlockN, 1>(a, out_map, tile, slice, constants, d);
-        if (a.fusion.num_groups > 0) pending = tile.n;
+        finish<kBlockN>(me, tile, d);
+        mbarrier_arrive(head.tile_empty + me.slot.stage);
+        me.slot.advance(kTileSlots);
     }
-    if (pending >= 0) signal_done(a, pending);
-    if (threadIdx.x % 32 == 0) bulk_wait_group();
 }
 
-// ----------------------------------------------------------------------------------------------------- Normalizer
-//
-// Three warps: one combines moments, one loads rows of complete samples into a ring, one normalizes them and sends them back.
-// Their queues are taken in order, so each waits only for tiles and groups that running blocks have taken before.
+#endif  // HAS_SM90A
+
+}  // namespace conv_sm90
+'''
+
+_SOURCES['normalizer_sm90.cuh'] = r'''
+// GroupNorm of complete samples while the convolution works on the next ones: one warp combines moments and loads rows into a
+// ring, one normalizes them and sends them back. Work is taken from queues, sample after sample, so each waits only for what running
+// blocks have taken: blocks that find no multiprocessor yet cannot stop the others.
+#pragma once
+
+#include "conv_sm90.cuh"
+
+#ifdef HAS_SM90A
+
+namespace conv_sm90 {
 
 constexpr int kRowPieces = 8;    // pieces of one item of the row queue
 
-// One warp: the statistics of (n, group), in a fixed order. Sums of squares in float64 lose nothing that float32 had.
-__device__ __forceinline__ void combine_moments(const Parameters& a) {
-    const Tiling& t = a.p.t;
-    const int lane = threadIdx.x % 32;
-    const int channels = a.p.g.C_out / a.fusion.num_groups, parts = t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2);
-    const double values = double(channels) * out_volume(a.p.g);
-    while (true) {
-        unsigned item = lane == 0 ? atomicAdd(a.workspace.group_ticket, 1u) : 0;
-        item = __shfl_sync(~0u, item, 0);
-        const int64_t n = item / a.fusion.num_groups, group = item % a.fusion.num_groups;
-        if (n >= a.p.g.N) return;
-        while (ld_acquire_gpu(a.workspace.tiles_done + n) < t.sample_tiles * 2) __nanosleep(200);
-        const float2* moments = a.workspace.moments + n * parts * t.M_pad + group * channels;
-        const float* counts = a.workspace.counts + n * parts;
-        double sum = 0, squares = 0;
-#pragma unroll 8
-        for (int i = lane; i < parts * channels; i += 32) {
-            const int part = i / channels;
-            const float2 m = __ldcg(moments + int64_t(part) * t.M_pad + i % channels);
-            const double count = __ldcg(counts + part);
-            sum += count * m.x;
-            squares += m.y + count * m.x * m.x;
-        }
-        for (int offset = 16; offset > 0; offset /= 2) {
-            sum += __shfl_xor_sync(~0u, sum, offset);
-            squares += __shfl_xor_sync(~0u, squares, offset);
-        }
-        const double mean = sum / values, variance = squares / values - mean * mean;
-        if (lane == 0) {
-            a.fusion.mean[n * a.fusion.num_groups + group] = mean;
-            a.fusion.rstd[n * a.fusion.num_groups + group] = 1 / sqrt((variance < 0 ? 0 : variance) + a.fusion.eps);
-            __threadfence();
-            atomicAdd(a.workspace.groups_done + n, 1u);
-        }
-    }
+// A number that is not the zero of fresh memory: whoever reads zero knows that it is not there yet, and no fence is needed.
+constexpr unsigned long long kPresent = 0xfff4c0ffee000001ull;    // a NaN that no arithmetic makes
+__device__ __forceinline__ void publish(unsigned long long* p, double v) { *static_cast<volatile unsigned long long*>(p) = __double_as_longlong(v) ^ kPresent; }
+__device__ __forceinline__ void wait_for_sample(const Parameters& a, int n) {
+    while (ld_acquire_gpu(a.workspace.runs_done + n) < a.p.t.sample_tiles * 2) __nanosleep(100);
 }
 
-// One thread: takes kRowPieces pieces of a (n, channel) row at a time and loads them.
-__device__ __forceinline__ void load_rows(const Parameters& a, SharedHead& head, uint8_t* ring) {
-    const int64_t row_bytes = out_volume(a.p.g) * 4, row_items = ceil_div(row_bytes, kRowPieces * kNormBytes);
-    const int64_t channels = a.p.g.C_out, group_channels = channels / a.fusion.num_groups;
-    RingPosition stage;
-    unsigned next = atomicAdd(a.workspace.row_ticket, 1u);
+struct GroupStatistics { double mean, rstd; };
+
+// One thread: the statistics of a group of a sample, from the sums of its channels.
+__device__ __forceinline__ GroupStatistics group_statistics(const Parameters& a, int n, int group) {
+    const int channels = a.p.C_out / a.fusion.num_groups;
+    const volatile unsigned long long* sums = a.workspace.channel_sums + n * a.p.C_out + group * channels;
+    const int64_t to_squares = a.p.N * a.p.C_out;
+    double sum = 0, squares = 0;
+    constexpr int kBatch = 4;    // loads at a time
+    for (int first = 0; first < channels; first += kBatch) {
+        unsigned long long s[kBatch], q[kBatch];
+        bool there;
+        do {
+            there = true;
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) s[i] = sums[min(first + i, channels - 1)], q[i] = sums[min(first + i, channels - 1) + to_squares];
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) there = there && s[i] != 0 && q[i] != 0;
+        } while (!there);
+#pragma unroll
+        for (int i = 0; i < kBatch; i++)
+            if (first + i < channels) sum += __longlong_as_double(s[i] ^ kPresent), squares += __longlong_as_double(q[i] ^ kPresent);
+    }
+    const double values = double(channels) * a.p.out_volume, mean = sum / values, variance = squares / values - mean * mean;
+    return {mean, 1 / sqrt((variance < 0 ? 0 : variance) + a.fusion.eps)};
+}
+
+__device__ __forceinline__ void leave_statistics(const Parameters& a, int n, int group) {
+    if (threadIdx.x % 32 != 0) return;
+    const GroupStatistics s = group_statistics(a, n, group);
+    a.fusion.mean[n * a.fusion.num_groups + group] = s.mean;
+    a.fusion.rstd[n * a.fusion.num_groups + group] = s.rstd;
+}
+
+// Lane 0's number, for all.
+__device__ __forceinline__ unsigned take_ticket(unsigned* queue, unsigned count) { return __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(queue, count) : 0, 0); }
+
+// One warp: of a sample, once it is complete, the sums of those channels that nobody has taken, each in a fixed order, and the
+// statistics of the groups that begin with them. Sums of squares in float64 lose nothing that float32 had.
+__device__ __forceinline__ void combine_sample(const Parameters& a, int n) {
+    const Problem& p = a.p;
+    const int lane = threadIdx.x % 32, parts = parts_of_sample(p), group_channels = p.C_out / a.fusion.num_groups;
+    const float* counts = a.workspace.counts + int64_t(n) * parts;
+    int first = -1;    // a channel that begins a group
     while (true) {
-        const int64_t row = next / row_items, n = row / channels, channel = row % channels, group = row / group_channels;
-        if (n >= a.p.g.N) break;
-        const int64_t begin = next % row_items * kRowPieces * kNormBytes;
-        next = atomicAdd(a.workspace.row_ticket, 1u);
-        while (ld_acquire_gpu(a.workspace.groups_done + n) < a.fusion.num_groups) __nanosleep(200);
-        fence_proxy_async_all();    // what other multiprocessors stored is now visible to the copy engine too
-        const double mean = __ldcg(a.fusion.mean + group);
-        NormPiece piece;
-        piece.high = float(mean), piece.low = float(mean - double(piece.high));    // r - mean without losing the mean's low bits
-        piece.scale = float(__ldcg(a.fusion.rstd + group)) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
-        piece.offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
-        const int64_t end = begin + kRowPieces * kNormBytes < row_bytes ? begin + kRowPieces * kNormBytes : row_bytes;
-        for (int64_t at = begin; at < end; at += kNormBytes) {
-            piece.bytes = end - at < kNormBytes ? end - at : kNormBytes;
-            piece.y = static_cast<float*>(a.fusion.y) + (row * row_bytes + at) / 4;
-            mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
-            head.pieces[stage.stage] = piece;
-            mbarrier_arrive_expect_tx(head.norm_full + stage.stage, piece.bytes);
-            bulk_load(ring + stage.stage * kNormBytes, static_cast<const uint8_t*>(a.out) + row * row_bytes + at, piece.bytes, head.norm_full + stage.stage);
-            stage.advance(kNormStages);
+        const int channel = take_ticket(a.workspace.channel_tickets + n, 1);
+        if (channel >= p.C_out) break;
+        wait_for_sample(a, n);
+        const float2* moments = a.workspace.moments + int64_t(n) * parts * p.t.channels() + channel;
+        double sum = 0, squares = 0;
+#pragma unroll 8
+        for (int part = lane; part < parts; part += 32) {
+            const double count = __ldcg(counts + part);
+            const float2 m = __ldcg(moments + int64_t(part) * p.t.channels());
+            sum += count == 0 ? 0 : count * m.x;
+            squares += count == 0 ? 0 : m.y + count * m.x * m.x;
+        }
+        for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset), squares += __shfl_xor_sync(~0u, squares, offset);
+        if (lane == 0) publish(a.workspace.channel_sums + n * p.C_out + channel, sum), publish(a.workspace.channel_sums + (p.N + n) * p.C_out + channel, squares);
+        if (channel % group_channels == 0) {
+            if (first >= 0) leave_statistics(a, n, first / group_channels);
+            first = channel;
+        }
+    }
+    if (first >= 0) leave_statistics(a, n, first / group_channels);
+}
+
+// One warp: loads rows (n, channel) of complete samples that nobody has taken, kRowPieces pieces of a row at a time.
+__device__ __forceinline__ void load_rows(const Parameters& a, const SharedParts& shared) {
+    SharedHead& head = shared.head;
+    const int lane = threadIdx.x % 32, norm_stages = a.p.t.norm_stages;
+    const int64_t row_bytes = a.p.out_volume * 4;
+    const int row_items = ceil_div(row_bytes, kRowPieces * kNormBytes), channels = a.p.C_out, group_channels = channels / a.fusion.num_groups;
+    const int items = channels * row_items, share = min(32, int(ceil_div(items, gridDim.x)));    // of a sample, and how many are taken at a time
+    RingPosition stage;
+    for (int n = 0; n < a.p.N; n++) {
+        combine_sample(a, n);
+        bool ready = false;
+        while (true) {
+            const int batch = take_ticket(a.workspace.item_tickets + n, share);
+            if (batch >= items) break;
+            if (!ready) {
+                wait_for_sample(a, n);
+                fence_proxy_async_all();    // what other multiprocessors stored is now visible to the copy engine too
+                ready = true;
+            }
+            // Each lane prepares an item, so that its loads' latencies overlap.
+            const int own = batch + lane, end_item = min(batch + share, items);
+            NormPiece prepared = {};
+            if (own < end_item) {
+                const int channel = own / row_items;
+                const GroupStatistics statistics = group_statistics(a, n, channel / group_channels);
+                prepared.high = float(statistics.mean), prepared.low = float(statistics.mean - double(prepared.high));    // r - mean without losing the mean's low bits
+                prepared.scale = float(statistics.rstd) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
+                prepared.offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
+            }
+            for (int item = batch; item < end_item; item++) {
+                const int i = item - batch;
+                const int64_t row = int64_t(n) * channels + item / row_items;
+                // Pieces begin at 128-byte lines, but for a row's first.
+                auto boundary = [&](int64_t at) { return at <= 0 ? 0 : at >= row_bytes ? row_bytes : (row * row_bytes + at) / 128 * 128 - row * row_bytes; };
+                const int64_t begin = boundary(int64_t(item % row_items) * kRowPieces * kNormBytes), end = boundary(int64_t(item % row_items + 1) * kRowPieces * kNormBytes);
+                NormPiece piece;
+                piece.high = __shfl_sync(~0u, prepared.high, i), piece.low = __shfl_sync(~0u, prepared.low, i);
+                piece.scale = __shfl_sync(~0u, prepared.scale, i), piece.offset = __shfl_sync(~0u, prepared.offset, i);
+#pragma unroll 1
+                for (int64_t at = begin; at < end; at += piece.bytes) {
+                    const int64_t next = boundary(at + kNormBytes);
+                    piece.bytes = (next < end ? next : end) - at;
+                    piece.y = static_cast<float*>(a.fusion.y) + (row * row_bytes + at) / 4;
+                    mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
+                    if (lane == 0) {
+                        head.pieces[stage.stage] = piece;
+                        mbarrier_arrive_expect_tx(head.norm_full + stage.stage, piece.bytes);
+                        bulk_load(shared.norm + stage.stage * kNormBytes, static_cast<const uint8_t*>(a.out) + row * row_bytes + at, piece.bytes, head.norm_full + stage.stage);
+                    }
+                    __syncwarp();
+                    stage.advance(norm_stages);
+                }
+            }
         }
     }
     mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
-    head.pieces[stage.stage].bytes = 0;
-    mbarrier_arrive(head.norm_full + stage.stage);
+    if (lane == 0) {
+        head.pieces[stage.stage].bytes = 0;
+        mbarrier_arrive(head.norm_full + stage.stage);
+    }
 }
 
 // One warp: normalizes the pieces in place and stores them.
-__device__ __forceinline__ void normalize_rows(SharedHead& head, uint8_t* ring) {
+__device__ __forceinline__ void normalize_rows(const SharedParts& shared, int norm_stages) {
+    SharedHead& head = shared.head;
     const int lane = threadIdx.x % 32;
     RingPosition stage;
     int storing = -1;    // the stage whose store may still read it
@@ -2581,7 +3180,7 @@ __device__ __forceinline__ void normalize_rows(SharedHead& head, uint8_t* ring) 
         mbarrier_wait(head.norm_full + stage.stage, stage.phase);
         const NormPiece piece = head.pieces[stage.stage];
         if (piece.bytes == 0) break;
-        float4* values = reinterpret_cast<float4*>(ring + stage.stage * kNormBytes);
+        float4* values = reinterpret_cast<float4*>(shared.norm + stage.stage * kNormBytes);
         auto apply = [&piece](float v) { return fmaf((v - piece.high) - piece.low, piece.scale, piece.offset); };
 #pragma unroll 8
         for (int i = lane; i < piece.bytes / 16; i += 32) {
@@ -2597,145 +3196,183 @@ __device__ __forceinline__ void normalize_rows(SharedHead& head, uint8_t* ring) 
             if (storing >= 0) mbarrier_arrive(head.norm_empty + storing);
         }
         storing = stage.stage;
-        stage.advance(kNormStages);
+        stage.advance(norm_stages);
     }
     if (lane == 0) bulk_wait_group_read<0>();
 }
 
+}  // namespace conv_sm90
+
 #endif  // HAS_SM90A
+'''
+
+_SOURCES['conv_transpose3d_forward_sm90.cu'] = r'''
+// Transposed convolution on Hopper's tensor cores, alone or with ReLU and GroupNorm behind it: kernel and launchers.
+//
+//   out[n, co, o] = bias[co] + sum over ci, k of x[n, ci, i] * w[ci, co, k] with i * stride - padding + k * dilation = o
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
+//
+// Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
+
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "group_norm.cuh"
+#include "conv_sm90.cuh"
+#include "normalizer_sm90.cuh"
+
+namespace conv_sm90 {
 
 // --------------------------------------------------------------------------------------------------------- Kernel
 
 template <int kBlockN>
 __global__ void __launch_bounds__(kThreads, 1)
-conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map, const __grid_constant__ Parameters a) {
+conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map,
+            const __grid_constant__ Parameters a) {
 #ifdef HAS_SM90A
-    extern __shared__ __align__(1024) uint8_t shared[];
-    SharedHead& head = *reinterpret_cast<SharedHead*>(shared);
+    extern __shared__ __align__(1024) uint8_t base[];
     const Tiling& t = a.p.t;
-    uint8_t* input = shared + 1024;                                  // (kInputStages, box_rows, pitch, chunk) fp16 and margins
-    uint8_t* weights = input + kInputStages * t.input_bytes;         // (weight_stages, block_m, chunk) fp16
-    uint8_t* norm_ring = weights + t.weight_stages * t.weight_bytes; // (kNormStages, kNormBytes), then a slice for each consumer warp
+    const SharedParts shared(base, t);
+    SharedHead& head = shared.head;
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kInputStages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 2);
-        for (int i = 0; i < t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, 2);
-        for (int i = 0; i < 2; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256);
-        for (int i = 0; i < kNormStages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
+        for (int i = 0; i < kInputStages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 8);
+        for (int consumer = 0; consumer < 2; consumer++)
+            for (int i = 0; i < t.weight_stages; i++) mbarrier_init(head.weight_full[consumer] + i, 1), mbarrier_init(head.weight_empty[consumer] + i, 4);
+        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2);
+        for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 1), mbarrier_init(head.staged + i, 4);
+        for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
         fence_mbarrier_init();
     }
     const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
     for (int stage = 0; stage < kInputStages; stage++)
-        for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(input + stage * t.input_bytes + i) = 0;
+        for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
     __syncthreads();
 
     if (threadIdx.x < 128) {
         setmaxnreg_dec<kProducerRegisters>();
         const int warp = threadIdx.x / 32;
-        if (threadIdx.x == 0) produce(a, &x_map, &w_map, head, input, weights);
-        if (warp == 1 && a.fusion.num_groups > 0) combine_moments(a);
-        if (threadIdx.x == 64 && a.fusion.in_kernel) load_rows(a, head, norm_ring);
-        if (warp == 3 && a.fusion.in_kernel) normalize_rows(head, norm_ring);
+        if (warp < 2) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run();
+        if (warp == 2 && a.fusion.num_groups > 0) {
+            if (a.fusion.in_kernel) load_rows(a, shared);
+            else for (int n = 0; n < a.p.N; n++) combine_sample(a, n);
+        }
+        if (warp == 3 && a.fusion.in_kernel) normalize_rows(shared, t.norm_stages);
     } else {
         setmaxnreg_inc<kConsumerRegisters>();
-        consume<kBlockN>(a, &out_map, head, input, weights, norm_ring + kNormStages * kNormBytes);
+        consume<kBlockN>(a, shared);
     }
 #endif
 }
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
-// Bytes of scratch, or its parts: the same arithmetic for both.
-struct Layout {
-    int64_t bytes = 0;
-    uint8_t* base;
-    explicit Layout(void* base) : base(static_cast<uint8_t*>(base)) {}
+// What a call of some shape does, found once. (Static: an inline function's static variables would be shared with other builds
+// of this file in the same process.)
+struct Plan {
+    Problem problem;
+    int multiprocessors;
+};
+
+static const Plan& plan_of(const Geometry& g, bool fused, int device) {
+    struct Key {
+        Geometry g;
+        int64_t fused, device;
+        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
+    };
+    static std::mutex mutex;
+    static std::map<Key, Plan> plans;
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto found = plans.find({g, fused, device});
+    if (found != plans.end()) return found->second;
+    Plan plan = {};
+    cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    plan.problem.N = g.N, plan.problem.C_out = g.C_out, plan.problem.out_volume = out_volume(g);
+    if (has_stencil(g)) {
+        plan.problem.s = make_forward_stencil(g);
+        plan.problem.t = choose_tiling(g, plan.problem.s, fused, plan.multiprocessors);
+    }
+    return plans[{g, fused, device}] = plan;
+}
+
+// Scratch memory of a call, laid out at `base`.
+struct Scratch {
+    scaled_half::Activation activation;
+    scaled_half::Weight weight;
+    Workspace workspace;
+    unsigned* counters;
+    int64_t counter_bytes, bytes = 0;
+
+    Scratch(const Geometry& g, const Plan& plan, int64_t num_groups, void* base) : base_(static_cast<uint8_t*>(base)) {
+        const Tiling& t = plan.problem.t;
+        const int64_t taps = plan.problem.s.axis[0].taps * plan.problem.s.axis[1].taps * plan.problem.s.axis[2].taps, parts = num_groups > 0 ? parts_of_sample(plan.problem) : 0;
+        const int64_t volume = kernel_volume(g);
+        const int64_t sums = num_groups > 0 ? 2 * g.N * g.C_out : 0, count = 2 * sums + 1 + (5 + parts) * g.N;
+        counter_bytes = count * 4;
+        counters = take<unsigned>(count);
+        workspace = {};
+        workspace.channel_sums = reinterpret_cast<unsigned long long*>(counters + 2 * g.N);
+        workspace.tile_ticket = counters + 2 * g.N + 2 * sums;
+        workspace.runs_done = workspace.tile_ticket + 1;
+        workspace.channel_tickets = workspace.runs_done + g.N, workspace.item_tickets = workspace.channel_tickets + g.N;
+        workspace.counts = reinterpret_cast<float*>(workspace.item_tickets + g.N);
+        workspace.moments = take<float2>(g.N * parts * t.channels());
+        activation = {g.N, g.C_in, in_volume(g), t.C_pad, nullptr, false, take<__half>(g.N * in_volume(g) * t.C_pad), reinterpret_cast<scaled_half::SampleMax*>(counters)};
+        weight = {plan.problem.s, t.rows, g.C_out, g.C_in, t.M_pad, t.C_pad, volume, g.C_out * volume, nullptr, take<__half>(taps * t.M_pad * t.C_pad), take<unsigned>(g.C_out)};
+    }
+
+private:
     template <typename T> T* take(int64_t count) {
-        T* p = reinterpret_cast<T*>(base + bytes);
+        T* p = reinterpret_cast<T*>(base_ + bytes);
         bytes += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
         return p;
     }
+    uint8_t* base_;
 };
-
-struct Plan {
-    Problem problem;
-    scaled_half::Pack pack;
-    Workspace workspace;
-    unsigned* counters;
-    int64_t counter_bytes, bytes;
-};
-
-inline int multiprocessors_of(int device) {
-    int count = 0;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
-inline Plan make_plan(const Geometry& g, int multiprocessors, bool fused, void* base) {
-    Plan plan = {};
-    const Tiling t = choose_tiling(g, multiprocessors);
-    plan.problem = {g, t};
-    scaled_half::Pack& p = plan.pack;
-    p.N = g.N, p.C = g.C_in, p.S = in_volume(g), p.C_pad = t.C_pad;
-    p.rows = g.C_out, p.M_pad = t.M_pad, p.taps = kernel_volume(g);
-    p.row_stride = p.taps, p.column_stride = g.C_out * p.taps, p.flip = false;
-    Layout layout(base);
-    const int64_t parts = t.m_tiles ? t.sample_tiles / t.m_tiles * (t.split_m ? 1 : 2) : 0;
-    plan.counter_bytes = (3 + 4 * g.N) * 4;
-    plan.counters = layout.take<unsigned>(3 + 4 * g.N);
-    p.activation_max = reinterpret_cast<scaled_half::SampleMax*>(plan.counters);
-    Workspace& w = plan.workspace;
-    w.tile_ticket = plan.counters + 2 * g.N, w.group_ticket = w.tile_ticket + 1, w.row_ticket = w.tile_ticket + 2;
-    w.tiles_done = w.tile_ticket + 3, w.groups_done = w.tiles_done + g.N;
-    p.weight_max = layout.take<unsigned>(t.M_pad);
-    p.activation = layout.take<__half>(g.N * p.S * t.C_pad);
-    p.weight = layout.take<__half>(p.taps * t.M_pad * t.C_pad);
-    w.moments = layout.take<float2>(fused ? g.N * parts * t.M_pad : 0);
-    w.counts = layout.take<float>(fused ? g.N * parts : 0);
-    plan.bytes = layout.bytes;
-    return plan;
-}
 
 template <int kBlockN>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    const int bytes = 1024 + kInputStages * t.input_bytes + t.weight_stages * t.weight_bytes + kNormStages * kNormBytes + 8 * (kSliceBytes + kConstantBytes);
-    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(t)));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
-    conv_kernel<kBlockN><<<unsigned(blocks), kThreads, bytes, stream>>>(x_map, w_map, out_map, a);
+    conv_kernel<kBlockN><<<unsigned(blocks), kThreads, shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
     return cudaGetLastError();
 }
 
-inline int run(const Geometry& g, int dtype, int device, void* stream_pointer, void* workspace, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion) {
+static int run(const Geometry& g, int dtype, int device, void* stream_pointer, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion) {
     const auto stream = static_cast<cudaStream_t>(stream_pointer);
-    const int multiprocessors = multiprocessors_of(device);
-    Plan plan = make_plan(g, multiprocessors, fusion.num_groups > 0, workspace);
+    const Plan& plan = plan_of(g, fusion.num_groups > 0, device);
     const Tiling& t = plan.problem.t;
     if (t.block_n == 0) return cudaErrorNotSupported;
-    plan.pack.x = x, plan.pack.w = w;
-    RETURN_IF_ERROR(cudaMemsetAsync(plan.counters, 0, plan.counter_bytes, stream));
+    Scratch scratch(g, plan, fusion.num_groups, base);
+    scratch.activation.x = x, scratch.weight.w = w;
+    RETURN_IF_ERROR(cudaMemsetAsync(scratch.counters, 0, scratch.counter_bytes, stream));
     switch (dtype) {
-        case kFloat32: RETURN_IF_ERROR(scaled_half::pack<float>(plan.pack, multiprocessors, stream)); break;
-        case kFloat16: RETURN_IF_ERROR(scaled_half::pack<__half>(plan.pack, multiprocessors, stream)); break;
-        case kBFloat16: RETURN_IF_ERROR(scaled_half::pack<__nv_bfloat16>(plan.pack, multiprocessors, stream)); break;
+        case kFloat32: RETURN_IF_ERROR(scaled_half::pack<float>(scratch.activation, scratch.weight, plan.multiprocessors, stream)); break;
+        case kFloat16: RETURN_IF_ERROR(scaled_half::pack<__half>(scratch.activation, scratch.weight, plan.multiprocessors, stream)); break;
+        case kBFloat16: RETURN_IF_ERROR(scaled_half::pack<__nv_bfloat16>(scratch.activation, scratch.weight, plan.multiprocessors, stream)); break;
         default: return cudaErrorInvalidValue;
     }
     CUtensorMap x_map, w_map, out_map = {};
-    const bool bulk_store = t.contiguous && dtype == kFloat32;
-    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, plan.pack.activation, {t.C_pad, g.axis[2].in, g.axis[1].in, g.axis[0].in, g.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, plan.pack.weight, {t.C_pad, t.M_pad, plan.pack.taps}, {t.chunk, t.split_m ? 2 * kWarpgroupM : kWarpgroupM, 1}));
-    if (bulk_store)
-        RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, out, {g.axis[1].out * g.axis[2].out, g.axis[0].out, g.C_out, g.N}, {kSlice, 1, 16, 1}));
-    const Parameters a = {plan.problem, dtype, apply_relu, bulk_store, bias, out, plan.pack.activation_max, plan.pack.weight_max, plan.workspace, fusion};
+    const CUtensorMapSwizzle swizzle = swizzle_of(t.chunk * 2);
+    const StencilAxis* axis = plan.problem.s.axis;
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, scratch.activation.copy, {t.C_pad, axis[2].sources, axis[1].sources, axis[0].sources, g.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, scratch.weight.copy, {t.C_pad, t.M_pad, axis[0].taps * axis[1].taps * axis[2].taps}, {t.chunk, kRows, 1}));
+    if (t.tensor_store && dtype == kFloat32)
+        RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, g.C_out, g.N}, {t.run, 1, kRows, 1}));
+    const Parameters a = {plan.problem, dtype, apply_relu, bias, out, scratch.activation.max, scratch.weight.max, scratch.workspace, fusion};
     switch (t.block_n) {
-        case 256: return launch_conv<256>(x_map, w_map, out_map, a, multiprocessors, stream);
-        case 232: return launch_conv<232>(x_map, w_map, out_map, a, multiprocessors, stream);
-        case 192: return launch_conv<192>(x_map, w_map, out_map, a, multiprocessors, stream);
-        case 160: return launch_conv<160>(x_map, w_map, out_map, a, multiprocessors, stream);
-        case 128: return launch_conv<128>(x_map, w_map, out_map, a, multiprocessors, stream);
-        default: return launch_conv<64>(x_map, w_map, out_map, a, multiprocessors, stream);
+        case 240: return launch_conv<240>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+        case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+        case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+        case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+        case 160: return launch_conv<160>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+        case 128: return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+        default: return launch_conv<64>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
     }
 }
 
@@ -2743,11 +3380,11 @@ inline int run(const Geometry& g, int dtype, int device, void* stream_pointer, v
 
 // Whether a tiling fits: 1 or 0.
 extern "C" int conv_transpose3d_sm90_supports(const Geometry* g, int device) {
-    return conv_sm90::choose_tiling(*g, conv_sm90::multiprocessors_of(device)).block_n > 0;
+    return conv_sm90::plan_of(*g, true, device).problem.t.block_n > 0;
 }
 
 extern "C" int64_t conv_transpose3d_forward_sm90_workspace(const Geometry* g, int, int device) {
-    return conv_sm90::make_plan(*g, conv_sm90::multiprocessors_of(device), false, nullptr).bytes;
+    return conv_sm90::Scratch(*g, conv_sm90::plan_of(*g, false, device), 0, nullptr).bytes;
 }
 
 extern "C" int conv_transpose3d_forward_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
@@ -2757,7 +3394,7 @@ extern "C" int conv_transpose3d_forward_sm90(const Geometry* g, int dtype, int d
 }
 
 extern "C" int64_t conv_transpose3d_relu_group_norm_forward_sm90_workspace(const Geometry* g, int, int device) {
-    return conv_sm90::make_plan(*g, conv_sm90::multiprocessors_of(device), true, nullptr).bytes;
+    return conv_sm90::Scratch(*g, conv_sm90::plan_of(*g, true, device), g->C_out, nullptr).bytes;
 }
 
 // activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.

@@ -12,6 +12,7 @@ MODEL_NEW = FOLDER.parent / "model_new.py"
 #: In the order of reading: what is included comes first.
 SOURCES = (
     "geometry.h",
+    "stencil.h",
     "launch.cuh",
     "conv_transpose3d_generic.cu",
     "conv_transpose3d_dweight_generic.cu",
@@ -19,6 +20,10 @@ SOURCES = (
     "relu_group_norm_generic.cu",
     "ptx_sm90.cuh",
     "scaled_half.cuh",
+    "tiling_sm90.h",
+    "tiles_sm90.h",
+    "conv_sm90.cuh",
+    "normalizer_sm90.cuh",
     "conv_transpose3d_forward_sm90.cu",
     "cpu_backend.cpp",
 )

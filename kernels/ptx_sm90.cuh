@@ -10,6 +10,15 @@
 #define HAS_SM90A 1
 #endif
 
+// ----------------------------------------------------------------------------------------------------- Arithmetic
+
+// max that keeps NaN
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float v;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
+
 // -------------------------------------------------------------------------------------------------- Shared memory
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -22,6 +31,9 @@ __device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.pr
 
 // barrier.sync among `threads` threads of the block
 __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// barrier.arrive: the same, without waiting
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ------------------------------------------------------------------------------------------------------- mbarrier
 
@@ -46,11 +58,16 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
         "}\n" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 
-// max that keeps NaN
-__device__ __forceinline__ float max_nan(float a, float b) {
-    float v;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-    return v;
+// Whether it has.
+__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    return done != 0;
 }
 
 // A ring of stages: the position of one of its users.
@@ -70,6 +87,8 @@ __device__ __forceinline__ unsigned ld_acquire_gpu(const unsigned* p) {
     return v;
 }
 
+__device__ __forceinline__ void red_release_gpu(unsigned* p, unsigned v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+
 // ------------------------------------------------------------------------------------- Tensor memory access (copy engine)
 
 __device__ __forceinline__ void tma_load_3d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
@@ -81,6 +100,12 @@ __device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap
                  ::"r"(shared_address(destination)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
+// What lies outside the tensor is left out.
+__device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+                 ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+
 // 16-byte aligned runs of bytes, without a tensor map
 __device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -89,22 +114,16 @@ __device__ __forceinline__ void bulk_load(void* destination, const void* source,
 __device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
-                 ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
-}
 __device__ __forceinline__ void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until all but kPending of this thread's groups have read their source.
+// Waits until all but kPending of this thread's groups are complete, or have read their source.
+template <int kPending> __device__ __forceinline__ void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory"); }
 template <int kPending> __device__ __forceinline__ void bulk_wait_group_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory"); }
-
-// Waits until all of this thread's groups have written their destination.
-__device__ __forceinline__ void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // cuTensorMapEncodeTiled, looked up at run time so that nothing links libcuda.
 using TensorMapEncode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
                                      CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-inline TensorMapEncode tensor_map_encode() {
+static TensorMapEncode tensor_map_encode() {
     static const TensorMapEncode encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult result;
@@ -119,8 +138,8 @@ inline CUtensorMapSwizzle swizzle_of(int row_bytes) {
     return row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
 }
 
-// A map of a dense tensor; dims and box fastest first, rows of the box swizzled, zeros outside the tensor.
-template <int kRank> int make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
+// A map of a dense tensor; dims and box fastest first, zeros outside the tensor.
+template <int kRank> int make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, CUtensorMapSwizzle swizzle, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
     cuuint64_t sizes[kRank], strides[kRank];
     cuuint32_t boxes[kRank], steps[kRank];
     cuuint64_t stride = element_bytes;
@@ -131,7 +150,7 @@ template <int kRank> int make_tensor_map(CUtensorMap* map, CUtensorMapDataType t
     }
     if (!tensor_map_encode()) return cudaErrorNotSupported;
     const CUresult result = tensor_map_encode()(map, type, kRank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                swizzle_of(box[0] * element_bytes), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                                swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -145,6 +164,9 @@ template <int kRegisters> __device__ __forceinline__ void setmaxnreg_inc() { asm
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending> __device__ __forceinline__ void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
+
+// Keeps the compiler from using a register's value ahead of this point.
+__device__ __forceinline__ void keep_after(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 
 // A K-major operand of rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address.
 // The hardware swizzles absolute addresses, so the address may be any row of a tile, not only a multiple of eight.
@@ -177,17 +199,17 @@ template <> __device__ __forceinline__ void wgmma_m64k16_f16<192>(float (&d)[96]
     asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " "%90, %91, %92, %93, %94, %95" "}, %96, %97, 1, 1, 1, 0, 0;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]) : "l"(a), "l"(b));
 }
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<216>(float (&d)[108], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n216k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " "%100, %101, %102, %103, %104, %105, %106, %107" "}, %108, %109, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]) : "l"(a), "l"(b));
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<224>(float (&d)[112], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111" "}, %112, %113, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]) : "l"(a), "l"(b));
 }
 template <> __device__ __forceinline__ void wgmma_m64k16_f16<232>(float (&d)[116], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, 1, 1, 1, 0, 0;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b));
 }
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<256>(float (&d)[128], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " REGS10("11") ", " "%120, %121, %122, %123, %124, %125, %126, %127" "}, %128, %129, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), ACC10(110), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127]) : "l"(a), "l"(b));
+template <> __device__ __forceinline__ void wgmma_m64k16_f16<240>(float (&d)[120], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n240k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " REGS10("11") "}, %120, %121, 1, 1, 1, 0, 0;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), ACC10(110) : "l"(a), "l"(b));
 }
 
 #undef REGS10

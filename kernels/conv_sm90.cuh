@@ -1,0 +1,520 @@
+// Convolution of stride 1 on Hopper's tensor cores, which is a transposed convolution of any stride (stencil.h), alone or with
+// ReLU and GroupNorm behind it.
+//
+// Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = (channel, phase) of the
+// output, GEMM_N = positions of one (n, d) plane of the grid, GEMM_K = (tap, source channel). tiling_sm90.h tells how it is cut.
+//
+// A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. A box of the source
+// plane, halo included, is copied once for all taps (h, w); a tap is a shift of the wgmma descriptor's start address by whole
+// rows of shared memory. A producer warp for each consumer streams its weights through a ring of their own, so that one consumer
+// may be some taps ahead: its epilogue then overlaps the other's products. An epilogue stages the outputs in shared memory in
+// the order of global memory; the producer warp stores them by bulk copies.
+//
+// Fused: the epilogue stores relu(out) and, per run and row, the mean and the sum of squared deviations; other warps of the
+// producer's warpgroup normalize the samples that are complete while the tensor cores work on the next (normalizer_sm90.cuh).
+#pragma once
+
+#include "launch.cuh"
+#include "ptx_sm90.cuh"
+#include "scaled_half.cuh"
+#include "tiles_sm90.h"
+
+namespace conv_sm90 {
+
+constexpr int kThreads = 384;
+constexpr int kProducerRegisters = 96, kConsumerRegisters = 200;
+constexpr int kTileSlots = 3;
+constexpr int kLagTaps = 4;        // by which one consumer begins later than the other
+static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+
+// ---------------------------------------------------------------------------------------------------- Parameters
+
+// Scratch of a call. Counters start at zero.
+struct Workspace {
+    unsigned* tile_ticket;                         // queue
+    unsigned *channel_tickets, *item_tickets;      // (N): queues
+    unsigned* runs_done;                           // (N): runs of tiles that have landed
+    unsigned long long* channel_sums;              // (2, N, C_out): sum and sum of squares, encoded (normalizer_sm90.cuh); start at zero
+    float2* moments;                               // (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
+    float* counts;                                 // (N, parts): how many values they are of; starts at zero
+};
+
+struct Fusion {
+    int64_t num_groups;                    // 0: convolution alone
+    bool in_kernel;                        // normalize while the convolution runs; else only the statistics are computed
+    double eps;
+    const float *gamma, *beta;             // (C_out), or null
+    void* y;                               // (N, C_out, D_out, H_out, W_out); may be `out`
+    double *mean, *rstd;                   // (N, num_groups)
+};
+
+struct Parameters {
+    Problem p;
+    int dtype;
+    bool apply_relu;
+    const void* bias;                                // (C_out), or null
+    void* out;                                       // (N, C_out, D_out, H_out, W_out)
+    const scaled_half::SampleMax* activation_max;    // (N)
+    const unsigned* weight_max;                      // (C_out)
+    Workspace workspace;
+    Fusion fusion;
+};
+
+// A stage of the ring through which samples are normalized.
+struct NormPiece {
+    float high, low, scale, offset;        // y = ((r - high) - low) * scale + offset
+    float* y;
+    int bytes;                             // 0: no more
+};
+
+struct SharedHead {
+    uint64_t input_full[kInputStages], input_empty[kInputStages];
+    uint64_t weight_full[2][kMaxStages], weight_empty[2][kMaxStages];
+    uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
+    uint64_t norm_full[kMaxNormStages], norm_empty[kMaxNormStages];
+    uint64_t buffer_free[2], staged[2];    // by the consumer that used it
+    Tile tiles[kTileSlots];
+    NormPiece pieces[kMaxNormStages];
+};
+static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the head");
+
+// The parts of shared memory.
+struct SharedParts {
+    SharedHead& head;
+    uint8_t *input, *weights, *buffers, *tables, *norm;    // (kInputStages, box_rows, pitch, chunk) fp16 and margins; (2, weight_stages, 64, chunk) fp16; ...
+    __device__ SharedParts(uint8_t* base, const Tiling& t) : head(*reinterpret_cast<SharedHead*>(base)) {
+        input = base + kHeadBytes;
+        weights = input + kInputStages * t.input_bytes;
+        buffers = weights + 2 * t.weight_stages * t.weight_bytes;
+        tables = buffers + t.buffers * t.buffer_bytes;
+        norm = tables + 2 * t.table_bytes;
+    }
+};
+
+inline int shared_bytes(const Tiling& t) { return kHeadBytes + kInputStages * t.input_bytes + 2 * t.weight_stages * t.weight_bytes + t.buffers * t.buffer_bytes + 2 * t.table_bytes + t.norm_stages * kNormBytes; }
+
+#ifdef HAS_SM90A
+
+// ------------------------------------------------------------------------------------------------------- Producer
+
+// Whether bulk copies store the staged outputs.
+__device__ __forceinline__ bool stores_bulk(const Parameters& a) { return a.dtype == kFloat32 && a.p.t.bulk; }
+
+// One warp for each consumer: loads that one's weights and stores its outputs. The first also takes tiles from the queue and
+// loads the boxes.
+struct Producer {
+    const Parameters& a;
+    const SharedParts& shared;
+    const CUtensorMap *x_map, *w_map, *out_map;
+    int consumer;
+    RingPosition slot, in, weight;
+    const Tile* storing = nullptr;    // the tile whose outputs are to be stored, or are being read by their copies
+    bool stored = false;
+    int stored_before = -1;           // the sample of the copies before those
+    uint32_t phase = 0;               // of the staging
+
+    __device__ bool elected() const { return threadIdx.x % 32 == 0; }
+
+    // Stores the outputs of the tile before: by bulk copies of what is 16-byte aligned.
+    __device__ __forceinline__ void store() {
+        if (storing == nullptr || stored) return;
+        stored = true;
+        mbarrier_wait(shared.head.staged + consumer, phase);
+        phase ^= 1;
+        const float* buffer = reinterpret_cast<const float*>(shared.buffers + buffer_index() * a.p.t.buffer_bytes);
+        const Run& run = storing->run[consumer];
+        if (a.p.t.tensor_store && a.dtype == kFloat32) {
+            if (elected() && run.count > 0 && run.od0 >= 0 && run.od0 < a.p.s.axis[0].out)
+                tma_store_4d(out_map, buffer, run.h0 * a.p.t.tile_w + run.q0, run.od0, run.channel0, storing->n);
+            bulk_commit_group();
+        } else if (stores_bulk(a)) {
+            float* out = static_cast<float*>(a.out);
+            for_each_piece(a.p, *storing, run, threadIdx.x % 32, 32, [&](int64_t at, int staged, int count) {
+                const int head = min(count, int(-at & 3)), body = (count - head) / 4 * 4;
+                if (body > 0) bulk_store(out + at + head, buffer + staged + head, body * 4);
+#pragma unroll 1
+                for (int k = 0; k < head; k++) out[at + k] = buffer[staged + k];
+#pragma unroll 1
+                for (int k = head + body; k < count; k++) out[at + k] = buffer[staged + k];
+            });
+            bulk_commit_group();
+        }
+        if (a.fusion.num_groups > 0) {
+            bulk_wait_group<1>();
+            report_landed();
+            stored_before = storing->n;
+        }
+    }
+
+    // The copies have read the buffer.
+    __device__ __forceinline__ void free_buffer() {
+        if (storing == nullptr) return;
+        bulk_wait_group_read<0>();
+        __syncwarp();
+        if (elected()) mbarrier_arrive(shared.head.buffer_free + consumer);
+        if (elected()) mbarrier_arrive(shared.head.tile_empty + (storing - shared.head.tiles));
+        storing = nullptr;
+    }
+
+    __device__ __forceinline__ void report_landed() {
+        __syncwarp();
+        if (stored_before >= 0 && elected()) red_release_gpu(a.workspace.runs_done + stored_before, 1);
+    }
+
+    __device__ __forceinline__ void run() {
+        const Tiling& t = a.p.t;
+        const StencilAxis& aw = a.p.s.axis[2];
+        SharedHead& head = shared.head;
+        const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
+        unsigned next = consumer == 0 && elected() ? atomicAdd(a.workspace.tile_ticket, 1u) : 0;
+        while (true) {
+            Tile& tile = head.tiles[slot.stage];
+            if (consumer == 0) {
+                mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
+                if (elected()) {
+                    if (next < t.tiles) locate(a.p, next, tile);
+                    else tile.n = -1;
+                    mbarrier_arrive(head.tile_full + slot.stage);
+                    if (next < t.tiles) next = atomicAdd(a.workspace.tile_ticket, 1u);
+                }
+                __syncwarp();
+            } else {
+                mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+            }
+            if (tile.n < 0) break;
+            const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
+            int taps = 0;
+            Cursor at(a.p);
+#pragma unroll 1
+            for (bool more = at.begin(tile); more; more = at.next()) {
+                // The consumer stages the tile before, and then frees the next stage.
+                if (taps == t.weight_stages) store();
+                if (taps == t.weight_stages + 2) free_buffer();
+                if (consumer == 0 && at.box) {
+                    if (taps > 0) store(), free_buffer();    // the other consumer may need the buffer before it frees a box
+                    mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
+                    if (elected()) {
+                        mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
+                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, at.c, w_start, at.source_row(), at.plane, tile.n);
+                    }
+                    in.advance(kInputStages);
+                }
+                mbarrier_wait(head.weight_empty[consumer] + weight.stage, weight.phase ^ 1);
+                if (elected()) {
+                    uint64_t* full = head.weight_full[consumer] + weight.stage;
+                    mbarrier_arrive_expect_tx(full, t.weight_bytes);
+                    tma_load_3d(shared.weights + (consumer * t.weight_stages + weight.stage) * t.weight_bytes, w_map, full, at.c, row, at.tap());
+                }
+                __syncwarp();
+                weight.advance(t.weight_stages);
+                taps++;
+            }
+            store();
+            free_buffer();
+            storing = &tile, stored = false;
+            slot.advance(kTileSlots);
+        }
+        store();
+        free_buffer();
+        if (a.fusion.num_groups == 0) return;
+        bulk_wait_group<0>();
+        report_landed();
+    }
+
+private:
+    __device__ int buffer_index() const { return a.p.t.buffers == 2 ? consumer : 0; }
+};
+
+// ------------------------------------------------------------------------------------------------------- Consumer
+
+__device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
+    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
+    return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
+__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v) {
+    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
+    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
+    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
+}
+
+// One of the two rows that a lane has of each tile: row 16 * warp + lane / 4, and the one 8 further, in the next granule.
+struct LaneRow {
+    int channel, packed_d, packed_h, phase_w;    // channel from the row tile's first on
+    int region;                                  // first float of its region
+    int table;                                   // first entry of its phase in the table of staged places
+    bool used;
+    float scale, bias;                           // of the tile
+    bool live;                                   // there is such an output plane and channel
+};
+
+// What a consumer warpgroup carries from tile to tile.
+struct Consumer {
+    const Parameters& a;
+    const SharedParts& shared;
+    int warpgroup;                 // 0 or 1
+    RingPosition in, weight, slot;
+    LaneRow rows[2];
+    float first_scale;             // of the tile's sample
+    int staged = 0;                // how often this one staged outputs
+    int4 table_key = {-1, 0, 0, 0};    // what the table was made for
+    bool first = true;
+
+    __device__ __forceinline__ Consumer(const Parameters& a, const SharedParts& shared) : a(a), shared(shared), warpgroup(threadIdx.x / 128 - 1) {
+        const Problem& p = a.p;
+        const Tiling& t = p.t;
+        const int phases_d = t.packed[0] ? p.s.axis[0].phases : 1, phases_h = t.packed[1] ? p.s.axis[1].phases : 1, phases_w = p.s.axis[2].phases;
+        for (int half = 0; half < 2; half++) {
+            LaneRow& row = rows[half];
+            const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases;
+            row.used = octet < t.rows.octets;
+            row.channel = octet * 8 + threadIdx.x % 32 / 4;
+            row.phase_w = phase % phases_w, row.packed_h = phase / phases_w % phases_h, row.packed_d = phase / phases_w / phases_h;
+            row.region = row.used ? (row.channel * phases_d + row.packed_d) * t.region_stride : 0;
+            row.table = phase % (phases_h * phases_w) * t.block_n;
+        }
+    }
+    __device__ bool elected() const { return threadIdx.x % 32 == 0; }    // of a warp
+    __device__ void sync() const { named_barrier(1 + warpgroup, 128); }
+    __device__ int buffer_index() const { return a.p.t.buffers == 2 ? warpgroup : 0; }
+    __device__ float* buffer() const { return reinterpret_cast<float*>(shared.buffers + buffer_index() * a.p.t.buffer_bytes); }
+    __device__ int* table() const { return reinterpret_cast<int*>(shared.tables + warpgroup * a.p.t.table_bytes); }
+
+    // With one buffer the consumers take turns: the first waits for the second's release of the tile before, the second for the
+    // first's release of this tile. With two, each waits for its own of the tile before.
+    __device__ __forceinline__ void wait_for_buffer() {
+        const int shared_buffer = a.p.t.buffers == 1, releaser = warpgroup ^ shared_buffer, release = shared_buffer && warpgroup == 1 ? staged : staged - 1;
+        mbarrier_wait(shared.head.buffer_free + releaser, release & 1);
+        staged++;
+    }
+
+    // What the epilogue will need of global memory.
+    __device__ __forceinline__ void load_constants(const Tile& tile) {
+        first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
+        const Run& run = tile.run[warpgroup];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            LaneRow& row = rows[half];
+            const int channel = run.channel0 + row.channel, od = run.od0 + row.packed_d;
+            row.live = row.used && run.outer < outer_phases(a.p) && channel < a.p.C_out && od >= 0 && od < a.p.s.axis[0].out;
+            row.scale = row.live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])) : 0.0f;
+            row.bias = row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+        }
+    }
+};
+
+// The sums of one tile: d (64 rows, kBlockN positions) of this warpgroup. kSteps: chunk / 16; known to the compiler, or it
+// would wait for each wgmma by itself.
+template <int kBlockN, int kSteps>
+__device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (&d)[kBlockN / 2]) {
+    const Tiling& t = me.a.p.t;
+    SharedHead& head = me.shared.head;
+    constexpr int row_bytes = kSteps * 32;
+    const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
+    const int b_row = tile.run[me.warpgroup].b_row;
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+    int done_weight = -1, done_input = -1, open_input = -1;    // stages whose last reader is the wgmma group in flight
+    int taps = 0;
+    uint32_t box = 0;
+    auto let_the_other_begin = [&] {
+        if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
+        me.first = false;
+    };
+    Cursor at(me.a.p);
+    for (bool more = at.begin(tile); more;) {
+        if (at.box) {
+            if (open_input >= 0) {
+                done_input = open_input;
+                let_the_other_begin();
+            }
+            mbarrier_wait(head.input_full + me.in.stage, me.in.phase);
+            box = shared_address(me.shared.input + me.in.stage * t.input_bytes) + b_row * row_bytes;
+            open_input = me.in.stage;
+            me.in.advance(kInputStages);
+        }
+        const uint32_t b = box + at.rows() * row_bytes;
+        mbarrier_wait(head.weight_full[me.warpgroup] + me.weight.stage, me.weight.phase);
+        const uint32_t w = shared_address(me.shared.weights + (me.warpgroup * t.weight_stages + me.weight.stage) * t.weight_bytes);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+        wgmma_commit_group();
+        ++taps;
+        if (taps == 1) me.load_constants(tile);
+        if (taps == kLagTaps) let_the_other_begin();
+        more = at.next();
+        wgmma_wait_group<1>();
+        if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty[me.warpgroup] + done_weight);
+        if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
+        done_input = -1, done_weight = me.weight.stage;
+        me.weight.advance(t.weight_stages);
+    }
+    wgmma_wait_group<0>();
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
+    if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty[me.warpgroup] + done_weight);
+    if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
+    if (me.elected() && open_input >= 0) mbarrier_arrive(head.input_empty + open_input);
+    let_the_other_begin();
+    if (taps == 0) me.load_constants(tile);
+}
+
+// ------------------------------------------------------------------------------------------------------- Epilogue
+
+// Sum over the four lanes that share a row.
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// Where a lane's row is staged.
+__device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& tile, const LaneRow& row) {
+    const Run& run = tile.run[me.warpgroup];
+    return me.buffer() + row.region + (me.a.p.t.contiguous ? int(region_origin(me.a.p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d)) & 3 : 0);
+}
+
+// The moments of each row: sums of deviations from one of the lane's values, whose own squared deviation is part of the result,
+// which bounds the cancellation. valid: bit j * 2 + e tells that position j * 8 + lane % 4 * 2 + e is an output.
+template <int kBlockN>
+__device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& tile, const uint32_t (&valid)[2][(kBlockN + 127) / 128], const float (&v)[kBlockN / 2]) {
+    const Parameters& a = me.a;
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const Run& run = tile.run[me.warpgroup];
+    const int lane = threadIdx.x % 32;
+    const int64_t part = (tile.n * int(t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : me.warpgroup);
+    const int phases = p.s.axis[0].phases * ah.phases * aw.phases;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const LaneRow& row = me.rows[half];
+        float shift = 0.0f, sum = 0.0f, squares = 0.0f, count = 0.0f;
+#pragma unroll
+        for (int i = 0; i < (kBlockN + 127) / 128; i++) count += __popc(valid[half][i]);
+        const bool filled = t.dense ? run.count >= kBlockN : !t.whole_rows;    // positions that are no output hold the first one's value
+        if (filled) {
+            shift = __shfl_sync(~0u, v[half * 2], lane & ~3);
+        } else {
+#pragma unroll
+            for (int i = (kBlockN + 127) / 128 - 1; i >= 0; i--)
+                if (valid[half][i]) {
+                    const int bit = i * 32 + __ffs(valid[half][i]) - 1, q = bit / 2 * 8 + lane % 4 * 2 + bit % 2;
+                    shift = staged_region(me, tile, row)[t.dense ? q : me.table()[row.table + q]];
+                }
+        }
+        auto add = [&](float deviation) {
+            sum += deviation;
+            squares = fmaf(deviation, deviation, squares);
+        };
+        if (filled) {
+#pragma unroll
+            for (int i = 0; i < kBlockN / 4; i++) add(v[i / 2 * 4 + half * 2 + i % 2] - shift);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kBlockN / 4; i++) add(valid[half][i / 32] & 1u << i % 32 ? v[i / 2 * 4 + half * 2 + i % 2] - shift : 0.0f);
+        }
+        const float of_lane = count > 0 ? sum / count : 0.0f, total = quad_sum(count);    // the lanes' means and squares, combined
+        squares -= sum * of_lane;
+        const float all = quad_sum(count * (shift + of_lane)), mean = total > 0 ? all / total : 0.0f;
+        const float off = shift + of_lane - mean;
+        squares = quad_sum(fmaf(count * off, off, squares));
+        if (lane % 4 == 0 && row.live) {
+            const int phase = run.outer * t.rows.packed_phases + (row.packed_d * (t.packed[1] ? ah.phases : 1) + row.packed_h) * aw.phases + row.phase_w;
+            a.workspace.moments[(part * phases + phase) * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
+            a.workspace.counts[part * phases + phase] = total;    // the same from every channel
+        }
+    }
+}
+
+__device__ __forceinline__ float value_of(float product, float first_scale, const LaneRow& row, float lowest) { return max_nan(fmaf(product * first_scale, row.scale, row.bias), lowest); }
+
+// Scales back, adds the bias, applies ReLU, stages and stores, and leaves the moments where the fusion wants them.
+template <int kBlockN>
+__device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
+    const Parameters& a = me.a;
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const Run& run = tile.run[me.warpgroup];
+    const int lane = threadIdx.x % 32;
+    const float lowest = a.apply_relu ? 0.0f : -INFINITY;
+    me.wait_for_buffer();
+    if (!t.dense) {
+        // Runs of the same form, all but those at the edges, have the same table.
+        const int4 key = {run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 2 + (run.h0 == 0)};
+        if (key.x != me.table_key.x || key.y != me.table_key.y || key.z != me.table_key.z || key.w != me.table_key.w) {
+            const int phases_hw = (t.packed[1] ? ah.phases : 1) * aw.phases;
+            for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
+                me.table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
+            me.table_key = key;
+        }
+        me.sync();
+    }
+    const bool fill = !t.whole_rows && !t.dense;    // the first position is an output: its value takes the place of those that are none
+    uint32_t valid[2][(kBlockN + 127) / 128] = {};    // bit j * 2 + e: position j * 8 + lane % 4 * 2 + e is an output
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const LaneRow& row = me.rows[half];
+        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row, lowest); };
+        const float filling = __shfl_sync(~0u, value_of(v[half * 2], me.first_scale, row, lowest), lane & ~3);
+        if (!row.live) continue;
+        float* region = staged_region(me, tile, row);
+        if (t.dense) {    // position q is float q of its region
+            float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);
+#pragma unroll
+            for (int j = 0; j < kBlockN / 8; j++) at[j * 4] = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
+            const int live = run.count - lane % 4 * 2, bits = max(0, live) / 8 * 2 + min(max(0, live) % 8, 2);
+#pragma unroll
+            for (int i = 0; i < (kBlockN + 127) / 128; i++) valid[half][i] = bits >= i * 32 + 32 ? ~0u : bits <= i * 32 ? 0u : (1u << (bits - i * 32)) - 1;
+        } else {
+            const int* table = me.table() + row.table + lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < kBlockN / 8; j++) {
+                const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
+                const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
+                if (place.x >= 0) region[place.x] = low;
+                else if (fill) v[j * 4 + half * 2] = filling;
+                if (place.y >= 0) region[place.y] = high;
+                else if (fill) v[j * 4 + half * 2 + 1] = filling;
+                valid[half][j / 16] |= (place.x >= 0 ? 1u << j * 2 % 32 : 0u) | (place.y >= 0 ? 2u << j * 2 % 32 : 0u);
+            }
+        }
+    }
+    fence_proxy_async();
+    if (!stores_bulk(a)) {
+        me.sync();
+        const float* buffer = me.buffer();
+        for_each_piece(p, tile, run, threadIdx.x / 32 % 4, 4, [&](int64_t at, int place, int count) {
+            for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[place + k]);
+        });
+    }
+    if (a.fusion.num_groups > 0) leave_moments<kBlockN>(me, tile, valid, v);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(me.shared.head.staged + me.warpgroup);
+}
+
+template <int kBlockN>
+__device__ __forceinline__ void consume(const Parameters& a, const SharedParts& shared) {
+    Consumer me(a, shared);
+    SharedHead& head = shared.head;
+    float d[kBlockN / 2];
+    while (true) {
+        mbarrier_wait(head.tile_full + me.slot.stage, me.slot.phase);
+        const Tile& tile = head.tiles[me.slot.stage];
+        if (tile.n < 0) break;
+        if (me.first && me.warpgroup == 1) named_barrier(3, 256);
+        switch (a.p.t.chunk) {
+            case 64: multiply<kBlockN, 4>(me, tile, d); break;
+            case 32: multiply<kBlockN, 2>(me, tile, d); break;
+            default: multiply<kBlockN, 1>(me, tile, d); break;
+        }
+        finish<kBlockN>(me, tile, d);
+        mbarrier_arrive(head.tile_empty + me.slot.stage);
+        me.slot.advance(kTileSlots);
+    }
+}
+
+#endif  // HAS_SM90A
+
+}  // namespace conv_sm90

@@ -1,0 +1,181 @@
+// Where a tile of the Hopper convolution reads and writes: the index arithmetic of the kernel, for host and device.
+#pragma once
+
+#include "tiling_sm90.h"
+
+namespace conv_sm90 {
+
+// ---------------------------------------------------------------------------------------------------------- Problem
+
+HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+HOST_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
+
+struct Problem {
+    int64_t N, C_out;
+    int64_t out_volume;
+    Stencil s;
+    Tiling t;
+};
+
+// ---------------------------------------------------------------------------------------------------------- Tiles
+
+// A warpgroup's run of a tile, and where its outputs go. They are staged in regions, one for each (channel, packed phase of D):
+// either as one piece, in the order of global memory and at the same place modulo 16 bytes, or as one piece for each output row.
+struct Run {
+    int row_tile, channel0, outer;       // first channel of the row tile, phase of the axes that are not packed
+    int b_row;                           // of the box
+    int count, h0, q0;                   // positions; the first one's row and column
+    int od0, phase_h;                    // output plane of packed phase 0, phase of H where it is not packed
+    int oh0, ow0, oh_end, ow_end;        // the outputs of a region
+    int first;                           // floats of the region's first row before the run
+};
+
+struct Tile {
+    int n, d, w0, columns;    // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
+    int h0, part;             // first row of the box's positions; index in the sample
+    int live_d, live_h;       // bit t: some row has a weight at tap t
+    Run run[2];               // of the warpgroups
+};
+
+// How many phases the axes have that are not packed.
+HOST_DEVICE int outer_phases(const Problem& p) { return p.s.axis[0].phases * p.s.axis[1].phases * p.s.axis[2].phases / p.t.rows.packed_phases; }
+
+// Sets of moments of a channel: of each run and phase.
+HOST_DEVICE int64_t parts_of_sample(const Problem& p) {
+    const Tiling& t = p.t;
+    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * p.s.axis[0].phases * p.s.axis[1].phases * p.s.axis[2].phases : 0;
+}
+
+HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed ? (1 << a.taps) - 1 : a.live[phase]; }
+
+HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
+    const Tiling& t = p.t;
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int row_tile = index % int(t.row_pairs) * (t.split_m ? 2 : 1);
+    index /= int(t.row_pairs);
+    tile.part = index % int(t.sample_tiles / t.row_pairs);
+    const int first_run = index % t.runs * (t.split_m ? 1 : 2);
+    index /= t.runs;
+    tile.w0 = index % t.strips * t.tile_w;
+    index /= t.strips;
+    tile.d = index % ad.positions, tile.n = index / ad.positions;
+    tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
+    tile.h0 = first_run * t.run / t.tile_w;
+    tile.live_d = tile.live_h = 0;
+    for (int i = 0; i < 2; i++) {
+        Run& run = tile.run[i];
+        run.row_tile = row_tile + (t.split_m ? i : 0);
+        run.channel0 = run.row_tile % t.rows.channel_tiles * t.rows.octets * 8, run.outer = run.row_tile / t.rows.channel_tiles;
+        const int phases_h = t.packed[1] ? 1 : ah.phases;
+        const int phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
+        run.phase_h = run.outer % phases_h;
+        tile.live_d |= live_taps(ad, t.packed[0], phase_d), tile.live_h |= live_taps(ah, t.packed[1], run.phase_h);
+        const int begin = (first_run + (t.split_m ? 0 : i)) * t.run;
+        run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
+        run.h0 = begin / t.tile_w, run.q0 = begin % t.tile_w;
+        run.b_row = run.count > 0 ? (run.h0 - tile.h0) * t.pitch + run.q0 : 0;
+        run.od0 = tile.d * ad.phases + phase_d - ad.crop;
+        run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, tile.w0 * aw.phases - aw.crop);
+        if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
+        run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
+        run.first = t.whole_rows ? 0 : run.q0;
+    }
+}
+
+// A tile's boxes and taps, in the order in which everyone takes them.
+struct Cursor {
+    const Problem& p;
+    int live_d = 0, live_h = 0, d = 0, h0 = 0;
+    int td = 0, plane = 0, first = 0, c = 0, th = 0, tw = 0;    // tap and plane of D, first tap (h) of the box, source channel, taps (h, w)
+    bool box = false;                   // at the first tap of a box
+
+    HOST_DEVICE Cursor(const Problem& p) : p(p) {}
+    // Each returns whether there is a tap.
+    HOST_DEVICE bool begin(const Tile& tile) {
+        live_d = tile.live_d, live_h = tile.live_h, d = tile.d, h0 = tile.h0;
+        td = -1, first = p.s.axis[1].taps;
+        return next_rows();
+    }
+    HOST_DEVICE bool next() {
+        box = false;
+        if (++tw < p.s.axis[2].taps) return true;
+        tw = 0;
+        while (++th < first + p.t.taps_per_box)
+            if (live_h >> th & 1) return true;
+        if ((c += p.t.chunk) < p.t.C_pad) return open_box();
+        return next_rows();
+    }
+
+    HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
+    HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
+    HOST_DEVICE int tap() const { return (td * p.s.axis[1].taps + th) * p.s.axis[2].taps + tw; }
+    // By how many rows of shared memory the tap is shifted in its box.
+    HOST_DEVICE int rows() const {
+        const StencilAxis& aw = p.s.axis[2];
+        return (last_shift() - p.s.axis[1].shift[th]) * p.t.pitch + aw.shift[aw.taps - 1] - aw.shift[tw];
+    }
+
+private:
+    HOST_DEVICE bool open_box() {
+        for (th = first; !(live_h >> th & 1);) th++;
+        tw = 0;
+        return box = true;
+    }
+    HOST_DEVICE bool next_rows() {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1];
+        while (true) {
+            first += p.t.taps_per_box;
+            if (first >= ah.taps) {
+                do {
+                    if (++td >= ad.taps) return false;
+                    plane = ad.first + d - ad.shift[td];
+                } while (!(live_d >> td & 1) || plane < 0 || plane >= ad.sources);
+                first = 0;
+            }
+            c = 0;
+            if (live_h >> first & ((1 << p.t.taps_per_box) - 1)) return open_box();
+        }
+    }
+};
+
+// -------------------------------------------------------------------------------------------------- Staged outputs
+
+HOST_DEVICE int packed_phases_d(const Problem& p) { return p.t.packed[0] ? p.s.axis[0].phases : 1; }
+
+// Floats from one staged row to the next.
+HOST_DEVICE int staged_row(const Problem& p) { return p.t.contiguous ? p.s.axis[2].out : p.t.tile_w * p.s.axis[2].phases; }
+
+// The global index of a region's first float.
+HOST_DEVICE int64_t region_origin(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    return ((tile.n * p.C_out + channel) * ad.out + od) * ah.out * aw.out + int64_t(run.oh0) * aw.out + run.ow0 + run.first;
+}
+
+// Where position q of a phase is staged in its region, or -1. Positions count the gaps, from column 0 of the run's first row on.
+HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
+    const Tiling& t = p.t;
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int row = q / t.pitch, column = q % t.pitch;
+    const int oh = (run.h0 + row) * ah.phases + (t.packed[1] ? packed_h : run.phase_h) - ah.crop, ow = (tile.w0 + column) * aw.phases + phase_w - aw.crop;
+    const bool inside = column < tile.columns && row * t.tile_w + column - run.q0 < run.count && oh >= 0 && oh < ah.out && ow >= 0 && ow < aw.out;
+    return inside ? (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first : -1;
+}
+
+// Calls f(global index, staged float, count) for the pieces of every `step`-th staged region, from `first` on.
+template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int step, F f) {
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int phases_d = packed_phases_d(p), regions = run.count > 0 ? p.t.rows.octets * 8 * phases_d : 0;
+    const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * (p.t.packed[1] ? ah.phases : 1), row_step = p.t.packed[1] ? 1 : ah.phases;
+    const int count = !p.t.contiguous ? run.ow_end - run.ow0 : p.t.whole_rows ? (run.oh_end - run.oh0) * aw.out : run.count;
+    for (int region = first; region < regions; region += step) {
+        const int channel = run.channel0 + (phases_d == 1 ? region : region / phases_d), od = run.od0 + (phases_d == 1 ? 0 : region % phases_d);
+        if (channel >= p.C_out || od < 0 || od >= p.s.axis[0].out) continue;
+        const int64_t origin = region_origin(p, tile, run, channel, od);
+        for (int row = 0; row < rows; row++) {
+            const int oh = run.oh0 + row * row_step;
+            if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region * p.t.region_stride + (p.t.contiguous ? int(origin & 3) : row * staged_row(p)), count);
+        }
+    }
+}
+
+}  // namespace conv_sm90

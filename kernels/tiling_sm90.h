@@ -1,0 +1,175 @@
+// How the Hopper convolution cuts its work: GEMM_M rows into (channel, phase), GEMM_N into runs of positions.
+#pragma once
+
+#include <initializer_list>
+
+#include "stencil.h"
+
+namespace conv_sm90 {
+
+constexpr int kRows = 64;                      // GEMM_M of a warpgroup
+constexpr int kMaxStages = 8;
+constexpr int kInputStages = 2;
+constexpr int kSharedBytes = 227 * 1024;
+constexpr int kHeadBytes = 2048;               // barriers and the like
+constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
+constexpr int kMaxNormStages = 8;
+
+// Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
+//
+// Positions. One (n, d) plane of the grid, a strip of tile_w columns at a time, in runs of `run` positions for each warpgroup.
+// A box of the source, halo included, is copied once for all taps (h, w): rows of `pitch`, so that a tap is a shift of an
+// address by whole rows of shared memory. Where the strip is the whole width, neighbouring rows share the zeros of their halos.
+struct Tiling {
+    int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
+    int split_m;                               // 1: the two warpgroups have the same positions, other rows; 0: the other way round
+    int chunk;                                 // source channels of a stage: 16, 32 or 64
+    int C_pad;                                 // source channels of the scratch copies
+    bool packed[3];                            // axes
+    RowMap rows;
+    int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
+    int tile_w, strips;                        // columns of a strip
+    int run, runs;                             // positions of a run, runs of a strip (or pairs of runs, where split_m is 0)
+    int pitch, box_rows;
+    int taps_per_box;                          // taps h that a box serves: all, or 1
+    bool whole_rows;                           // a run is whole rows of the strip
+    bool contiguous;                           // the outputs of a run are neighbours in memory
+    bool bulk, dense;                          // staged outputs are aligned as in memory; position q is float q of its region
+    bool tensor_store;                         // one copy of the whole run
+    int region_stride;                         // floats of the staged outputs of a channel
+    int buffers, table_bytes;                  // how many warpgroups can stage at a time; what tells a warpgroup where to stage
+    int input_bytes, weight_bytes, weight_stages, norm_stages;
+    int buffer_bytes;
+    int64_t row_pairs, sample_tiles, tiles;    // row tiles of a block
+    HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
+};
+
+inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
+
+// Positions from the first to the last of a run that begins at position `begin` of a strip, gaps included.
+inline int span_of(const Tiling& t, int64_t begin, int64_t count) {
+    return int(((begin + count - 1) / t.tile_w - begin / t.tile_w) * t.pitch + (begin + count - 1) % t.tile_w - begin % t.tile_w) + 1;
+}
+
+inline bool runs_fit(const Tiling& t, int64_t strip, int64_t run) {
+    for (int64_t begin = 0; begin < strip; begin += run)
+        if (span_of(t, begin, run < strip - begin ? run : strip - begin) > t.block_n) return false;
+    return true;
+}
+
+// The length of the fewest equal runs of a strip that fit, 8 mod 16 or a multiple of 4; 0 where there is none.
+inline int longest_run(const Tiling& t, int64_t strip, int step) {
+    for (int64_t count = ceil_div(strip, t.block_n);; count++) {
+        const int64_t run = ceil_div(strip, count), length = step == 16 ? round_up(run + 8, 16) - 8 : round_up(run, 4);
+        if (runs_fit(t, strip, length)) return int(length);
+        if (run <= 4) return 0;
+    }
+}
+
+// Cuts a strip into runs. False where one would not fit.
+inline bool cut_runs(Tiling& t, const Stencil& s) {
+    const StencilAxis &h = s.axis[1], &w = s.axis[2];
+    const int64_t strip = int64_t(h.positions) * t.tile_w, group = t.split_m ? 1 : 2;
+    t.whole_rows = h.phases * w.phases > 1 || t.strips > 1;
+    if (t.whole_rows) {
+        if (t.tile_w > t.block_n) return false;
+        const int rows = (t.block_n - t.tile_w) / t.pitch + 1;
+        t.run = (rows < h.positions ? rows : h.positions) * t.tile_w;
+    } else {
+        // Runs of 8 mod 16 positions, which suits lay_out_regions, if that makes hardly more of them.
+        const int suited = longest_run(t, strip, 16), other = longest_run(t, strip, 4);
+        if (suited <= 0 && other <= 0) return false;
+        t.run = suited > 0 && ceil_div(strip, suited) * 16 <= ceil_div(strip, other) * 17 ? suited : other;
+    }
+    t.runs = ceil_div(ceil_div(strip, t.run), group);
+    int rows = 0;    // of the grid, from a group's first to its last
+    for (int64_t i = 0; i < t.runs; i++) {
+        const int64_t begin = i * group * t.run, end = begin + group * t.run < strip ? begin + group * t.run : strip;
+        const int span = int((end - 1) / t.tile_w - begin / t.tile_w) + 1;
+        rows = span > rows ? span : rows;
+        if (i > 64) { rows++; break; }
+    }
+    t.box_rows = rows + (t.taps_per_box == 1 ? 0 : h.shift[h.taps - 1]);
+    return t.box_rows <= 256;
+}
+
+// Lays a run's outputs out for staging: a region for each (channel, packed phase of D).
+inline void lay_out_regions(Tiling& t, const Stencil& s) {
+    const int out_h = s.axis[1].out, out_w = s.axis[2].out;
+    const int phases_h = t.packed[1] ? s.axis[1].phases : 1, phases_w = s.axis[2].phases;
+    t.contiguous = t.strips == 1 && (s.axis[1].phases == 1 || t.packed[1]);
+    const int rows = ceil_div(t.run, t.tile_w) * phases_h;
+    const bool aligned = int64_t(out_h) * out_w % 4 == 0 && (t.whole_rows && t.contiguous ? out_w : t.run) % 4 == 0;
+    t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
+    t.dense = t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w && t.run % 2 == 0 && !(s.axis[1].phases > 1);
+    const int floats = t.contiguous ? (t.whole_rows ? rows * out_w : t.run) + (aligned ? 0 : 4) : rows * t.tile_w * phases_w;
+    t.region_stride = round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts
+    t.tensor_store = t.contiguous && !t.whole_rows && aligned && t.region_stride == t.run;
+    t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
+    const int regions = t.rows.octets * 8 * (t.packed[0] ? s.axis[0].phases : 1);
+    t.buffer_bytes = round_up(int64_t(regions) * t.region_stride * 4, 128);
+}
+
+// The tiling of least estimated time, or one of block_n 0 where none fits into shared memory.
+inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int multiprocessors) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    const int halo_w = w.shift[w.taps - 1];
+    Tiling best = {};
+    double best_time = 0;
+    for (int packing = 0; packing < 3; packing++)
+    for (int split_m = 0; split_m < 2; split_m++)
+    for (int block_n : {240, 232, 224, 192, 160, 128, 64})
+    for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
+    for (int taps_per_box : {h.taps, 1}) {
+        Tiling t = {};
+        t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
+        t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
+        if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
+        t.rows.packed_phases = w.phases * (t.packed[1] ? h.phases : 1) * (t.packed[0] ? d.phases : 1);
+        if (t.rows.packed_phases > 8) continue;
+        t.rows.octets = 8 / t.rows.packed_phases;
+        t.chunk = g.C_in <= 16 ? 16 : g.C_in <= 32 ? 32 : 64;
+        t.C_pad = round_up(g.C_in, t.chunk);
+        t.rows.channel_tiles = ceil_div(g.C_out, t.rows.octets * 8);
+        t.row_tiles = round_up(d.phases * h.phases * w.phases / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
+        t.M_pad = kRows * t.row_tiles;
+        t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
+        // Rows share their zeros: those right of one row are those left of the next.
+        const int left = halo_w - w.first, right = w.first + w.positions - w.sources;
+        t.pitch = t.tile_w + halo_w;
+        if (strips == 1 && left > 0 && right > 0) t.pitch -= left < right ? left : right;
+        if (t.pitch > 256 || !cut_runs(t, s)) continue;
+        lay_out_regions(t, s);
+        const int64_t row_bytes = 2 * t.chunk;
+        t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
+        t.weight_bytes = kRows * row_bytes;
+        t.norm_stages = fused ? 4 : 0;
+        int64_t left_bytes = kSharedBytes - kHeadBytes - int64_t(t.norm_stages) * kNormBytes - int64_t(kInputStages) * t.input_bytes - t.buffer_bytes - 2 * t.table_bytes;
+        t.buffers = left_bytes >= t.buffer_bytes + 2 * 5 * t.weight_bytes ? 2 : 1;
+        left_bytes -= (t.buffers - 1) * int64_t(t.buffer_bytes);
+        if (left_bytes < 2 * 3 * t.weight_bytes) continue;
+        t.weight_stages = left_bytes / (2 * t.weight_bytes) < kMaxStages ? left_bytes / (2 * t.weight_bytes) : kMaxStages;
+        if (fused) t.norm_stages += (left_bytes - 2 * int64_t(t.weight_stages) * t.weight_bytes) / kNormBytes;
+        if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
+        t.row_pairs = t.row_tiles / (split_m ? 2 : 1);
+        t.sample_tiles = int64_t(d.positions) * strips * t.runs * t.row_pairs;
+        t.tiles = g.N * t.sample_tiles;
+        // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
+        const double steps = double(d.taps) * h.taps * w.taps * t.C_pad / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
+        const double boxes = double(d.taps) * (taps_per_box == 1 ? h.taps : 1) * t.C_pad / t.chunk;
+        // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
+        // cache; and longer where the stages that are not in use do not cover that one's latency.
+        const double weight_cycles = 2 * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
+        const double lead = (t.weight_stages - 2) * step * t.chunk / 16, latency = 1800;
+        const double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double traffic = out_bytes / 17 + boxes * t.box_rows * t.pitch * row_bytes / 40 + 300;
+        const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
+        const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
+        const double time = waves * (tile + 400);
+        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+    }
+    return best;
+}
+
+}  // namespace conv_sm90
