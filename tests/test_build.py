@@ -40,9 +40,10 @@ NVCC = (model_new._cuda_root() or "") + "/bin/nvcc"
 @pytest.mark.parametrize("source", [name for name in kernels.SOURCES if name.endswith(".cu")])
 def test_compiles_without_warnings(source, architecture, tmp_path):
     command = [NVCC, "-std=c++17", "-O1", "-c", str(kernels.FOLDER / source), "-o", str(tmp_path / "out.o"), f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
-               "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
+               "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "serialized" not in done.stdout + done.stderr    # ptxas then waits for each wgmma by itself
 
 
 def test_the_cpu_backend_compiles_without_warnings(tmp_path):

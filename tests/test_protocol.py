@@ -1,0 +1,171 @@
+"""A model of the barriers in a block of the Hopper convolution (kernels/conv_sm90.cuh), run in random orders: nobody waits
+forever, nobody overwrites what another still reads. Two producer warps and two consumer warpgroups, as they are there; a tile
+is a list of taps, True where a tap opens a new box. Keep it in step with Producer::run, multiply and finish."""
+
+import random
+
+import pytest
+
+SLOTS, BOXES, LAG = 3, 2, 4
+
+
+class Barrier:
+    """An mbarrier: waiting for a parity ends when the phase of that parity is not the current one."""
+
+    def __init__(self, count):
+        self.count = self.missing = count
+        self.phase = 0
+
+    def arrive(self):
+        self.missing -= 1
+        if self.missing == 0:
+            self.phase, self.missing = self.phase + 1, self.count
+
+    def passed(self, parity):
+        return self.phase & 1 != parity
+
+
+class Ring:
+    def __init__(self, stages):
+        self.stages, self.stage, self.phase = stages, 0, 0
+
+    def advance(self):
+        self.stage += 1
+        if self.stage == self.stages:
+            self.stage, self.phase = 0, self.phase ^ 1
+
+
+class Block:
+    def __init__(self, tiles, weight_stages, buffers):
+        self.queue, self.weight_stages, self.buffers = list(tiles), weight_stages, buffers
+        self.tiles = [None] * SLOTS
+        self.box_full, self.box_empty = ([Barrier(count) for _ in range(BOXES)] for count in (1, 2))
+        self.weight_full, self.weight_empty = ([[Barrier(1) for _ in range(weight_stages)] for _ in range(2)] for _ in range(2))
+        self.tile_full, self.tile_empty = ([Barrier(count) for _ in range(SLOTS)] for count in (1, 4))
+        self.buffer_free, self.staged = ([Barrier(1) for _ in range(2)] for _ in range(2))
+        self.in_use = [None] * 2         # which consumer's outputs a buffer holds
+        self.second_may_begin = False
+
+    def buffer(self, me):
+        return me if self.buffers == 2 else 0
+
+    def producer(self, me):
+        slot, box, weight = Ring(SLOTS), Ring(BOXES), Ring(self.weight_stages)
+        storing, stored, phase = None, False, 0
+
+        def store():
+            nonlocal stored, phase
+            if storing is not None and not stored:
+                stored = True
+                yield lambda: self.staged[me].passed(phase)
+                phase ^= 1
+
+        def free_buffer():
+            nonlocal storing
+            if storing is not None:
+                assert self.in_use[self.buffer(me)] == me
+                self.in_use[self.buffer(me)] = None
+                self.buffer_free[me].arrive()
+                self.tile_empty[storing].arrive()
+                storing = None
+
+        while True:
+            if me == 0:
+                yield lambda: self.tile_empty[slot.stage].passed(slot.phase ^ 1)
+                self.tiles[slot.stage] = self.queue.pop(0) if self.queue else None
+                self.tile_full[slot.stage].arrive()
+            else:
+                yield lambda: self.tile_full[slot.stage].passed(slot.phase)
+            tile = self.tiles[slot.stage]
+            if tile is None:
+                break
+            for taps, opens_box in enumerate(tile):
+                if taps == self.weight_stages:
+                    yield from store()
+                if taps == self.weight_stages + 2:
+                    free_buffer()
+                if me == 0 and opens_box:
+                    if taps > 0:
+                        yield from store()
+                        free_buffer()
+                    yield lambda: self.box_empty[box.stage].passed(box.phase ^ 1)
+                    self.box_full[box.stage].arrive()
+                    box.advance()
+                yield lambda: self.weight_empty[me][weight.stage].passed(weight.phase ^ 1)
+                self.weight_full[me][weight.stage].arrive()
+                weight.advance()
+            yield from store()
+            free_buffer()
+            storing, stored = slot.stage, False
+            slot.advance()
+        yield from store()
+        free_buffer()
+
+    def consumer(self, me):
+        slot, box, weight = Ring(SLOTS), Ring(BOXES), Ring(self.weight_stages)
+        staged = 0
+        while True:
+            yield lambda: self.tile_full[slot.stage].passed(slot.phase)
+            tile = self.tiles[slot.stage]
+            if tile is None:
+                break
+            if me == 1:
+                yield lambda: self.second_may_begin
+            done_weight = done_box = open_box = None
+            for taps, opens_box in enumerate(tile):
+                if opens_box:
+                    if open_box is not None:
+                        done_box, self.second_may_begin = open_box, self.second_may_begin or me == 0
+                    yield lambda: self.box_full[box.stage].passed(box.phase)
+                    open_box = box.stage
+                    box.advance()
+                yield lambda: self.weight_full[me][weight.stage].passed(weight.phase)
+                self.second_may_begin |= me == 0 and taps + 1 == LAG
+                yield lambda: True
+                if done_weight is not None:
+                    self.weight_empty[me][done_weight].arrive()
+                if done_box is not None:
+                    self.box_empty[done_box].arrive()
+                done_weight, done_box = weight.stage, None
+                weight.advance()
+            for barriers, stage in ((self.weight_empty[me], done_weight), (self.box_empty, done_box), (self.box_empty, open_box)):
+                if stage is not None:
+                    barriers[stage].arrive()
+            self.second_may_begin |= me == 0
+            one = self.buffers == 1
+            releaser, release = me ^ one, staged if one and me == 1 else staged - 1
+            yield lambda: self.buffer_free[releaser].passed(release & 1)
+            staged += 1
+            assert self.in_use[self.buffer(me)] is None
+            self.in_use[self.buffer(me)] = me
+            yield lambda: True
+            self.staged[me].arrive()
+            self.tile_empty[slot.stage].arrive()
+            slot.advance()
+
+
+def run(block, order):
+    waiting = {role: lambda: True for role in (block.producer(0), block.producer(1), block.consumer(0), block.consumer(1))}
+    speed = {role: 1.0 for role in waiting}
+    while waiting:
+        ready = [role for role, passed in waiting.items() if passed()]
+        assert ready, "everybody waits"
+        if order.random() < 0.01:
+            speed = {role: order.random() ** 3 + 1e-3 for role in waiting}
+        role = order.choices(ready, [speed[r] for r in ready])[0]
+        try:
+            waiting[role] = next(role)
+        except StopIteration:
+            del waiting[role]
+
+
+@pytest.mark.parametrize("buffers", [1, 2])
+@pytest.mark.parametrize("weight_stages", [3, 4, 8])
+def test_nobody_waits_forever(weight_stages, buffers):
+    order = random.Random(weight_stages * 2 + buffers)
+    for _ in range(500):
+        tiles = []
+        for _ in range(order.randint(0, 7)):
+            boxes, most = order.choice([0, 1, 1, 2, 3, 5, 9]), order.choice([1, 1, 2, 3, 4, 9])
+            tiles.append([i == 0 for _ in range(boxes) for i in range(order.randint(1, most))])
+        run(Block(tiles, weight_stages, buffers), order)
