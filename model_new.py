@@ -886,9 +886,18 @@ struct RowMap {
 };
 
 // The kernel index k of (shift, phase), or -1 where there is none.
-HOST_DEVICE int kernel_index(const StencilAxis& a, int shift, int phase, int stride) {
-    const int distance = shift * stride + phase;
+HOST_DEVICE int kernel_index(const StencilAxis& a, int shift, int phase) {
+    const int distance = shift * a.phases + phase;
     return distance % a.dilation == 0 && distance / a.dilation < a.kernel ? distance / a.dilation : -1;
+}
+
+// The same for a tap (d, h, w) and a phase, each counted over all axes, W fastest: the index in the kernel's volume.
+HOST_DEVICE int kernel_index(const Stencil& s, int tap, int phase) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    const int kd = kernel_index(d, d.shift[tap / w.taps / h.taps], phase / w.phases / h.phases);
+    const int kh = kernel_index(h, h.shift[tap / w.taps % h.taps], phase / w.phases % h.phases);
+    const int kw = kernel_index(w, w.shift[tap % w.taps], phase % w.phases);
+    return kd >= 0 && kh >= 0 && kw >= 0 ? (kd * h.kernel + kh) * w.kernel + kw : -1;
 }
 
 inline StencilAxis make_forward_axis(const Axis& a) {
@@ -1760,18 +1769,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
         "}\n" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 
-// Whether it has.
-__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
-    uint32_t done;
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n"
-        "}\n" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-    return done != 0;
-}
-
 // A ring of stages: the position of one of its users.
 struct RingPosition {
     int stage = 0;
@@ -2024,14 +2021,10 @@ template <typename T> __device__ void pack_channel(const Weight& p, int channel)
     const int taps = ad.taps * ah.taps * aw.taps, phases = ad.phases * ah.phases * aw.phases;
     for (int i = warp; i < taps * phases; i += kThreads / 32) {
         const int tap = i % taps, phase = i / taps;
-        const int kd = kernel_index(ad, ad.shift[tap / aw.taps / ah.taps], phase / aw.phases / ah.phases, ad.phases);
-        const int kh = kernel_index(ah, ah.shift[tap / aw.taps % ah.taps], phase / aw.phases % ah.phases, ah.phases);
-        const int kw = kernel_index(aw, aw.shift[tap % aw.taps], phase % aw.phases, aw.phases);
-        const bool live = kd >= 0 && kh >= 0 && kw >= 0;
-        const int k = (kd * ah.kernel + kh) * aw.kernel + kw;
+        const int k = kernel_index(p.stencil, tap, phase);
         __half* row = p.copy + (tap * p.M_pad + p.rows.row(channel, phase)) * p.C_pad;
 #pragma unroll 4
-        for (int c = lane; c < p.C_pad; c += 32) row[c] = __float2half_rn(live && c < p.C ? to_acc(w[c * p.column_stride + k]) * scale : 0.0f);
+        for (int c = lane; c < p.C_pad; c += 32) row[c] = __float2half_rn(k >= 0 && c < p.C ? to_acc(w[c * p.column_stride + k]) * scale : 0.0f);
     }
 }
 
@@ -2182,6 +2175,13 @@ struct Tiling {
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
 
+// Phases of an axis that lie in the same row tile.
+HOST_DEVICE int packed_phases(const Tiling& t, const Stencil& s, int axis) { return t.packed[axis] ? s.axis[axis].phases : 1; }
+
+inline int64_t shared_bytes(const Tiling& t) {
+    return kHeadBytes + int64_t(kInputStages) * t.input_bytes + 2 * int64_t(t.weight_stages) * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
+}
+
 inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
 
 // Positions from the first to the last of a run that begins at position `begin` of a strip, gaps included.
@@ -2234,17 +2234,17 @@ inline bool cut_runs(Tiling& t, const Stencil& s) {
 // Lays a run's outputs out for staging: a region for each (channel, packed phase of D).
 inline void lay_out_regions(Tiling& t, const Stencil& s) {
     const int out_h = s.axis[1].out, out_w = s.axis[2].out;
-    const int phases_h = t.packed[1] ? s.axis[1].phases : 1, phases_w = s.axis[2].phases;
+    const int phases_h = packed_phases(t, s, 1), phases_w = s.axis[2].phases;
     t.contiguous = t.strips == 1 && (s.axis[1].phases == 1 || t.packed[1]);
     const int rows = ceil_div(t.run, t.tile_w) * phases_h;
     const bool aligned = int64_t(out_h) * out_w % 4 == 0 && (t.whole_rows && t.contiguous ? out_w : t.run) % 4 == 0;
     t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
-    t.dense = t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w && t.run % 2 == 0 && !(s.axis[1].phases > 1);
+    t.dense = t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
     const int floats = t.contiguous ? (t.whole_rows ? rows * out_w : t.run) + (aligned ? 0 : 4) : rows * t.tile_w * phases_w;
     t.region_stride = round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts
     t.tensor_store = t.contiguous && !t.whole_rows && aligned && t.region_stride == t.run;
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
-    const int regions = t.rows.octets * 8 * (t.packed[0] ? s.axis[0].phases : 1);
+    const int regions = t.rows.octets * 8 * packed_phases(t, s, 0);
     t.buffer_bytes = round_up(int64_t(regions) * t.region_stride * 4, 128);
 }
 
@@ -2263,7 +2263,7 @@ inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
-        t.rows.packed_phases = w.phases * (t.packed[1] ? h.phases : 1) * (t.packed[0] ? d.phases : 1);
+        t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
         t.chunk = g.C_in <= 16 ? 16 : g.C_in <= 32 ? 32 : 64;
@@ -2282,9 +2282,9 @@ inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = kRows * row_bytes;
         t.norm_stages = fused ? 4 : 0;
-        int64_t left_bytes = kSharedBytes - kHeadBytes - int64_t(t.norm_stages) * kNormBytes - int64_t(kInputStages) * t.input_bytes - t.buffer_bytes - 2 * t.table_bytes;
-        t.buffers = left_bytes >= t.buffer_bytes + 2 * 5 * t.weight_bytes ? 2 : 1;
-        left_bytes -= (t.buffers - 1) * int64_t(t.buffer_bytes);
+        t.buffers = 2;
+        if (kSharedBytes - shared_bytes(t) < 2 * 5 * t.weight_bytes) t.buffers = 1;
+        const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
         if (left_bytes < 2 * 3 * t.weight_bytes) continue;
         t.weight_stages = left_bytes / (2 * t.weight_bytes) < kMaxStages ? left_bytes / (2 * t.weight_bytes) : kMaxStages;
         if (fused) t.norm_stages += (left_bytes - 2 * int64_t(t.weight_stages) * t.weight_bytes) / kNormBytes;
@@ -2456,8 +2456,6 @@ private:
 
 // -------------------------------------------------------------------------------------------------- Staged outputs
 
-HOST_DEVICE int packed_phases_d(const Problem& p) { return p.t.packed[0] ? p.s.axis[0].phases : 1; }
-
 // Floats from one staged row to the next.
 HOST_DEVICE int staged_row(const Problem& p) { return p.t.contiguous ? p.s.axis[2].out : p.t.tile_w * p.s.axis[2].phases; }
 
@@ -2480,8 +2478,8 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
 // Calls f(global index, staged float, count) for the pieces of every `step`-th staged region, from `first` on.
 template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int phases_d = packed_phases_d(p), regions = run.count > 0 ? p.t.rows.octets * 8 * phases_d : 0;
-    const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * (p.t.packed[1] ? ah.phases : 1), row_step = p.t.packed[1] ? 1 : ah.phases;
+    const int phases_d = packed_phases(p.t, p.s, 0), regions = run.count > 0 ? p.t.rows.octets * 8 * phases_d : 0;
+    const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
     const int count = !p.t.contiguous ? run.ow_end - run.ow0 : p.t.whole_rows ? (run.oh_end - run.oh0) * aw.out : run.count;
     for (int region = first; region < regions; region += step) {
         const int channel = run.channel0 + (phases_d == 1 ? region : region / phases_d), od = run.od0 + (phases_d == 1 ? 0 : region % phases_d);
@@ -2589,9 +2587,9 @@ struct SharedParts {
         tables = buffers + t.buffers * t.buffer_bytes;
         norm = tables + 2 * t.table_bytes;
     }
+    // Where a consumer stages.
+    __device__ float* buffer(const Tiling& t, int consumer) const { return reinterpret_cast<float*>(buffers + (t.buffers == 2 ? consumer : 0) * t.buffer_bytes); }
 };
-
-inline int shared_bytes(const Tiling& t) { return kHeadBytes + kInputStages * t.input_bytes + 2 * t.weight_stages * t.weight_bytes + t.buffers * t.buffer_bytes + 2 * t.table_bytes + t.norm_stages * kNormBytes; }
 
 #ifdef HAS_SM90A
 
@@ -2621,7 +2619,7 @@ struct Producer {
         stored = true;
         mbarrier_wait(shared.head.staged + consumer, phase);
         phase ^= 1;
-        const float* buffer = reinterpret_cast<const float*>(shared.buffers + buffer_index() * a.p.t.buffer_bytes);
+        const float* buffer = shared.buffer(a.p.t, consumer);
         const Run& run = storing->run[consumer];
         if (a.p.t.tensor_store && a.dtype == kFloat32) {
             if (elected() && run.count > 0 && run.od0 >= 0 && run.od0 < a.p.s.axis[0].out)
@@ -2720,9 +2718,6 @@ struct Producer {
         bulk_wait_group<0>();
         report_landed();
     }
-
-private:
-    __device__ int buffer_index() const { return a.p.t.buffers == 2 ? consumer : 0; }
 };
 
 // ------------------------------------------------------------------------------------------------------- Consumer
@@ -2763,7 +2758,7 @@ struct Consumer {
     __device__ __forceinline__ Consumer(const Parameters& a, const SharedParts& shared) : a(a), shared(shared), warpgroup(threadIdx.x / 128 - 1) {
         const Problem& p = a.p;
         const Tiling& t = p.t;
-        const int phases_d = t.packed[0] ? p.s.axis[0].phases : 1, phases_h = t.packed[1] ? p.s.axis[1].phases : 1, phases_w = p.s.axis[2].phases;
+        const int phases_d = packed_phases(t, p.s, 0), phases_h = packed_phases(t, p.s, 1), phases_w = p.s.axis[2].phases;
         for (int half = 0; half < 2; half++) {
             LaneRow& row = rows[half];
             const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases;
@@ -2776,8 +2771,7 @@ struct Consumer {
     }
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }    // of a warp
     __device__ void sync() const { named_barrier(1 + warpgroup, 128); }
-    __device__ int buffer_index() const { return a.p.t.buffers == 2 ? warpgroup : 0; }
-    __device__ float* buffer() const { return reinterpret_cast<float*>(shared.buffers + buffer_index() * a.p.t.buffer_bytes); }
+    __device__ float* buffer() const { return shared.buffer(a.p.t, warpgroup); }
     __device__ int* table() const { return reinterpret_cast<int*>(shared.tables + warpgroup * a.p.t.table_bytes); }
 
     // With one buffer the consumers take turns: the first waits for the second's release of the tile before, the second for the
@@ -2920,7 +2914,7 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
         const float off = shift + of_lane - mean;
         squares = quad_sum(fmaf(count * off, off, squares));
         if (lane % 4 == 0 && row.live) {
-            const int phase = run.outer * t.rows.packed_phases + (row.packed_d * (t.packed[1] ? ah.phases : 1) + row.packed_h) * aw.phases + row.phase_w;
+            const int phase = run.outer * t.rows.packed_phases + (row.packed_d * packed_phases(t, p.s, 1) + row.packed_h) * aw.phases + row.phase_w;
             a.workspace.moments[(part * phases + phase) * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
             a.workspace.counts[part * phases + phase] = total;    // the same from every channel
         }
@@ -2944,7 +2938,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         // Runs of the same form, all but those at the edges, have the same table.
         const int4 key = {run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 2 + (run.h0 == 0)};
         if (key.x != me.table_key.x || key.y != me.table_key.y || key.z != me.table_key.z || key.w != me.table_key.w) {
-            const int phases_hw = (t.packed[1] ? ah.phases : 1) * aw.phases;
+            const int phases_hw = packed_phases(t, p.s, 1) * aw.phases;
             for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
                 me.table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
             me.table_key = key;
@@ -3337,7 +3331,7 @@ private:
 template <int kBlockN>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(t)));
+    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
     conv_kernel<kBlockN><<<unsigned(blocks), kThreads, shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
     return cudaGetLastError();

@@ -89,9 +89,9 @@ struct SharedParts {
         tables = buffers + t.buffers * t.buffer_bytes;
         norm = tables + 2 * t.table_bytes;
     }
+    // Where a consumer stages.
+    __device__ float* buffer(const Tiling& t, int consumer) const { return reinterpret_cast<float*>(buffers + (t.buffers == 2 ? consumer : 0) * t.buffer_bytes); }
 };
-
-inline int shared_bytes(const Tiling& t) { return kHeadBytes + kInputStages * t.input_bytes + 2 * t.weight_stages * t.weight_bytes + t.buffers * t.buffer_bytes + 2 * t.table_bytes + t.norm_stages * kNormBytes; }
 
 #ifdef HAS_SM90A
 
@@ -121,7 +121,7 @@ struct Producer {
         stored = true;
         mbarrier_wait(shared.head.staged + consumer, phase);
         phase ^= 1;
-        const float* buffer = reinterpret_cast<const float*>(shared.buffers + buffer_index() * a.p.t.buffer_bytes);
+        const float* buffer = shared.buffer(a.p.t, consumer);
         const Run& run = storing->run[consumer];
         if (a.p.t.tensor_store && a.dtype == kFloat32) {
             if (elected() && run.count > 0 && run.od0 >= 0 && run.od0 < a.p.s.axis[0].out)
@@ -220,9 +220,6 @@ struct Producer {
         bulk_wait_group<0>();
         report_landed();
     }
-
-private:
-    __device__ int buffer_index() const { return a.p.t.buffers == 2 ? consumer : 0; }
 };
 
 // ------------------------------------------------------------------------------------------------------- Consumer
@@ -263,7 +260,7 @@ struct Consumer {
     __device__ __forceinline__ Consumer(const Parameters& a, const SharedParts& shared) : a(a), shared(shared), warpgroup(threadIdx.x / 128 - 1) {
         const Problem& p = a.p;
         const Tiling& t = p.t;
-        const int phases_d = t.packed[0] ? p.s.axis[0].phases : 1, phases_h = t.packed[1] ? p.s.axis[1].phases : 1, phases_w = p.s.axis[2].phases;
+        const int phases_d = packed_phases(t, p.s, 0), phases_h = packed_phases(t, p.s, 1), phases_w = p.s.axis[2].phases;
         for (int half = 0; half < 2; half++) {
             LaneRow& row = rows[half];
             const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases;
@@ -276,8 +273,7 @@ struct Consumer {
     }
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }    // of a warp
     __device__ void sync() const { named_barrier(1 + warpgroup, 128); }
-    __device__ int buffer_index() const { return a.p.t.buffers == 2 ? warpgroup : 0; }
-    __device__ float* buffer() const { return reinterpret_cast<float*>(shared.buffers + buffer_index() * a.p.t.buffer_bytes); }
+    __device__ float* buffer() const { return shared.buffer(a.p.t, warpgroup); }
     __device__ int* table() const { return reinterpret_cast<int*>(shared.tables + warpgroup * a.p.t.table_bytes); }
 
     // With one buffer the consumers take turns: the first waits for the second's release of the tile before, the second for the
@@ -420,7 +416,7 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
         const float off = shift + of_lane - mean;
         squares = quad_sum(fmaf(count * off, off, squares));
         if (lane % 4 == 0 && row.live) {
-            const int phase = run.outer * t.rows.packed_phases + (row.packed_d * (t.packed[1] ? ah.phases : 1) + row.packed_h) * aw.phases + row.phase_w;
+            const int phase = run.outer * t.rows.packed_phases + (row.packed_d * packed_phases(t, p.s, 1) + row.packed_h) * aw.phases + row.phase_w;
             a.workspace.moments[(part * phases + phase) * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
             a.workspace.counts[part * phases + phase] = total;    // the same from every channel
         }
@@ -444,7 +440,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         // Runs of the same form, all but those at the edges, have the same table.
         const int4 key = {run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 2 + (run.h0 == 0)};
         if (key.x != me.table_key.x || key.y != me.table_key.y || key.z != me.table_key.z || key.w != me.table_key.w) {
-            const int phases_hw = (t.packed[1] ? ah.phases : 1) * aw.phases;
+            const int phases_hw = packed_phases(t, p.s, 1) * aw.phases;
             for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
                 me.table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
             me.table_key = key;

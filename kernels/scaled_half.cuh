@@ -101,14 +101,10 @@ template <typename T> __device__ void pack_channel(const Weight& p, int channel)
     const int taps = ad.taps * ah.taps * aw.taps, phases = ad.phases * ah.phases * aw.phases;
     for (int i = warp; i < taps * phases; i += kThreads / 32) {
         const int tap = i % taps, phase = i / taps;
-        const int kd = kernel_index(ad, ad.shift[tap / aw.taps / ah.taps], phase / aw.phases / ah.phases, ad.phases);
-        const int kh = kernel_index(ah, ah.shift[tap / aw.taps % ah.taps], phase / aw.phases % ah.phases, ah.phases);
-        const int kw = kernel_index(aw, aw.shift[tap % aw.taps], phase % aw.phases, aw.phases);
-        const bool live = kd >= 0 && kh >= 0 && kw >= 0;
-        const int k = (kd * ah.kernel + kh) * aw.kernel + kw;
+        const int k = kernel_index(p.stencil, tap, phase);
         __half* row = p.copy + (tap * p.M_pad + p.rows.row(channel, phase)) * p.C_pad;
 #pragma unroll 4
-        for (int c = lane; c < p.C_pad; c += 32) row[c] = __float2half_rn(live && c < p.C ? to_acc(w[c * p.column_stride + k]) * scale : 0.0f);
+        for (int c = lane; c < p.C_pad; c += 32) row[c] = __float2half_rn(k >= 0 && c < p.C ? to_acc(w[c * p.column_stride + k]) * scale : 0.0f);
     }
 }
 

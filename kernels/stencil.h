@@ -36,9 +36,18 @@ struct RowMap {
 };
 
 // The kernel index k of (shift, phase), or -1 where there is none.
-HOST_DEVICE int kernel_index(const StencilAxis& a, int shift, int phase, int stride) {
-    const int distance = shift * stride + phase;
+HOST_DEVICE int kernel_index(const StencilAxis& a, int shift, int phase) {
+    const int distance = shift * a.phases + phase;
     return distance % a.dilation == 0 && distance / a.dilation < a.kernel ? distance / a.dilation : -1;
+}
+
+// The same for a tap (d, h, w) and a phase, each counted over all axes, W fastest: the index in the kernel's volume.
+HOST_DEVICE int kernel_index(const Stencil& s, int tap, int phase) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    const int kd = kernel_index(d, d.shift[tap / w.taps / h.taps], phase / w.phases / h.phases);
+    const int kh = kernel_index(h, h.shift[tap / w.taps % h.taps], phase / w.phases % h.phases);
+    const int kw = kernel_index(w, w.shift[tap % w.taps], phase % w.phases);
+    return kd >= 0 && kh >= 0 && kw >= 0 ? (kd * h.kernel + kh) * w.kernel + kw : -1;
 }
 
 inline StencilAxis make_forward_axis(const Axis& a) {

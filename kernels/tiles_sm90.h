@@ -140,8 +140,6 @@ private:
 
 // -------------------------------------------------------------------------------------------------- Staged outputs
 
-HOST_DEVICE int packed_phases_d(const Problem& p) { return p.t.packed[0] ? p.s.axis[0].phases : 1; }
-
 // Floats from one staged row to the next.
 HOST_DEVICE int staged_row(const Problem& p) { return p.t.contiguous ? p.s.axis[2].out : p.t.tile_w * p.s.axis[2].phases; }
 
@@ -164,8 +162,8 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
 // Calls f(global index, staged float, count) for the pieces of every `step`-th staged region, from `first` on.
 template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int phases_d = packed_phases_d(p), regions = run.count > 0 ? p.t.rows.octets * 8 * phases_d : 0;
-    const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * (p.t.packed[1] ? ah.phases : 1), row_step = p.t.packed[1] ? 1 : ah.phases;
+    const int phases_d = packed_phases(p.t, p.s, 0), regions = run.count > 0 ? p.t.rows.octets * 8 * phases_d : 0;
+    const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
     const int count = !p.t.contiguous ? run.ow_end - run.ow0 : p.t.whole_rows ? (run.oh_end - run.oh0) * aw.out : run.count;
     for (int region = first; region < regions; region += step) {
         const int channel = run.channel0 + (phases_d == 1 ? region : region / phases_d), od = run.od0 + (phases_d == 1 ? 0 : region % phases_d);

@@ -44,6 +44,13 @@ struct Tiling {
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
 
+// Phases of an axis that lie in the same row tile.
+HOST_DEVICE int packed_phases(const Tiling& t, const Stencil& s, int axis) { return t.packed[axis] ? s.axis[axis].phases : 1; }
+
+inline int64_t shared_bytes(const Tiling& t) {
+    return kHeadBytes + int64_t(kInputStages) * t.input_bytes + 2 * int64_t(t.weight_stages) * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
+}
+
 inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
 
 // Positions from the first to the last of a run that begins at position `begin` of a strip, gaps included.
@@ -96,17 +103,17 @@ inline bool cut_runs(Tiling& t, const Stencil& s) {
 // Lays a run's outputs out for staging: a region for each (channel, packed phase of D).
 inline void lay_out_regions(Tiling& t, const Stencil& s) {
     const int out_h = s.axis[1].out, out_w = s.axis[2].out;
-    const int phases_h = t.packed[1] ? s.axis[1].phases : 1, phases_w = s.axis[2].phases;
+    const int phases_h = packed_phases(t, s, 1), phases_w = s.axis[2].phases;
     t.contiguous = t.strips == 1 && (s.axis[1].phases == 1 || t.packed[1]);
     const int rows = ceil_div(t.run, t.tile_w) * phases_h;
     const bool aligned = int64_t(out_h) * out_w % 4 == 0 && (t.whole_rows && t.contiguous ? out_w : t.run) % 4 == 0;
     t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
-    t.dense = t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w && t.run % 2 == 0 && !(s.axis[1].phases > 1);
+    t.dense = t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
     const int floats = t.contiguous ? (t.whole_rows ? rows * out_w : t.run) + (aligned ? 0 : 4) : rows * t.tile_w * phases_w;
     t.region_stride = round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts
     t.tensor_store = t.contiguous && !t.whole_rows && aligned && t.region_stride == t.run;
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
-    const int regions = t.rows.octets * 8 * (t.packed[0] ? s.axis[0].phases : 1);
+    const int regions = t.rows.octets * 8 * packed_phases(t, s, 0);
     t.buffer_bytes = round_up(int64_t(regions) * t.region_stride * 4, 128);
 }
 
@@ -125,7 +132,7 @@ inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
-        t.rows.packed_phases = w.phases * (t.packed[1] ? h.phases : 1) * (t.packed[0] ? d.phases : 1);
+        t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
         t.chunk = g.C_in <= 16 ? 16 : g.C_in <= 32 ? 32 : 64;
@@ -144,9 +151,9 @@ inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = kRows * row_bytes;
         t.norm_stages = fused ? 4 : 0;
-        int64_t left_bytes = kSharedBytes - kHeadBytes - int64_t(t.norm_stages) * kNormBytes - int64_t(kInputStages) * t.input_bytes - t.buffer_bytes - 2 * t.table_bytes;
-        t.buffers = left_bytes >= t.buffer_bytes + 2 * 5 * t.weight_bytes ? 2 : 1;
-        left_bytes -= (t.buffers - 1) * int64_t(t.buffer_bytes);
+        t.buffers = 2;
+        if (kSharedBytes - shared_bytes(t) < 2 * 5 * t.weight_bytes) t.buffers = 1;
+        const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
         if (left_bytes < 2 * 3 * t.weight_bytes) continue;
         t.weight_stages = left_bytes / (2 * t.weight_bytes) < kMaxStages ? left_bytes / (2 * t.weight_bytes) : kMaxStages;
         if (fused) t.norm_stages += (left_bytes - 2 * int64_t(t.weight_stages) * t.weight_bytes) / kNormBytes;

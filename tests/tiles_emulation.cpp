@@ -47,11 +47,9 @@ static std::vector<float> pack(const Geometry& g, const Problem& p, Tensor& w) {
     for (int channel = 0; channel < g.C_out; channel++)
     for (int i = 0; i < taps * phases; i++) {
         const int tap = i % taps, phase = i / taps;
-        const int kd = kernel_index(axis[0], axis[0].shift[tap / axis[2].taps / axis[1].taps], phase / axis[2].phases / axis[1].phases, axis[0].phases);
-        const int kh = kernel_index(axis[1], axis[1].shift[tap / axis[2].taps % axis[1].taps], phase / axis[2].phases % axis[1].phases, axis[1].phases);
-        const int kw = kernel_index(axis[2], axis[2].shift[tap % axis[2].taps], phase % axis[2].phases, axis[2].phases);
+        const int k = kernel_index(p.s, tap, phase);
         for (int c = 0; c < g.C_in; c++)
-            packed[(size_t(tap) * p.t.M_pad + p.t.rows.row(channel, phase)) * g.C_in + c] = kd >= 0 && kh >= 0 && kw >= 0 ? w.at(c, channel, kd, kh, kw) : 0;
+            packed[(size_t(tap) * p.t.M_pad + p.t.rows.row(channel, phase)) * g.C_in + c] = k >= 0 ? w.values[(int64_t(c) * g.C_out + channel) * kernel_volume(g) + k] : 0;
     }
     return packed;
 }
@@ -66,7 +64,7 @@ static bool emulate(const Geometry& g, const Problem& p) {
     Tensor truth = reference(g, x, w), out({g.N, g.C_out, ad->out, ah->out, aw->out}, NAN);
     std::vector<int> written(out.values.size(), 0);
     const std::vector<float> weights = pack(g, p, w);
-    const int phases_d = packed_phases_d(p), phases_h = t.packed[1] ? ah->phases : 1, C = g.C_in;
+    const int phases_d = packed_phases(t, p.s, 0), phases_h = packed_phases(t, p.s, 1), C = g.C_in;
     auto put = [&](int64_t at, float v) { out.values[at] = v, written[at]++; };
     for (int64_t index = 0; index < t.tiles; index++)
     for (int warpgroup = 0; warpgroup < 2; warpgroup++) {
@@ -117,7 +115,7 @@ static bool emulate(const Geometry& g, const Problem& p) {
 }
 
 static bool fits(const Tiling& t) {
-    REQUIRE(kHeadBytes + kInputStages * t.input_bytes + 2 * t.weight_stages * t.weight_bytes + t.buffers * t.buffer_bytes + 2 * t.table_bytes + t.norm_stages * kNormBytes <= kSharedBytes);
+    REQUIRE(shared_bytes(t) <= kSharedBytes);
     REQUIRE(t.weight_stages >= 3 && t.weight_stages <= kMaxStages && t.norm_stages <= kMaxNormStages);
     REQUIRE(t.pitch <= 256 && t.box_rows <= 256 && (!t.tensor_store || (t.run <= 256 && t.run % 4 == 0)));
     REQUIRE(t.buffer_bytes % 128 == 0 && t.table_bytes % 128 == 0 && t.weight_bytes % 1024 == 0 && t.input_bytes % 1024 == 0);
