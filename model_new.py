@@ -257,17 +257,27 @@ def _always(geometry, dtype, tf32, device):
     return True
 
 
-def _sm90_tensor_cores(geometry, dtype, tf32, device):
-    """Hopper, one group, stride 1, or 2 with kernels of 2, 4 or 6, TF32-equivalent arithmetic allowed, and enough work to fill tiles.
+def _hopper(geometry, dtype, tf32, device):
+    """Hopper, one group, strides of 1 or 2, TF32-equivalent arithmetic allowed, and enough work to fill tiles.
 
     cuDNN computes in TF32 there too. For most other strides, and stride 2 with dilation, it is float32-accurate even where TF32
-    is allowed, and so are we. Odd kernels leave taps without a weight in some phases, where an infinite input would meet a zero.
+    is allowed, and so are we.
     """
     axes = geometry.axis
     return (_capability(device.index) == (9, 0) and geometry.groups == 1 and (tf32 if dtype == torch.float32 else dtype != torch.float64)
             and all(axis.kernel <= 7 for axis in axes)
-            and (all(axis.stride == 1 for axis in axes) or all(axis.stride == 2 and axis.kernel % 2 == 0 and axis.dilation == 1 for axis in axes))
-            and _multiply_adds(geometry) >= 2**24 and bool(_library("cuda").conv_transpose3d_sm90_supports(ctypes.addressof(geometry), device.index)))
+            and (all(axis.stride == 1 for axis in axes) or all(axis.stride == 2 and axis.dilation == 1 for axis in axes))
+            and _multiply_adds(geometry) >= 2**24)
+
+
+def _sm90_forward(geometry, dtype, tf32, device):
+    """Where every phase has a weight at every tap: an infinite input would meet a zero elsewhere."""
+    return (_hopper(geometry, dtype, tf32, device) and all(axis.kernel % axis.stride == 0 for axis in geometry.axis)
+            and bool(_library("cuda").conv_transpose3d_sm90_supports(ctypes.addressof(geometry), device.index)))
+
+
+def _sm90_gradients(geometry, dtype, tf32, device):
+    return _hopper(geometry, dtype, tf32, device) and bool(_library("cuda").conv_transpose3d_gradients_sm90_supports(ctypes.addressof(geometry), device.index))
 
 
 def _multiply_adds(geometry):
@@ -279,8 +289,9 @@ def _multiply_adds(geometry):
 
 _PATHS = {
     # operation: ((path, condition), ...)
-    "conv_transpose3d_forward": (("sm90", _sm90_tensor_cores), ("generic", _always)),
-    "conv_transpose3d_relu_group_norm_forward": (("sm90", _sm90_tensor_cores), ("composed", _always)),    # composed of the operations above and below
+    "conv_transpose3d_forward": (("sm90", _sm90_forward), ("generic", _always)),
+    "conv_transpose3d_relu_group_norm_forward": (("sm90", _sm90_forward), ("composed", _always)),    # composed: of other operations of this table
+    "conv_transpose3d_gradients": (("sm90", _sm90_gradients), ("composed", _always)),
     "conv_transpose3d_dinput": (("generic", _always),),
     "conv_transpose3d_dweight": (("generic", _always),),
     "conv_transpose3d_dbias": (("generic", _always),),
@@ -292,6 +303,7 @@ _PATHS = {
 _SIGNATURES = {
     "conv_transpose3d_forward": "pppip",            # x, weight, bias, relu; out
     "conv_transpose3d_relu_group_norm_forward": "pppppidppp",    # x, weight, bias, gamma, beta, num_groups, eps; activation, y, statistics
+    "conv_transpose3d_gradients": "ppppp",          # dout, x, weight; dx, dweight
     "conv_transpose3d_dinput": "ppp",               # dout, weight; dx
     "conv_transpose3d_dweight": "ppp",              # x, dout; dweight
     "conv_transpose3d_dbias": "pp",                 # dout; dbias
@@ -424,9 +436,14 @@ def _backward(grad, input, weight, input_shape, weight_shape, stride, padding, o
     if grad.numel() == 0:
         return dx.zero_(), dweight.zero_(), dbias.zero_()
     grad, dtypes, device = grad.contiguous(), (grad.dtype,), grad.device
-    if needs[0]:
+    need_dx, need_dweight = needs[:2]
+    if (need_dx or need_dweight) and select_path("conv_transpose3d_gradients", geometry, grad.dtype, device) != "composed":
+        _launch("conv_transpose3d_gradients", geometry, dtypes, device,
+                (grad, input.contiguous() if need_dweight else None, weight.contiguous() if need_dx else None), (dx if need_dx else None, dweight if need_dweight else None))
+        need_dx = need_dweight = False
+    if need_dx:
         _launch("conv_transpose3d_dinput", geometry, dtypes, device, (grad, weight.contiguous()), (dx,))
-    if needs[1]:
+    if need_dweight:
         _launch("conv_transpose3d_dweight", geometry, dtypes, device, (input.contiguous(), grad), (dweight,))
     if needs[2]:
         _launch("conv_transpose3d_dbias", geometry, dtypes, device, (grad,), (dbias,))
@@ -711,7 +728,7 @@ def _declare(library, backend):
                 workspace.argtypes, workspace.restype = [pointer, integer, integer], ctypes.c_int64
     if backend == "cuda":
         library.cuda_error_string.restype = ctypes.c_char_p
-        library.conv_transpose3d_sm90_supports.argtypes = [pointer, integer]
+        library.conv_transpose3d_sm90_supports.argtypes = library.conv_transpose3d_gradients_sm90_supports.argtypes = [pointer, integer]
     return library
 
 
@@ -848,13 +865,13 @@ HOST_DEVICE Range valid_range(const Phase& p, int64_t j) {
 '''
 
 _SOURCES['stencil.h'] = r'''
-// A transposed convolution of any stride as a convolution of stride 1.
+// A transposed convolution of any stride, and its gradient, as a convolution of stride 1.
 //
 // Output o of an axis has u = o + padding = stride * q + r with phase r in [0, stride). Input i reaches it through tap k where
 // u = stride * i + dilation * k: then r = dilation * k mod stride, and i = q - m with m = dilation * k div stride. So each tap k
 // belongs to one phase r and one shift m, and the layer is a convolution of stride 1 on the grid of the q, with one output
-// channel per (channel, phase), taps (m), and zeros where a phase has no tap with that shift. Backwards, for dx, the grid of
-// the q is the source and its (channel, phase) pairs are the input channels: i reads q = i + m.
+// channel per (channel, phase), and taps (m). Backwards, for dx, the grid of the q is the source, its (channel, phase) pairs are
+// the source channels, and i reads q = i + m. Not every phase has a weight at every shift.
 #pragma once
 
 #include "geometry.h"
@@ -862,17 +879,23 @@ _SOURCES['stencil.h'] = r'''
 constexpr int kMaxTaps = 7, kMaxStride = 4;
 
 // One axis. Position p of the destination's grid reads the source's grid at first + p - shift[t] for every tap t, where that
-// is in [0, sources). Forward, position p and phase r are output p * phases + r - crop, where that is in [0, out).
+// is in [0, sources). Position p and phase r of the destination's grid are its element p * phases + r - crop, where that is in
+// [0, out); the same for the source. Only the layer's output has phases: the destination forward, the source for dx.
 struct StencilAxis {
     int sources, positions, first;
-    int taps, shift[kMaxTaps];        // ascending
+    int taps, shift[kMaxTaps];                   // ascending
     int phases, crop, out;
-    int live[kMaxStride];             // bit t: tap t has a weight in this phase
-    int kernel, dilation;
+    int source_phases, source_crop, source_out;
+    int live[kMaxStride];                        // bit t: tap t has a weight in this phase
+    int8_t kernel_of[kMaxTaps][kMaxStride];      // which weight: the kernel index of (tap, phase), or -1
+    int kernel;
 };
 
 struct Stencil {
     StencilAxis axis[3];              // D, H, W
+    HOST_DEVICE int taps() const { return axis[0].taps * axis[1].taps * axis[2].taps; }
+    HOST_DEVICE int phases() const { return axis[0].phases * axis[1].phases * axis[2].phases; }
+    HOST_DEVICE int source_phases() const { return axis[0].source_phases * axis[1].source_phases * axis[2].source_phases; }
 };
 
 // Which row of GEMM_M is which (channel, phase), phase = (r_d * phases_h + r_h) * phases_w + r_w. A row tile is 8 granules of 8
@@ -885,36 +908,58 @@ struct RowMap {
     }
 };
 
-// The kernel index k of (shift, phase), or -1 where there is none.
-HOST_DEVICE int kernel_index(const StencilAxis& a, int shift, int phase) {
-    const int distance = shift * a.phases + phase;
-    return distance % a.dilation == 0 && distance / a.dilation < a.kernel ? distance / a.dilation : -1;
-}
-
-// The same for a tap (d, h, w) and a phase, each counted over all axes, W fastest: the index in the kernel's volume.
+// The index in the kernel's volume of a tap (d, h, w) and a phase, each counted over all axes, W fastest; -1 where there is none.
 HOST_DEVICE int kernel_index(const Stencil& s, int tap, int phase) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
-    const int kd = kernel_index(d, d.shift[tap / w.taps / h.taps], phase / w.phases / h.phases);
-    const int kh = kernel_index(h, h.shift[tap / w.taps % h.taps], phase / w.phases % h.phases);
-    const int kw = kernel_index(w, w.shift[tap % w.taps], phase % w.phases);
+    const int phases_h = h.phases * h.source_phases, phases_w = w.phases * w.source_phases;    // one of the two is 1
+    const int kd = d.kernel_of[tap / w.taps / h.taps][phase / phases_w / phases_h];
+    const int kh = h.kernel_of[tap / w.taps % h.taps][phase / phases_w % phases_h];
+    const int kw = w.kernel_of[tap % w.taps][phase % phases_w];
     return kd >= 0 && kh >= 0 && kw >= 0 ? (kd * h.kernel + kh) * w.kernel + kw : -1;
 }
 
 inline StencilAxis make_forward_axis(const Axis& a) {
     StencilAxis s = {};
-    s.kernel = a.kernel, s.dilation = a.dilation;
-    s.phases = a.stride, s.out = a.out, s.sources = a.in;
-    s.first = a.padding / a.stride, s.crop = a.padding % a.stride;
+    s.kernel = a.kernel;
+    s.phases = a.stride, s.crop = a.padding % a.stride, s.out = a.out;
+    s.source_phases = 1, s.source_out = s.sources = a.in;
+    s.first = a.padding / a.stride;
     s.positions = (a.out - 1 + a.padding) / a.stride - s.first + 1;
+    for (auto& phases : s.kernel_of)
+        for (int8_t& k : phases) k = -1;
     for (int k = 0; k < s.kernel; k++) {
-        const int shift = k * s.dilation / s.phases;
+        const int shift = k * a.dilation / a.stride, phase = k * a.dilation % a.stride;
         if (s.taps == 0 || s.shift[s.taps - 1] != shift) s.shift[s.taps++] = shift;
-        s.live[k * s.dilation % s.phases] |= 1 << (s.taps - 1);
+        s.live[phase] |= 1 << (s.taps - 1);
+        s.kernel_of[s.taps - 1][phase] = k;
     }
     return s;
 }
 
-inline Stencil make_forward_stencil(const Geometry& g) { return {{make_forward_axis(g.axis[0]), make_forward_axis(g.axis[1]), make_forward_axis(g.axis[2])}}; }
+// The forward axis the other way round: the source's position is first + p - shift with the shifts counted from the largest on.
+inline StencilAxis make_dinput_axis(const Axis& a) {
+    const StencilAxis forward = make_forward_axis(a);
+    StencilAxis s = forward;
+    s.sources = forward.positions, s.positions = forward.sources;
+    s.phases = 1, s.crop = 0, s.out = forward.sources;
+    s.source_phases = forward.phases, s.source_crop = forward.crop, s.source_out = forward.out;
+    const int last = forward.taps - 1;
+    s.first = forward.shift[last] - forward.first;
+    for (int& live : s.live) live = 0;
+    for (int t = 0; t < s.taps; t++) {
+        s.shift[t] = forward.shift[last] - forward.shift[last - t];
+        for (int phase = 0; phase < s.source_phases; phase++) {
+            s.kernel_of[t][phase] = forward.kernel_of[last - t][phase];
+            s.live[phase] |= (forward.live[phase] >> (last - t) & 1) << t;
+        }
+    }
+    return s;
+}
+
+inline Stencil make_stencil(Direction direction, const Geometry& g) {
+    const auto make = direction == Direction::kForward ? make_forward_axis : make_dinput_axis;
+    return {{make(g.axis[0]), make(g.axis[1]), make(g.axis[2])}};
+}
 
 // Whether the arrays above suffice.
 inline bool has_stencil(const Geometry& g) {
@@ -1867,48 +1912,48 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait_group() { asm
 // Keeps the compiler from using a register's value ahead of this point.
 __device__ __forceinline__ void keep_after(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 
-// A K-major operand of rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address.
+// An operand in rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address. K-major: a row
+// is one of GEMM_M or GEMM_N. Transposed: a row is one of GEMM_K, and where it is shorter than GEMM_M or GEMM_N, the next
+// elements are in rows `block_stride` bytes further on.
 // The hardware swizzles absolute addresses, so the address may be any row of a tile, not only a multiple of eight.
-__device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes) {
+__device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int block_stride = 16) {
     const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
-    return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(1) << 16;
+    return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
 }
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t address) { return base | (address & 0x3ffff) >> 4; }
 
-// d (64, kN) += a (64, 16) * b (kN, 16) transposed; fp16 operands in shared memory, fp32 sums in registers:
+// d (64, 2 * registers) += a * b; fp16 operands in shared memory, K-major (0) or both transposed (1), fp32 sums in registers:
 // element i of lane l in warp w is row 16 * w + l / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + l % 4 * 2 + i % 2.
-template <int kN> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[kN / 2], uint64_t a, uint64_t b);
-
 #define REGS10(t) "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
 #define ACC10(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9])
 
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<64>(float (&d)[32], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b));
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[32], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, 1, 1, 1, %34, %34;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "n"(kTransposed));
 }
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<128>(float (&d)[64], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b));
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, 1, 1, 1, %66, %66;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "n"(kTransposed));
 }
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<160>(float (&d)[80], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70) : "l"(a), "l"(b));
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[80], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, 1, 1, 1, %82, %82;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70) : "l"(a), "l"(b), "n"(kTransposed));
 }
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<192>(float (&d)[96], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " "%90, %91, %92, %93, %94, %95" "}, %96, %97, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]) : "l"(a), "l"(b));
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[96], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " "%90, %91, %92, %93, %94, %95" "}, %96, %97, 1, 1, 1, %98, %98;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]) : "l"(a), "l"(b), "n"(kTransposed));
 }
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<224>(float (&d)[112], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111" "}, %112, %113, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]) : "l"(a), "l"(b));
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[112], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111" "}, %112, %113, 1, 1, 1, %114, %114;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]) : "l"(a), "l"(b), "n"(kTransposed));
 }
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<232>(float (&d)[116], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b));
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[116], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, 1, 1, 1, %118, %118;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b), "n"(kTransposed));
 }
-template <> __device__ __forceinline__ void wgmma_m64k16_f16<240>(float (&d)[120], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n240k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " REGS10("11") "}, %120, %121, 1, 1, 1, 0, 0;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), ACC10(110) : "l"(a), "l"(b));
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[120], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n240k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " REGS10("11") "}, %120, %121, 1, 1, 1, %122, %122;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), ACC10(110) : "l"(a), "l"(b), "n"(kTransposed));
 }
 
 #undef REGS10
@@ -1961,25 +2006,42 @@ __device__ __forceinline__ unsigned finite_magnitude(float v) {
 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
-// x (N, C, S) of the input's dtype -> activation (N, S, C_pad) fp16, zeros in the added channels.
+// x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
+// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels.
 struct Activation {
-    int64_t N, C, S, C_pad;
+    struct Axis { int positions, phases, crop, size; };
+    int64_t N, C, phase_channels;
+    Axis axis[3];                                  // D, H, W
     const void* x;
-    bool vectors;                                  // S and the address are multiples of four elements
     __half* copy;
     SampleMax* max;                                // (N), starts at zero
+    bool vectors;                                  // rows and the address are multiples of four elements
+    HOST_DEVICE int64_t sample() const { return C * axis[0].size * axis[1].size * axis[2].size; }
+    HOST_DEVICE int64_t positions() const { return int64_t(axis[0].positions) * axis[1].positions * axis[2].positions; }
+    HOST_DEVICE int phases() const { return axis[0].phases * axis[1].phases * axis[2].phases; }
+    HOST_DEVICE int64_t copied() const { return N * positions() * phases() * phase_channels; }
 };
 
-// w -> copy (taps, M_pad, C_pad) fp16: the weight of each row, a (channel, phase), at each tap (d, h, w) of the stencil; zero
-// where there is none. Rows that belong to no channel stay as they are.
+// The source of a stencil. Without phases, a sample is one long row.
+inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels) {
+    Activation a = {N, C, phase_channels, {}, nullptr, nullptr, nullptr, false};
+    for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
+    const int64_t volume = a.positions();
+    if (a.phases() == 1 && volume < 1 << 30) a.axis[0] = a.axis[1] = {1, 1, 0, 1}, a.axis[2] = {int(volume), 1, 0, int(volume)};
+    return a;
+}
+
+// w -> copy (taps, M_pad, source phases, phase_channels) fp16: the weight of each row, a (channel, phase) of the destination, at
+// each tap (d, h, w) of the stencil; zero where there is none. Rows that belong to no channel stay as they are.
 struct Weight {
     Stencil stencil;
     RowMap rows;
-    int64_t channels, C, M_pad, C_pad;             // destination channels, source channels
+    int64_t channels, C, M_pad, phase_channels;    // destination channels, source channels
     int64_t row_stride, column_stride;             // of w, in elements, by destination and source channel; kernel elements are contiguous
     const void* w;
     __half* copy;
     unsigned* max;                                 // (channels)
+    HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
 };
 
 constexpr int kLookElements = 4096;                // of one block's look at a part of a sample
@@ -1988,8 +2050,14 @@ constexpr int64_t kSmallSample = 1 << 16;
 constexpr int kPositions = 128, kChannels = 64;    // of one block of the copy
 
 HOST_DEVICE int64_t look_blocks(const Activation& a) {
-    const int64_t elements = a.C * a.S;
+    const int64_t elements = a.sample();
     return ceil_div(elements > kSmallSample ? (elements / kLookShare > kSmallSample ? elements / kLookShare : kSmallSample) : elements, kLookElements);
+}
+
+// Blocks of the look at each destination channel of the weight.
+HOST_DEVICE int weight_splits(const Weight& p) {
+    const int64_t rows = int64_t(p.stencil.taps()) * p.stencil.phases() * p.stencil.source_phases(), splits = ceil_div(rows, kThreads / 32);
+    return int(splits < 16 ? splits : 16);
 }
 
 // -------------------------------------------------------------------------------------------------------- Kernel
@@ -2006,8 +2074,9 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
     return max;
 }
 
-// One destination channel: a warp reads the kernel of one source channel after another, then writes the rows of one tap after another.
-template <typename T> __device__ void pack_channel(const Weight& p, int channel) {
+// One destination channel, or one of several parts of its rows: a warp reads the kernel of one source channel after another, then
+// writes the rows of one tap after another.
+template <typename T> __device__ void pack_channel(const Weight& p, int channel, int split, int splits) {
     const T* w = static_cast<const T*>(p.w) + channel * p.row_stride;
     const StencilAxis &ad = p.stencil.axis[0], &ah = p.stencil.axis[1], &aw = p.stencil.axis[2];
     const int volume = ad.kernel * ah.kernel * aw.kernel, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -2016,23 +2085,23 @@ template <typename T> __device__ void pack_channel(const Weight& p, int channel)
 #pragma unroll 8
         for (int c = warp; c < p.C; c += kThreads / 32) max = umax(max, finite_magnitude(to_acc(w[c * p.column_stride + k])));
     max = block_max(max);
-    if (threadIdx.x == 0) p.max[channel] = max;
+    if (threadIdx.x == 0 && split == 0) p.max[channel] = max;
     const float scale = power_of_two(shift_of(max));
-    const int taps = ad.taps * ah.taps * aw.taps, phases = ad.phases * ah.phases * aw.phases;
-    for (int i = warp; i < taps * phases; i += kThreads / 32) {
-        const int tap = i % taps, phase = i / taps;
-        const int k = kernel_index(p.stencil, tap, phase);
-        __half* row = p.copy + (tap * p.M_pad + p.rows.row(channel, phase)) * p.C_pad;
+    const int taps = p.stencil.taps(), phases = p.stencil.phases(), source_phases = p.stencil.source_phases();    // one of them is 1
+    for (int i = split * (kThreads / 32) + warp; i < taps * phases * source_phases; i += splits * (kThreads / 32)) {
+        const int tap = i % taps, phase = i / taps, k = kernel_index(p.stencil, tap, phase);
+        __half* row = p.copy + ((tap * p.M_pad + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases) * p.phase_channels;
 #pragma unroll 4
-        for (int c = lane; c < p.C_pad; c += 32) row[c] = __float2half_rn(k >= 0 && c < p.C ? to_acc(w[c * p.column_stride + k]) * scale : 0.0f);
+        for (int c = lane; c < p.phase_channels; c += 32) row[c] = __float2half_rn(k >= 0 && c < p.C ? to_acc(w[c * p.column_stride + k]) * scale : 0.0f);
     }
 }
 
 // The weight, and a look at parts of every sample, evenly spread.
 template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
-    if (blockIdx.x < p.channels) return pack_channel<T>(p, blockIdx.x);
-    const int64_t blocks = look_blocks(a), elements = a.C * a.S;
-    const int64_t n = (blockIdx.x - p.channels) / blocks, block = (blockIdx.x - p.channels) % blocks;
+    const int splits = weight_splits(p), weight_blocks = p.channels * splits;
+    if (blockIdx.x < weight_blocks) return pack_channel<T>(p, blockIdx.x / splits, blockIdx.x % splits, splits);
+    const int64_t blocks = look_blocks(a), elements = a.sample();
+    const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
     const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
     const T* part = static_cast<const T*>(a.x) + n * elements + begin;
@@ -2046,11 +2115,27 @@ template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Ac
 
 template <typename T> struct alignas(4 * sizeof(T)) Four { T v[4]; };
 
-// kChannels x kPositions of one sample from (c0, s0) on, transposed through shared memory; returns the thread's maximum.
-template <typename T> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t c0, int64_t s0, float scale) {
+HOST_DEVICE int64_t row_tiles(const Activation& a) { return ceil_div(int64_t(a.axis[2].positions) * a.axis[2].phases, kPositions); }
+HOST_DEVICE int64_t tiles_of_sample(const Activation& a) {
+    return int64_t(a.axis[0].positions) * a.axis[0].phases * a.axis[1].positions * a.axis[1].phases * row_tiles(a) * ceil_div(a.phase_channels, kChannels);
+}
+
+// Tile `index` of a sample: kChannels x kPositions of one row, transposed through shared memory; returns the thread's maximum.
+template <typename T> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
+    const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
+    auto take = [&index](int64_t count) { const int64_t digit = index % count; index /= count; return int(digit); };
+    const int c0 = take(ceil_div(a.phase_channels, kChannels)) * kChannels;
+    const int u0 = take(row_tiles(a)) * kPositions;
+    const int phase_h = take(ah.phases), phase_d = take(ad.phases), h = take(ah.positions), d = int(index);
+    const int source_d = d * ad.phases + phase_d - ad.crop, source_h = h * ah.phases + phase_h - ah.crop;
+    const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size;
+    const int64_t volume = int64_t(ad.size) * ah.size * aw.size;
+    // Element s of the row is at source[channel * volume + s].
+    const T* source = static_cast<const T*>(a.x) + n * a.C * volume + (int64_t(source_d) * ah.size + source_h) * aw.size;
+    const int begin = u0 - aw.crop, end = inside ? aw.size : 0;
+
     // (positions, channel pairs); pair p of position s is at p + s / 4 + s % 4 (mod 32), which keeps threads off each other's banks.
     __shared__ __half2 tile[kPositions][kChannels / 2];
-    const T* source = static_cast<const T*>(a.x) + n * a.C * a.S + s0;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     constexpr int kWarps = kThreads / 32, kPairs = kChannels / 2 / kWarps;
     Four<T> values[kPairs][2];
@@ -2060,11 +2145,14 @@ template <typename T> __device__ unsigned copy_tile(const Activation& a, int64_t
         for (int half = 0; half < 2; half++) {
             const int64_t c = c0 + (warp + i * kWarps) * 2 + half;
             if (a.vectors) {
-                if (c < a.C && s0 + lane * 4 < a.S) values[i][half] = *reinterpret_cast<const Four<T>*>(source + c * a.S + lane * 4);
+                if (c < a.C && begin + lane * 4 < end) values[i][half] = *reinterpret_cast<const Four<T>*>(source + c * volume + begin + lane * 4);
                 else values[i][half] = {};
             } else {
 #pragma unroll
-                for (int e = 0; e < 4; e++) values[i][half].v[e] = c < a.C && s0 + lane + e * 32 < a.S ? source[c * a.S + lane + e * 32] : from_acc<T>(0.0f);
+                for (int e = 0; e < 4; e++) {
+                    const int s = begin + lane + e * 32;
+                    values[i][half].v[e] = c < a.C && s >= 0 && s < end ? source[c * volume + s] : from_acc<T>(0.0f);
+                }
             }
         }
     unsigned max = 0;
@@ -2079,23 +2167,18 @@ template <typename T> __device__ unsigned copy_tile(const Activation& a, int64_t
         }
     __syncthreads();
     constexpr int kVectors = kChannels / 8;                    // of 16 bytes per position
+    __half* row = a.copy + ((n * ad.positions + d) * ah.positions + h) * aw.positions * a.phases() * a.phase_channels;
 #pragma unroll
     for (int i = threadIdx.x; i < kPositions * kVectors; i += kThreads) {
-        const int s = i / kVectors, v = i % kVectors;
-        if (s0 + s >= a.S || c0 + v * 8 >= a.C_pad) continue;
+        const int s = i / kVectors, v = i % kVectors, u = u0 + s;
+        if (u >= aw.positions * aw.phases || c0 + v * 8 >= a.phase_channels) continue;
         __half2 four[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) four[k] = tile[s][(v * 4 + k + s / 4 + s % 4) % 32];
-        *reinterpret_cast<uint4*>(a.copy + (n * a.S + s0 + s) * a.C_pad + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
+        const int64_t place = int64_t(u / aw.phases) * a.phases() + (phase_d * ah.phases + phase_h) * aw.phases + u % aw.phases;
+        *reinterpret_cast<uint4*>(row + place * a.phase_channels + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
     }
     return max;
-}
-
-HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(a.S, kPositions) * ceil_div(a.C_pad, kChannels); }
-
-template <typename T> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t tile, float scale) {
-    const int64_t channel_blocks = ceil_div(a.C_pad, kChannels);
-    return copy_tile<T>(a, n, tile % channel_blocks * kChannels, tile / channel_blocks * kPositions, scale);
 }
 
 template <typename T> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a) {
@@ -2119,10 +2202,20 @@ template <typename T> __global__ void __launch_bounds__(kThreads) copy_again_ker
 // ---------------------------------------------------------------------------------------------------- Launcher
 
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
-    a.vectors = a.S % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
-    RETURN_IF_ERROR(launch(look_kernel<T>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
+    a.vectors = a.axis[2].size % 4 == 0 && a.axis[2].crop == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
+    RETURN_IF_ERROR(launch(look_kernel<T>, p.channels * weight_splits(p) + a.N * look_blocks(a), kThreads, stream, a, p));
     RETURN_IF_ERROR(launch(copy_kernel<T>, a.N * tiles_of_sample(a), kThreads, stream, a));
     return launch(copy_again_kernel<T>, multiprocessors * 2, kThreads, stream, a);
+}
+
+// Copies an activation, and a weight unless it has no channels.
+inline int pack(const Activation& a, const Weight& p, int dtype, int multiprocessors, void* stream) {
+    switch (dtype) {
+        case kFloat32: return pack<float>(a, p, multiprocessors, stream);
+        case kFloat16: return pack<__half>(a, p, multiprocessors, stream);
+        case kBFloat16: return pack<__nv_bfloat16>(a, p, multiprocessors, stream);
+    }
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace scaled_half
@@ -2155,7 +2248,7 @@ struct Tiling {
     int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
     int split_m;                               // 1: the two warpgroups have the same positions, other rows; 0: the other way round
     int chunk;                                 // source channels of a stage: 16, 32 or 64
-    int C_pad;                                 // source channels of the scratch copies
+    int phase_channels, C_pad;                 // source channels of the scratch copies: of each phase, of all
     bool packed[3];                            // axes
     RowMap rows;
     int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
@@ -2248,8 +2341,12 @@ inline void lay_out_regions(Tiling& t, const Stencil& s) {
     t.buffer_bytes = round_up(int64_t(regions) * t.region_stride * 4, 128);
 }
 
+// Source channels of a stage, and what the channels of a phase are padded to.
+inline int chunk_of(int64_t channels) { return channels <= 16 ? 16 : channels <= 32 ? 32 : 64; }
+inline int padded_channels(int64_t channels) { return round_up(channels, chunk_of(channels)); }
+
 // The tiling of least estimated time, or one of block_n 0 where none fits into shared memory.
-inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int multiprocessors) {
+inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, bool fused, int multiprocessors) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     const int halo_w = w.shift[w.taps - 1];
     Tiling best = {};
@@ -2266,10 +2363,11 @@ inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int
         t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
-        t.chunk = g.C_in <= 16 ? 16 : g.C_in <= 32 ? 32 : 64;
-        t.C_pad = round_up(g.C_in, t.chunk);
-        t.rows.channel_tiles = ceil_div(g.C_out, t.rows.octets * 8);
-        t.row_tiles = round_up(d.phases * h.phases * w.phases / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
+        t.chunk = chunk_of(source_channels);
+        t.phase_channels = padded_channels(source_channels);
+        t.C_pad = t.phase_channels * s.source_phases();
+        t.rows.channel_tiles = ceil_div(channels, t.rows.octets * 8);
+        t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
         t.M_pad = kRows * t.row_tiles;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         // Rows share their zeros: those right of one row are those left of the next.
@@ -2291,9 +2389,13 @@ inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int
         if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
         t.row_pairs = t.row_tiles / (split_m ? 2 : 1);
         t.sample_tiles = int64_t(d.positions) * strips * t.runs * t.row_pairs;
-        t.tiles = g.N * t.sample_tiles;
+        t.tiles = samples * t.sample_tiles;
         // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
-        const double steps = double(d.taps) * h.taps * w.taps * t.C_pad / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
+        int kernel_taps = 1;    // with a weight, of all source phases
+        for (const StencilAxis& a : s.axis)
+            if (a.source_phases > 1) kernel_taps *= a.kernel;
+            else kernel_taps *= a.taps;
+        const double steps = double(kernel_taps) * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
         const double boxes = double(d.taps) * (taps_per_box == 1 ? h.taps : 1) * t.C_pad / t.chunk;
         // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
         // cache; and longer where the stages that are not in use do not cover that one's latency.
@@ -2354,15 +2456,16 @@ struct Tile {
 };
 
 // How many phases the axes have that are not packed.
-HOST_DEVICE int outer_phases(const Problem& p) { return p.s.axis[0].phases * p.s.axis[1].phases * p.s.axis[2].phases / p.t.rows.packed_phases; }
+HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.packed_phases; }
 
 // Sets of moments of a channel: of each run and phase.
 HOST_DEVICE int64_t parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
-    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * p.s.axis[0].phases * p.s.axis[1].phases * p.s.axis[2].phases : 0;
+    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * p.s.phases() : 0;
 }
 
-HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed ? (1 << a.taps) - 1 : a.live[phase]; }
+// Bit t: tap t has weights in some row of a row tile.
+HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
 HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     const Tiling& t = p.t;
@@ -2401,28 +2504,30 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
 // A tile's boxes and taps, in the order in which everyone takes them.
 struct Cursor {
     const Problem& p;
-    int live_d = 0, live_h = 0, d = 0, h0 = 0;
-    int td = 0, plane = 0, first = 0, c = 0, th = 0, tw = 0;    // tap and plane of D, first tap (h) of the box, source channel, taps (h, w)
+    int d = 0, h0 = 0;
+    int tile_live = 0, live = 0;        // bits: taps (h) with weights, from bit 8 on taps (d) of the tile, or taps (w) of the box
+    int td = 0, first = 0, c = 0, th = 0, tw = 0;    // tap (d), first tap (h) of the box, source channel, taps (h, w)
     bool box = false;                   // at the first tap of a box
 
     HOST_DEVICE Cursor(const Problem& p) : p(p) {}
     // Each returns whether there is a tap.
     HOST_DEVICE bool begin(const Tile& tile) {
-        live_d = tile.live_d, live_h = tile.live_h, d = tile.d, h0 = tile.h0;
+        tile_live = tile.live_h | tile.live_d << 8, d = tile.d, h0 = tile.h0;
         td = -1, first = p.s.axis[1].taps;
         return next_rows();
     }
     HOST_DEVICE bool next() {
         box = false;
-        if (++tw < p.s.axis[2].taps) return true;
-        tw = 0;
+        while (++tw < p.s.axis[2].taps)
+            if (live >> (8 + tw) & 1) return true;
         while (++th < first + p.t.taps_per_box)
-            if (live_h >> th & 1) return true;
-        if ((c += p.t.chunk) < p.t.C_pad) return open_box();
-        return next_rows();
+            if (live >> th & 1) return first_column();
+        c += p.t.chunk;
+        return open_box() || next_rows();
     }
 
     HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
+    HOST_DEVICE int plane() const { return p.s.axis[0].first + d - p.s.axis[0].shift[td]; }    // of the source
     HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
     HOST_DEVICE int tap() const { return (td * p.s.axis[1].taps + th) * p.s.axis[2].taps + tw; }
     // By how many rows of shared memory the tap is shifted in its box.
@@ -2432,10 +2537,27 @@ struct Cursor {
     }
 
 private:
+    HOST_DEVICE bool first_column() {
+        for (tw = 0; !(live >> (8 + tw) & 1);) tw++;
+        return true;
+    }
+    // At the first tap that has weights, of this chunk of the source or a later one.
     HOST_DEVICE bool open_box() {
-        for (th = first; !(live_h >> th & 1);) th++;
-        tw = 0;
-        return box = true;
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int rows = ((1 << p.t.taps_per_box) - 1) << first;
+        for (; c < p.t.C_pad; c += p.t.chunk) {
+            int live_h = tile_live & rows, live_w = (1 << aw.taps) - 1;
+            if (p.t.phase_channels < p.t.C_pad) {
+                const int phase = c / p.t.phase_channels;    // of the source
+                if (!(ad.live[phase / aw.source_phases / ah.source_phases] >> td & 1)) continue;
+                live_h &= ah.live[phase / aw.source_phases % ah.source_phases], live_w = aw.live[phase % aw.source_phases];
+            }
+            if (live_h == 0 || live_w == 0) continue;
+            live = live_h | live_w << 8;
+            for (th = first; !(live >> th & 1);) th++;
+            return box = first_column();
+        }
+        return false;
     }
     HOST_DEVICE bool next_rows() {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1];
@@ -2444,12 +2566,11 @@ private:
             if (first >= ah.taps) {
                 do {
                     if (++td >= ad.taps) return false;
-                    plane = ad.first + d - ad.shift[td];
-                } while (!(live_d >> td & 1) || plane < 0 || plane >= ad.sources);
+                } while (!(tile_live >> (8 + td) & 1) || unsigned(plane()) >= unsigned(ad.sources));
                 first = 0;
             }
             c = 0;
-            if (live_h >> first & ((1 << p.t.taps_per_box) - 1)) return open_box();
+            if (open_box()) return true;
         }
     }
 };
@@ -2520,7 +2641,7 @@ _SOURCES['conv_sm90.cuh'] = r'''
 namespace conv_sm90 {
 
 constexpr int kThreads = 384;
-constexpr int kProducerRegisters = 96, kConsumerRegisters = 200;
+constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 constexpr int kTileSlots = 3;
 constexpr int kLagTaps = 4;        // by which one consumer begins later than the other
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
@@ -2693,7 +2814,7 @@ struct Producer {
                     mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
                     if (elected()) {
                         mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
-                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, at.c, w_start, at.source_row(), at.plane, tile.n);
+                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, at.c, w_start, at.source_row(), at.plane(), tile.n);
                     }
                     in.advance(kInputStages);
                 }
@@ -2832,7 +2953,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         const uint32_t w = shared_address(me.shared.weights + (me.warpgroup * t.weight_stages + me.weight.stage) * t.weight_bytes);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+        for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
         wgmma_commit_group();
         ++taps;
         if (taps == 1) me.load_constants(tile);
@@ -3200,20 +3321,14 @@ __device__ __forceinline__ void normalize_rows(const SharedParts& shared, int no
 #endif  // HAS_SM90A
 '''
 
-_SOURCES['conv_transpose3d_forward_sm90.cu'] = r'''
-// Transposed convolution on Hopper's tensor cores, alone or with ReLU and GroupNorm behind it: kernel and launchers.
-//
-//   out[n, co, o] = bias[co] + sum over ci, k of x[n, ci, i] * w[ci, co, k] with i * stride - padding + k * dilation = o
-//
-//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
-//
-// Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
+_SOURCES['conv_launch_sm90.cuh'] = r'''
+// The Hopper convolution's kernel, and what a launcher needs to run it: the plan of a shape, scratch memory, packed operands.
+#pragma once
 
 #include <cstring>
 #include <map>
 #include <mutex>
 
-#include "group_norm.cuh"
 #include "conv_sm90.cuh"
 #include "normalizer_sm90.cuh"
 
@@ -3263,70 +3378,100 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 #endif
 }
 
-// ------------------------------------------------------------------------------------------------------- Launcher
+// ----------------------------------------------------------------------------------------------------------- Plan
 
-// What a call of some shape does, found once. (Static: an inline function's static variables would be shared with other builds
-// of this file in the same process.)
+enum class Use { kForward, kFused, kDInput };
+
+// How the convolution of some shape is done, found once. (Static: an inline function's static variables would be shared with other
+// builds of this file in the same process.)
 struct Plan {
     Problem problem;
+    Direction direction;
+    int64_t source_channels;
     int multiprocessors;
 };
 
-static const Plan& plan_of(const Geometry& g, bool fused, int device) {
+static const Plan& plan_of(const Geometry& g, Use use, int device) {
     struct Key {
         Geometry g;
-        int64_t fused, device;
+        int64_t use, device;
         bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
     };
     static std::mutex mutex;
     static std::map<Key, Plan> plans;
     std::lock_guard<std::mutex> lock(mutex);
-    const auto found = plans.find({g, fused, device});
+    const Key key = {g, int64_t(use), device};
+    const auto found = plans.find(key);
     if (found != plans.end()) return found->second;
+    const bool forward = use != Use::kDInput;
     Plan plan = {};
+    plan.direction = forward ? Direction::kForward : Direction::kDInput;
     cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    plan.problem.N = g.N, plan.problem.C_out = g.C_out, plan.problem.out_volume = out_volume(g);
+    plan.source_channels = forward ? g.C_in : g.C_out;
+    plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
     if (has_stencil(g)) {
-        plan.problem.s = make_forward_stencil(g);
-        plan.problem.t = choose_tiling(g, plan.problem.s, fused, plan.multiprocessors);
+        plan.problem.s = make_stencil(plan.direction, g);
+        plan.problem.t = choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, use == Use::kFused, plan.multiprocessors);
     }
-    return plans[{g, fused, device}] = plan;
+    return plans[key] = plan;
 }
 
-// Scratch memory of a call, laid out at `base`.
-struct Scratch {
-    scaled_half::Activation activation;
-    scaled_half::Weight weight;
-    Workspace workspace;
-    unsigned* counters;
-    int64_t counter_bytes, bytes = 0;
+// -------------------------------------------------------------------------------------------------- Scratch memory
 
-    Scratch(const Geometry& g, const Plan& plan, int64_t num_groups, void* base) : base_(static_cast<uint8_t*>(base)) {
-        const Tiling& t = plan.problem.t;
-        const int64_t taps = plan.problem.s.axis[0].taps * plan.problem.s.axis[1].taps * plan.problem.s.axis[2].taps, parts = num_groups > 0 ? parts_of_sample(plan.problem) : 0;
-        const int64_t volume = kernel_volume(g);
-        const int64_t sums = num_groups > 0 ? 2 * g.N * g.C_out : 0, count = 2 * sums + 1 + (5 + parts) * g.N;
-        counter_bytes = count * 4;
-        counters = take<unsigned>(count);
-        workspace = {};
-        workspace.channel_sums = reinterpret_cast<unsigned long long*>(counters + 2 * g.N);
-        workspace.tile_ticket = counters + 2 * g.N + 2 * sums;
-        workspace.runs_done = workspace.tile_ticket + 1;
-        workspace.channel_tickets = workspace.runs_done + g.N, workspace.item_tickets = workspace.channel_tickets + g.N;
-        workspace.counts = reinterpret_cast<float*>(workspace.item_tickets + g.N);
-        workspace.moments = take<float2>(g.N * parts * t.channels());
-        activation = {g.N, g.C_in, in_volume(g), t.C_pad, nullptr, false, take<__half>(g.N * in_volume(g) * t.C_pad), reinterpret_cast<scaled_half::SampleMax*>(counters)};
-        weight = {plan.problem.s, t.rows, g.C_out, g.C_in, t.M_pad, t.C_pad, volume, g.C_out * volume, nullptr, take<__half>(taps * t.M_pad * t.C_pad), take<unsigned>(g.C_out)};
-    }
-
-private:
+// Takes pieces of the memory from `base` on (null where only their sizes are wanted), those that start at zero first.
+class Scratch {
+public:
+    explicit Scratch(void* base) : base_(static_cast<uint8_t*>(base)) {}
     template <typename T> T* take(int64_t count) {
-        T* p = reinterpret_cast<T*>(base_ + bytes);
-        bytes += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
+        T* p = reinterpret_cast<T*>(base_ + bytes_);
+        bytes_ += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
         return p;
     }
+    template <typename T> T* take_zeroed(int64_t count) {
+        T* p = take<T>(count);
+        zeroed_ = bytes_;
+        return p;
+    }
+    int64_t bytes() const { return bytes_; }
+    int zero(cudaStream_t stream) const { return cudaMemsetAsync(base_, 0, zeroed_, stream); }
+
+private:
     uint8_t* base_;
+    int64_t bytes_ = 0, zeroed_ = 0;
 };
+
+inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) {
+    Workspace w = {};
+    w.tile_ticket = scratch.take_zeroed<unsigned>(1);
+    if (!fused) return w;
+    const int64_t parts = parts_of_sample(p);
+    w.channel_tickets = scratch.take_zeroed<unsigned>(p.N), w.item_tickets = scratch.take_zeroed<unsigned>(p.N);
+    w.runs_done = scratch.take_zeroed<unsigned>(p.N);
+    w.channel_sums = scratch.take_zeroed<unsigned long long>(2 * p.N * p.C_out);
+    w.counts = scratch.take_zeroed<float>(p.N * parts);
+    w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
+    return w;
+}
+
+// Takes the memory of the copies of the source and the weight.
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int64_t phase_channels, scaled_half::SampleMax* max, const void* x) {
+    scaled_half::Activation a = scaled_half::make_activation(s, N, channels, phase_channels);
+    a.x = x, a.max = max;
+    a.copy = scratch.take<__half>(a.copied());
+    return a;
+}
+
+inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
+    const Problem& p = plan.problem;
+    const int64_t in_stride = g.C_out * kernel_volume(g), out_stride = kernel_volume(g);    // w (C_in, C_out, kernel)
+    const bool forward = plan.direction == Direction::kForward;
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels, forward ? out_stride : in_stride, forward ? in_stride : out_stride, w, nullptr, nullptr};
+    weight.copy = scratch.take<__half>(weight.copied());
+    weight.max = scratch.take<unsigned>(p.C_out);
+    return weight;
+}
+
+// ------------------------------------------------------------------------------------------------------- Launcher
 
 template <int kBlockN>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
@@ -3337,28 +3482,19 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
     return cudaGetLastError();
 }
 
-static int run(const Geometry& g, int dtype, int device, void* stream_pointer, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion) {
-    const auto stream = static_cast<cudaStream_t>(stream_pointer);
-    const Plan& plan = plan_of(g, fusion.num_groups > 0, device);
-    const Tiling& t = plan.problem.t;
-    if (t.block_n == 0) return cudaErrorNotSupported;
-    Scratch scratch(g, plan, fusion.num_groups, base);
-    scratch.activation.x = x, scratch.weight.w = w;
-    RETURN_IF_ERROR(cudaMemsetAsync(scratch.counters, 0, scratch.counter_bytes, stream));
-    switch (dtype) {
-        case kFloat32: RETURN_IF_ERROR(scaled_half::pack<float>(scratch.activation, scratch.weight, plan.multiprocessors, stream)); break;
-        case kFloat16: RETURN_IF_ERROR(scaled_half::pack<__half>(scratch.activation, scratch.weight, plan.multiprocessors, stream)); break;
-        case kBFloat16: RETURN_IF_ERROR(scaled_half::pack<__nv_bfloat16>(scratch.activation, scratch.weight, plan.multiprocessors, stream)); break;
-        default: return cudaErrorInvalidValue;
-    }
+// out = the convolution of packed operands, with whatever `fusion` wants behind it.
+inline int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
+                    void* out, const Fusion& fusion, cudaStream_t stream) {
+    const Problem& p = plan.problem;
+    const Tiling& t = p.t;
+    const StencilAxis* axis = p.s.axis;
     CUtensorMap x_map, w_map, out_map = {};
     const CUtensorMapSwizzle swizzle = swizzle_of(t.chunk * 2);
-    const StencilAxis* axis = plan.problem.s.axis;
-    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, scratch.activation.copy, {t.C_pad, axis[2].sources, axis[1].sources, axis[0].sources, g.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, scratch.weight.copy, {t.C_pad, t.M_pad, axis[0].taps * axis[1].taps * axis[2].taps}, {t.chunk, kRows, 1}));
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {t.C_pad, axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad, t.M_pad, p.s.taps()}, {t.chunk, kRows, 1}));
     if (t.tensor_store && dtype == kFloat32)
-        RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, g.C_out, g.N}, {t.run, 1, kRows, 1}));
-    const Parameters a = {plan.problem, dtype, apply_relu, bias, out, scratch.activation.max, scratch.weight.max, scratch.workspace, fusion};
+        RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
+    const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion};
     switch (t.block_n) {
         case 240: return launch_conv<240>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
@@ -3371,25 +3507,71 @@ static int run(const Geometry& g, int dtype, int device, void* stream_pointer, v
 }
 
 }  // namespace conv_sm90
+'''
+
+_SOURCES['conv_transpose3d_sm90.cu'] = r'''
+// Transposed convolution on Hopper's tensor cores, alone or with ReLU and GroupNorm behind it.
+//
+//   out[n, co, o] = bias[co] + sum over ci, k of x[n, ci, i] * w[ci, co, k] with i * stride - padding + k * dilation = o
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
+//
+// Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
+
+#include "conv_launch_sm90.cuh"
+#include "group_norm.cuh"
+
+namespace conv_transpose3d_sm90 {
+
+using namespace conv_sm90;
+
+struct Memory {
+    Scratch scratch;
+    Workspace workspace;
+    scaled_half::Activation source;
+    scaled_half::Weight weight;
+    Memory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
+        const Problem& p = plan.problem;
+        auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        workspace = take_workspace(scratch, p, fused);
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.phase_channels, max, x);
+        weight = take_weight(scratch, plan, g, w);
+    }
+};
+
+static int run(const Geometry& g, int dtype, int device, void* stream_pointer, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion) {
+    const auto stream = static_cast<cudaStream_t>(stream_pointer);
+    const bool fused = fusion.num_groups > 0;
+    const Plan& plan = plan_of(g, fused ? Use::kFused : Use::kForward, device);
+    if (plan.problem.t.block_n == 0) return cudaErrorNotSupported;
+    const Memory memory(g, plan, fused, base, x, w);
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
+    return convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream);
+}
+
+static int64_t workspace_bytes(const Geometry& g, bool fused, int device) {
+    return Memory(g, plan_of(g, fused ? Use::kFused : Use::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
+}
+
+}  // namespace conv_transpose3d_sm90
+
+// ---------------------------------------------------------------------------------------------------- Launchers
 
 // Whether a tiling fits: 1 or 0.
 extern "C" int conv_transpose3d_sm90_supports(const Geometry* g, int device) {
-    return conv_sm90::plan_of(*g, true, device).problem.t.block_n > 0;
+    return conv_sm90::plan_of(*g, conv_sm90::Use::kFused, device).problem.t.block_n > 0;
 }
 
-extern "C" int64_t conv_transpose3d_forward_sm90_workspace(const Geometry* g, int, int device) {
-    return conv_sm90::Scratch(*g, conv_sm90::plan_of(*g, false, device), 0, nullptr).bytes;
-}
+extern "C" int64_t conv_transpose3d_forward_sm90_workspace(const Geometry* g, int, int device) { return conv_transpose3d_sm90::workspace_bytes(*g, false, device); }
 
 extern "C" int conv_transpose3d_forward_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
                                              const void* x, const void* w, const void* bias, int apply_relu, void* out) {
     DeviceGuard guard(device);
-    return conv_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, apply_relu != 0, out, conv_sm90::Fusion{});
+    return conv_transpose3d_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, apply_relu != 0, out, conv_sm90::Fusion{});
 }
 
-extern "C" int64_t conv_transpose3d_relu_group_norm_forward_sm90_workspace(const Geometry* g, int, int device) {
-    return conv_sm90::Scratch(*g, conv_sm90::plan_of(*g, true, device), g->C_out, nullptr).bytes;
-}
+extern "C" int64_t conv_transpose3d_relu_group_norm_forward_sm90_workspace(const Geometry* g, int, int device) { return conv_transpose3d_sm90::workspace_bytes(*g, true, device); }
 
 // activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.
 extern "C" int conv_transpose3d_relu_group_norm_forward_sm90(const Geometry* g, int dtype, int y_dtype, int device, void* stream, void* workspace,
@@ -3400,12 +3582,486 @@ extern "C" int conv_transpose3d_relu_group_norm_forward_sm90(const Geometry* g, 
     const bool in_kernel = dtype == kFloat32 && out_volume(*g) % 4 == 0;
     double* rstd = statistics + g->N * num_groups;
     const conv_sm90::Fusion fusion = {num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
-    RETURN_IF_ERROR(conv_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion));
+    RETURN_IF_ERROR(conv_transpose3d_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion));
     if (in_kernel) return cudaSuccess;
     const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
     return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
         return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
     });
+}
+'''
+
+_SOURCES['dweight_sm90.cuh'] = r'''
+// Gradient of a transposed convolution's weight on Hopper's tensor cores, any stride as in stencil.h.
+//
+//   dweight[ci, co, k] = sum over n, p of dout[n, p, (phase, co)] * x[n, first + p - shift, ci],   k = kernel_index(shift, phase)
+//
+// A matrix product on the scaled fp16 copies that dx and the forward read (scaled_half.cuh), channels-last: GEMM_M = (phase, output
+// channel), GEMM_N = (neighbouring taps w, input channel), GEMM_K = positions p. Both operands are transposed ones, a row of shared
+// memory for each position; a tap is a shift of x by whole rows. Where there is one tap w, GEMM_N is several chunks of channels.
+//
+// A block is 1 producer and 3 consumer warpgroups. The consumers share x and dout and have neighbouring taps h, or, where there
+// is one tap h, neighbouring 64 rows of GEMM_M. A block of the grid is one group of taps and channels and one part of GEMM_K; the
+// parts' sums go to scratch memory and are added in a fixed order. dout has zeros between its rows, where x has its halo.
+//
+// Samples have scales of their own: where the scale changes, and after kChain positions, which keeps the tensor cores' chains of
+// additions short, the sums are scaled back and added to those in scratch memory.
+#pragma once
+
+#include "conv_launch_sm90.cuh"
+
+namespace dweight_sm90 {
+
+using conv_sm90::kSharedBytes;
+using conv_sm90::round_up;
+
+constexpr int kConsumers = 3, kThreads = 128 * (1 + kConsumers);
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 152;
+static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+constexpr int kRows = 64;              // GEMM_M of a consumer
+constexpr int kMaxStages = 6;
+constexpr int kHeadBytes = 1024;
+constexpr int64_t kChain = 32768;
+
+// --------------------------------------------------------------------------------------------------------- Tiling
+
+struct Tiling {
+    int block_n;                       // GEMM_N: 64, 128 or 192
+    int chunk, blocks;                 // channels of x in a row of shared memory, and how many such columns of GEMM_N are used
+    bool n_over_taps, m_over_taps;     // what GEMM_N and the consumers have neighbours of
+    int row_blocks, chunks;            // of GEMM_M, of 64 rows; of x
+    int tile_w, strips, rows, row_groups, pitch;    // a stage has `rows` rows of a strip
+    int steps, box_rows;               // of 16 positions; rows of x
+    int dout_bytes, x_bytes;           // of a box
+    int dout_boxes, x_boxes, stage_bytes, stages;
+    int groups_m, groups_n, groups_h, groups_w, groups, splits;
+};
+
+struct Parameters {
+    Stencil s;
+    Tiling t;
+    int64_t N, C_in, C_out, dout_phase_channels;
+    const scaled_half::SampleMax *x_max, *dout_max;    // (N)
+    float* partial;                    // (splits, groups, kConsumers, block_n / 8, 128, 4): a thread's sums, four by four
+};
+
+// What a group has, by its index.
+struct Group {
+    int m, n, td, th, tw;              // first row block, first chunk of x, taps; the first of several
+    HOST_DEVICE Group(const Tiling& t, const Stencil& s, int index) {
+        auto take = [&index](int count) { const int digit = index % count; index /= count; return digit; };
+        m = take(t.groups_m) * (t.m_over_taps ? 1 : kConsumers);
+        n = take(t.groups_n) * (t.n_over_taps ? 1 : t.blocks);
+        tw = take(t.groups_w) * t.blocks * (t.n_over_taps ? 1 : 0);
+        th = take(t.groups_h) * (t.m_over_taps ? kConsumers : 1);
+        td = take(s.axis[0].taps);
+    }
+};
+
+// What a consumer of a group has.
+HOST_DEVICE int row_block(const Tiling& t, const Group& g, int consumer) { return g.m + (t.m_over_taps ? 0 : consumer); }
+HOST_DEVICE int tap_h(const Tiling& t, const Group& g, int consumer) { return g.th + (t.m_over_taps ? consumer : 0); }
+// The last tap w of a group is its first block of columns, so that the next blocks are further on in x.
+HOST_DEVICE int last_tap_w(const Tiling& t, const Stencil& s, const Group& g) {
+    const int last = g.tw + (t.n_over_taps ? t.blocks : 1) - 1;
+    return last < s.axis[2].taps ? last : s.axis[2].taps - 1;
+}
+
+// Whether some row of the consumer's block has a weight at its taps (d, h).
+HOST_DEVICE bool is_live(const Parameters& a, const Group& g, int consumer) {
+    const StencilAxis &ad = a.s.axis[0], &ah = a.s.axis[1], &aw = a.s.axis[2];
+    const int th = tap_h(a.t, g, consumer), block = row_block(a.t, g, consumer);
+    if (th >= ah.taps || block >= a.t.row_blocks) return false;
+    for (int64_t c = int64_t(block) * kRows; c < int64_t(block + 1) * kRows; c += a.dout_phase_channels - c % a.dout_phase_channels) {
+        const int phase = int(c / a.dout_phase_channels);
+        if (phase < a.s.phases() && ad.live[phase / aw.phases / ah.phases] >> g.td & 1 && ah.live[phase / aw.phases % ah.phases] >> th & 1) return true;
+    }
+    return false;
+}
+HOST_DEVICE bool is_live(const Parameters& a, const Group& g) {
+    for (int consumer = 0; consumer < kConsumers; consumer++)
+        if (is_live(a, g, consumer)) return true;
+    return false;
+}
+
+// The boxes of GEMM_K: (sample, plane, strip, rows), for the planes of dout that a tap d connects with one of x.
+struct Boxes {
+    int begin_d, planes;
+    int64_t count;
+    HOST_DEVICE Boxes(const Parameters& a, int td) {
+        const StencilAxis& ad = a.s.axis[0];
+        const int offset = ad.shift[td] - ad.first, end = ad.sources + offset < ad.positions ? ad.sources + offset : ad.positions;
+        begin_d = offset > 0 ? offset : 0;
+        planes = end > begin_d ? end - begin_d : 0;
+        count = a.N * planes * a.t.strips * a.t.row_groups;
+    }
+};
+
+// The tiling of least estimated time; block_n 0 where none fits.
+inline Tiling choose_tiling(const Parameters& problem, int64_t phase_channels_x, int multiprocessors) {
+    const Stencil& s = problem.s;
+    const StencilAxis &h = s.axis[1], &w = s.axis[2];
+    Tiling best = {};
+    double best_time = 0;
+    const int halo_w = w.shift[w.taps - 1], step_w = w.taps > 1 ? w.shift[1] - w.shift[0] : 0;
+    for (int t = 1; t < w.taps; t++)
+        if (w.shift[t] - w.shift[t - 1] != step_w) return best;
+    Tiling t = {};
+    t.chunk = phase_channels_x % 64 == 0 ? 64 : int(phase_channels_x);
+    t.chunks = int(phase_channels_x / t.chunk);
+    t.row_blocks = int(ceil_div(problem.dout_phase_channels * s.phases(), kRows));
+    t.n_over_taps = w.taps > 1, t.m_over_taps = h.taps > 1;
+    const int columns = t.n_over_taps ? w.taps : t.chunks, most = 192 / t.chunk;
+    t.blocks = int(ceil_div(columns, ceil_div(columns, most)));
+    t.block_n = t.blocks * t.chunk <= 64 ? 64 : t.blocks * t.chunk <= 128 ? 128 : 192;
+    t.groups_m = int(t.m_over_taps ? t.row_blocks : ceil_div(t.row_blocks, kConsumers));
+    t.groups_n = int(t.n_over_taps ? t.chunks : ceil_div(t.chunks, t.blocks));
+    t.groups_h = int(t.m_over_taps ? ceil_div(h.taps, kConsumers) : h.taps);
+    t.groups_w = int(t.n_over_taps ? ceil_div(w.taps, t.blocks) : 1);
+    t.groups = s.axis[0].taps * t.groups_h * t.groups_w * t.groups_n * t.groups_m;
+    t.dout_boxes = t.m_over_taps ? 1 : kConsumers < t.row_blocks ? kConsumers : t.row_blocks;
+    t.x_boxes = t.n_over_taps ? 1 : t.block_n / t.chunk;
+    int halo_h = 0;
+    for (int th = 0; t.m_over_taps && th < h.taps; th += kConsumers) {
+        const int last = th + kConsumers <= h.taps ? th + kConsumers - 1 : h.taps - 1, halo = h.shift[last] - h.shift[th];
+        halo_h = halo > halo_h ? halo : halo_h;
+    }
+    const int row_bytes = t.chunk * 2;
+    for (int strips = 1; strips <= 16 && strips <= w.positions; strips++)
+    for (int rows = 1; rows <= h.positions && rows <= 64; rows++) {
+        t.strips = strips, t.rows = rows;
+        t.tile_w = int(ceil_div(w.positions, strips));
+        const int left = halo_w - w.first, right = w.first + w.positions - w.sources;
+        t.pitch = t.tile_w + halo_w;    // as in the forward's boxes (tiling_sm90.h)
+        if (strips == 1 && left > 0 && right > 0) t.pitch -= left < right ? left : right;
+        t.row_groups = int(ceil_div(h.positions, rows));
+        t.steps = int(ceil_div(int64_t(rows) * t.pitch, 16));
+        t.box_rows = rows + halo_h;
+        if (t.pitch > 256 || t.tile_w > 256 || t.box_rows > 256) continue;
+        const int64_t reach = int64_t(halo_h) * t.pitch + t.steps * 16 + halo_w + int64_t(t.block_n / t.chunk) * step_w, box = int64_t(t.box_rows) * t.pitch;
+        const int64_t dout_bytes = ceil_div(int64_t(t.steps) * 16 * kRows * 2, 1024) * 1024, x_bytes = ceil_div((reach > box ? reach : box) * row_bytes, 1024) * 1024;
+        const int64_t stage = t.dout_boxes * dout_bytes + t.x_boxes * x_bytes, stages = (kSharedBytes - kHeadBytes) / stage;
+        if (stages < 2) break;
+        t.dout_bytes = int(dout_bytes), t.x_bytes = int(x_bytes), t.stage_bytes = int(stage), t.stages = int(stages < kMaxStages ? stages : kMaxStages);
+        // Cycles of a stage: the products, bound by the tensor cores or by shared memory, or the loads, at 18 bytes a cycle.
+        const int live = t.m_over_taps ? (h.taps < kConsumers ? h.taps : kConsumers) : t.dout_boxes;
+        const double product = t.block_n / 2.0, operands = (kRows * 32 + t.block_n * 32) / 128.0;
+        const double products = t.steps * live * (product > operands ? product : operands);
+        const double loads = (t.dout_boxes * double(rows) * t.tile_w * 128 + double(t.n_over_taps ? 1 : t.blocks) * box * row_bytes) / 18;
+        const double time = ((products > loads ? products : loads) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
+        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+    }
+    if (best.block_n == 0) return best;
+    // Parts of GEMM_K that make full waves of blocks, as few as that takes.
+    Parameters a = problem;
+    a.t = best;
+    int64_t live = 0, boxes = 0;
+    for (int group = 0; group < best.groups; group++) {
+        const Group g(best, s, group);
+        const int64_t count = Boxes(a, g.td).count;
+        if (is_live(a, g)) live++, boxes = count > boxes ? count : boxes;
+    }
+    double best_waste = 1e30;
+    best.splits = 1;
+    for (int waves = 1; waves <= 4 && live > 0; waves++) {
+        int64_t splits = int64_t(waves) * multiprocessors / live;
+        splits = splits < 1 ? 1 : splits > boxes && boxes > 0 ? boxes : splits;
+        const double waste = double(ceil_div(splits * live, multiprocessors)) / splits * (1 + 0.02 * waves);
+        if (waste < best_waste) best_waste = waste, best.splits = int(splits);
+    }
+    return best;
+}
+
+inline int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * kConsumers * kRows * t.block_n; }
+
+// --------------------------------------------------------------------------------------------------------- Kernel
+
+struct SharedHead { uint64_t full[kMaxStages], empty[kMaxStages]; };
+
+#ifdef HAS_SM90A
+
+struct Box { int n, d, w0, h0; };
+
+__device__ __forceinline__ Box box_of(const Parameters& a, const Boxes& boxes, int64_t index) {
+    Box b;
+    b.h0 = int(index % a.t.row_groups) * a.t.rows, index /= a.t.row_groups;
+    b.w0 = int(index % a.t.strips) * a.t.tile_w, index /= a.t.strips;
+    b.d = boxes.begin_d + int(index % boxes.planes), b.n = int(index / boxes.planes);
+    return b;
+}
+
+// One thread: loads the boxes from `begin` to `end`.
+__device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& x_map, const CUtensorMap& dout_map, SharedHead& head, uint8_t* stages, const Group& g, const Boxes& boxes, int64_t begin, int64_t end) {
+    const Tiling& t = a.t;
+    const StencilAxis &ad = a.s.axis[0], &ah = a.s.axis[1], &aw = a.s.axis[2];
+    const int last_h = tap_h(t, g, kConsumers - 1) < ah.taps ? tap_h(t, g, kConsumers - 1) : ah.taps - 1;    // of the group
+    const int first_row = ah.first - ah.shift[last_h], first_column = aw.first - aw.shift[aw.taps - 1];
+    const int dout_boxes = min(t.dout_boxes, t.row_blocks - g.m), x_boxes = t.n_over_taps ? 1 : min(t.blocks, t.chunks - g.n);
+    const int bytes = dout_boxes * t.rows * t.tile_w * kRows * 2 + x_boxes * t.box_rows * t.pitch * t.chunk * 2;
+    RingPosition stage;
+    for (int64_t i = begin; i < end; i++) {
+        const Box b = box_of(a, boxes, i);
+        uint8_t* base = stages + stage.stage * t.stage_bytes;
+        uint64_t* full = head.full + stage.stage;
+        mbarrier_wait(head.empty + stage.stage, stage.phase ^ 1);
+        mbarrier_arrive_expect_tx(full, bytes);
+        for (int j = 0; j < x_boxes; j++)
+            tma_load_5d(base + t.dout_boxes * t.dout_bytes + j * t.x_bytes, &x_map, full, (g.n + j) * t.chunk, first_column + b.w0, first_row + b.h0, ad.first + b.d - ad.shift[g.td], b.n);
+        for (int j = 0; j < dout_boxes; j++)
+            for (int row = 0; row < t.rows; row++)
+                tma_load_5d(base + j * t.dout_bytes + row * t.pitch * kRows * 2, &dout_map, full, (g.m + j) * kRows, b.w0, b.h0 + row, b.d, b.n);
+        stage.advance(t.stages);
+    }
+}
+
+// Adds a thread's sums to scratch memory, scaled back by 2^-shift_a and 2^-shift_b, and clears them.
+template <int kBlockN> __device__ __forceinline__ void flush(float (&d)[kBlockN / 2], float4* partial, bool first, int shift_a, int shift_b) {
+    const float small = scaled_half::power_of_two(-max(shift_a, shift_b)), large = scaled_half::power_of_two(-min(shift_a, shift_b));    // in this order nothing overflows
+#pragma unroll
+    for (int i = 0; i < kBlockN / 8; i++) {
+        const float4 before = first ? make_float4(0, 0, 0, 0) : partial[i * 128];
+        partial[i * 128] = make_float4(before.x + d[i * 4] * small * large, before.y + d[i * 4 + 1] * small * large, before.z + d[i * 4 + 2] * small * large, before.w + d[i * 4 + 3] * small * large);
+    }
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+}
+
+template <int kBlockN>
+__device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, uint8_t* stages, const Group& g, const Boxes& boxes, int64_t begin, int64_t end, float4* partial, int consumer) {
+    const Tiling& t = a.t;
+    const StencilAxis &ah = a.s.axis[1], &aw = a.s.axis[2];
+    const bool live = is_live(a, g, consumer);
+    const int th = tap_h(t, g, consumer), last_h = min(tap_h(t, g, kConsumers - 1), ah.taps - 1), row_bytes = t.chunk * 2;
+    const int step_w = aw.taps > 1 ? aw.shift[1] - aw.shift[0] : 0;
+    const uint64_t dout_descriptor = wgmma_descriptor_base(kRows * 2), x_descriptor = wgmma_descriptor_base(row_bytes, t.n_over_taps ? step_w * row_bytes : t.x_bytes);
+    const uint32_t dout_base = shared_address(stages) + (t.m_over_taps ? 0 : consumer) * t.dout_bytes;
+    const uint32_t x_base = live ? shared_address(stages) + t.dout_boxes * t.dout_bytes + ((ah.shift[last_h] - ah.shift[th]) * t.pitch + aw.shift[aw.taps - 1] - aw.shift[last_tap_w(t, a.s, g)]) * row_bytes : 0;
+    const bool elected = threadIdx.x % 32 == 0;
+    float d[kBlockN / 2];
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+    RingPosition stage;
+    int sample = -1, shift_x = 0, shift_dout = 0, reading = -1;    // the stage that wgmma groups in flight read
+    int64_t chain = 0;
+    bool first = true;
+    auto finish = [&] {
+        wgmma_wait_group<0>();
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);
+        if (elected && reading >= 0) mbarrier_arrive(head.empty + reading);
+        reading = -1;
+        flush<kBlockN>(d, partial, first, shift_x, shift_dout);
+        first = false, chain = 0;
+    };
+    for (int64_t i = begin; i < end; i++) {
+        const int n = box_of(a, boxes, i).n;
+        if (n != sample) {
+            const int next_x = scaled_half::shift_of(a.x_max[n]), next_dout = scaled_half::shift_of(a.dout_max[n]);
+            if (sample >= 0 && (next_x != shift_x || next_dout != shift_dout)) finish();
+            sample = n, shift_x = next_x, shift_dout = next_dout;
+        }
+        if (chain >= kChain) finish();
+        chain += t.steps * 16;
+        mbarrier_wait(head.full + stage.stage, stage.phase);
+        if (live) {
+            const uint32_t dout = dout_base + stage.stage * t.stage_bytes, x = x_base + stage.stage * t.stage_bytes;
+            wgmma_fence();
+#pragma unroll 1
+            for (int step = 0; step < t.steps; step++)
+                wgmma_m64k16_f16<1>(d, wgmma_descriptor(dout_descriptor, dout + step * 16 * kRows * 2), wgmma_descriptor(x_descriptor, x + step * 16 * row_bytes));
+            wgmma_commit_group();
+            wgmma_wait_group<1>();
+        }
+        if (elected && reading >= 0) mbarrier_arrive(head.empty + reading);
+        reading = stage.stage;
+        stage.advance(t.stages);
+    }
+    finish();
+}
+
+#endif  // HAS_SM90A
+
+// Grid: (group, split), groups fastest, so that the blocks which read the same boxes run together.
+template <int kBlockN>
+__global__ void __launch_bounds__(kThreads, 1)
+dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ Parameters a) {
+#ifdef HAS_SM90A
+    extern __shared__ __align__(1024) uint8_t base[];
+    SharedHead& head = *reinterpret_cast<SharedHead*>(base);
+    uint8_t* stages = base + kHeadBytes;
+    const Tiling& t = a.t;
+    const int index = blockIdx.x % t.groups, split = blockIdx.x / t.groups;
+    const Group g(t, a.s, index);
+    if (!is_live(a, g)) return;
+
+    // Prologue: barriers, and zeros wherever the copies leave gaps.
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < t.stages; i++) mbarrier_init(head.full + i, 1), mbarrier_init(head.empty + i, kConsumers * 4);
+        fence_mbarrier_init();
+    }
+    for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);
+    fence_proxy_async();
+    __syncthreads();
+
+    const Boxes boxes(a, g.td);
+    const int64_t begin = boxes.count * split / t.splits, end = boxes.count * (split + 1) / t.splits;
+    if (threadIdx.x < 128) {
+        setmaxnreg_dec<kProducerRegisters>();
+        if (threadIdx.x == 0) produce(a, x_map, dout_map, head, stages, g, boxes, begin, end);
+    } else {
+        setmaxnreg_inc<kConsumerRegisters>();
+        const int consumer = threadIdx.x / 128 - 1;
+        float4* partial = reinterpret_cast<float4*>(a.partial) + ((int64_t(split) * t.groups + index) * kConsumers + consumer) * (kBlockN / 8 * 128) + threadIdx.x % 128;
+        consume<kBlockN>(a, head, stages, g, boxes, begin, end, partial, consumer);
+    }
+#endif
+}
+
+// dweight (C_in, C_out, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
+template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(const __grid_constant__ Parameters a, T* __restrict__ dweight) {
+    const Tiling& t = a.t;
+    const int quads = t.block_n / 8, quad = blockIdx.x % quads, consumer = blockIdx.x / quads % kConsumers, index = blockIdx.x / quads / kConsumers;
+    const Group g(t, a.s, index);
+    if (!is_live(a, g, consumer)) return;
+    const float4* partial = reinterpret_cast<const float4*>(a.partial) + ((int64_t(index) * kConsumers + consumer) * quads + quad) * 128 + threadIdx.x;
+    const int64_t stride = int64_t(t.groups) * kConsumers * quads * 128;
+    double sums[4] = {};
+#pragma unroll 4
+    for (int split = 0; split < t.splits; split++) {
+        const float4 v = partial[split * stride];
+        sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
+    }
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, volume = a.s.axis[0].kernel * a.s.axis[1].kernel * a.s.axis[2].kernel;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int row = row_block(t, g, consumer) * kRows + warp * 16 + lane / 4 + e / 2 * 8, column = quad * 8 + lane % 4 * 2 + e % 2;
+        const int phase = row / int(a.dout_phase_channels), co = row % int(a.dout_phase_channels), block = column / t.chunk;
+        const int tw = t.n_over_taps ? last_tap_w(t, a.s, g) - block : 0, ci = (g.n + (t.n_over_taps ? 0 : block)) * t.chunk + column % t.chunk;
+        if (phase >= a.s.phases() || co >= a.C_out || ci >= a.C_in || tw < g.tw || block >= t.blocks) continue;
+        const int k = kernel_index(a.s, (g.td * a.s.axis[1].taps + tap_h(t, g, consumer)) * a.s.axis[2].taps + tw, phase);
+        if (k >= 0) dweight[(int64_t(ci) * a.C_out + co) * volume + k] = from_acc<T>(float(sums[e]));
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- Launcher
+
+template <int kBlockN> int launch_dweight(const CUtensorMap& x_map, const CUtensorMap& dout_map, const Parameters& a, cudaStream_t stream) {
+    const int shared = kHeadBytes + a.t.stages * a.t.stage_bytes;
+    RETURN_IF_ERROR(cudaFuncSetAttribute(dweight_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    dweight_kernel<kBlockN><<<unsigned(a.t.groups * a.t.splits), kThreads, shared, stream>>>(x_map, dout_map, a);
+    return cudaGetLastError();
+}
+
+// dweight from packed x and dout.
+inline int differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
+    const Tiling& t = a.t;
+    const StencilAxis* axis = a.s.axis;
+    CUtensorMap x_map, dout_map;
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(t.chunk * 2), x.copy, {x.phase_channels, axis[2].sources, axis[1].sources, axis[0].sources, a.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+    RETURN_IF_ERROR(make_tensor_map<5>(&dout_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(kRows * 2), dout.copy, {dout.phase_channels * dout.phases(), axis[2].positions, axis[1].positions, axis[0].positions, a.N}, {kRows, t.tile_w, 1, 1, 1}));
+    switch (t.block_n) {
+        case 64: RETURN_IF_ERROR(launch_dweight<64>(x_map, dout_map, a, stream)); break;
+        case 128: RETURN_IF_ERROR(launch_dweight<128>(x_map, dout_map, a, stream)); break;
+        default: RETURN_IF_ERROR(launch_dweight<192>(x_map, dout_map, a, stream)); break;
+    }
+    const int64_t blocks = int64_t(t.groups) * kConsumers * (t.block_n / 8);
+    switch (dtype) {
+        case kFloat32: return launch(add_parts_kernel<float>, blocks, 128, stream, a, static_cast<float*>(dweight));
+        case kFloat16: return launch(add_parts_kernel<__half>, blocks, 128, stream, a, static_cast<__half*>(dweight));
+        case kBFloat16: return launch(add_parts_kernel<__nv_bfloat16>, blocks, 128, stream, a, static_cast<__nv_bfloat16*>(dweight));
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace dweight_sm90
+'''
+
+_SOURCES['conv_transpose3d_gradients_sm90.cu'] = r'''
+// Gradients of a transposed convolution's input and weight on Hopper's tensor cores.
+//
+//   dx[n, ci, i]       = sum over co, k of dout[n, co, i * stride - padding + k * dilation] * w[ci, co, k]
+//   dweight[ci, co, k] = sum over n, i of x[n, ci, i] * dout[n, co, i * stride - padding + k * dilation]
+//
+// Both read one packed copy of dout, in which the phases of the stride are channels. dx is the convolution of conv_sm90.cuh, its
+// stencil the other way round; dweight is in dweight_sm90.cuh.
+
+#include "dweight_sm90.cuh"
+
+namespace gradients_sm90 {
+
+using namespace conv_sm90;
+
+// What a call does, found once; static for the same reason as plan_of.
+static const dweight_sm90::Parameters& dweight_plan_of(const Geometry& g, int device) {
+    struct Key {
+        Geometry g;
+        int64_t device;
+        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
+    };
+    static std::mutex mutex;
+    static std::map<Key, dweight_sm90::Parameters> plans;
+    const Plan& dinput = plan_of(g, Use::kDInput, device);
+    std::lock_guard<std::mutex> lock(mutex);
+    const Key key = {g, device};
+    const auto found = plans.find(key);
+    if (found != plans.end()) return found->second;
+    dweight_sm90::Parameters a = {};
+    if (has_stencil(g)) {
+        a.s = make_stencil(Direction::kForward, g);
+        a.N = g.N, a.C_in = g.C_in, a.C_out = g.C_out, a.dout_phase_channels = padded_channels(g.C_out);
+        a.t = dweight_sm90::choose_tiling(a, padded_channels(g.C_in), dinput.multiprocessors);
+    }
+    return plans[key] = a;
+}
+
+struct Memory {
+    Scratch scratch;
+    Workspace workspace;
+    scaled_half::Activation dout, x;
+    scaled_half::Weight weight;
+    float* partial;
+    Memory(const Geometry& g, int device, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
+        const Plan& plan = plan_of(g, Use::kDInput, device);
+        const dweight_sm90::Parameters& dweight = dweight_plan_of(g, device);
+        auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        workspace = take_workspace(scratch, plan.problem, false);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, padded_channels(g.C_out), dout_max, dout_data);
+        weight = take_weight(scratch, plan, g, w);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, padded_channels(g.C_in), x_max, x_data);
+        partial = scratch.take<float>(dweight_sm90::partial_count(dweight.t));
+    }
+};
+
+}  // namespace gradients_sm90
+
+// ---------------------------------------------------------------------------------------------------- Launchers
+
+// Whether tilings fit for both: 1 or 0.
+extern "C" int conv_transpose3d_gradients_sm90_supports(const Geometry* g, int device) {
+    return conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device).problem.t.block_n > 0 && gradients_sm90::dweight_plan_of(*g, device).t.block_n > 0;
+}
+
+extern "C" int64_t conv_transpose3d_gradients_sm90_workspace(const Geometry* g, int, int device) {
+    return gradients_sm90::Memory(*g, device, nullptr, nullptr, nullptr, nullptr).scratch.bytes();
+}
+
+// dx (and w) or dweight (and x) may be null: not wanted.
+extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int device, void* stream_pointer, void* workspace,
+                                               const void* dout, const void* x, const void* w, void* dx, void* dweight) {
+    DeviceGuard guard(device);
+    const auto stream = static_cast<cudaStream_t>(stream_pointer);
+    const conv_sm90::Plan& plan = conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device);
+    const gradients_sm90::Memory memory(*g, device, workspace, dout, x, w);
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    scaled_half::Weight none = memory.weight;
+    none.channels = 0;
+    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
+    if (dx) RETURN_IF_ERROR(conv_sm90::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, conv_sm90::Fusion{}, stream));
+    if (!dweight) return cudaSuccess;
+    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
+    dweight_sm90::Parameters a = gradients_sm90::dweight_plan_of(*g, device);
+    a.x_max = memory.x.max, a.dout_max = memory.dout.max, a.partial = memory.partial;
+    return dweight_sm90::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
 }
 '''
 

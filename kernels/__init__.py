@@ -24,7 +24,10 @@ SOURCES = (
     "tiles_sm90.h",
     "conv_sm90.cuh",
     "normalizer_sm90.cuh",
-    "conv_transpose3d_forward_sm90.cu",
+    "conv_launch_sm90.cuh",
+    "conv_transpose3d_sm90.cu",
+    "dweight_sm90.cuh",
+    "conv_transpose3d_gradients_sm90.cu",
     "cpu_backend.cpp",
 )
 

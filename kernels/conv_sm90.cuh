@@ -22,7 +22,7 @@
 namespace conv_sm90 {
 
 constexpr int kThreads = 384;
-constexpr int kProducerRegisters = 96, kConsumerRegisters = 200;
+constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 constexpr int kTileSlots = 3;
 constexpr int kLagTaps = 4;        // by which one consumer begins later than the other
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
@@ -195,7 +195,7 @@ struct Producer {
                     mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
                     if (elected()) {
                         mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
-                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, at.c, w_start, at.source_row(), at.plane, tile.n);
+                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, at.c, w_start, at.source_row(), at.plane(), tile.n);
                     }
                     in.advance(kInputStages);
                 }
@@ -334,7 +334,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         const uint32_t w = shared_address(me.shared.weights + (me.warpgroup * t.weight_stages + me.weight.stage) * t.weight_bytes);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<kBlockN>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+        for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
         wgmma_commit_group();
         ++taps;
         if (taps == 1) me.load_constants(tile);

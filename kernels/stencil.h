@@ -1,10 +1,10 @@
-// A transposed convolution of any stride as a convolution of stride 1.
+// A transposed convolution of any stride, and its gradient, as a convolution of stride 1.
 //
 // Output o of an axis has u = o + padding = stride * q + r with phase r in [0, stride). Input i reaches it through tap k where
 // u = stride * i + dilation * k: then r = dilation * k mod stride, and i = q - m with m = dilation * k div stride. So each tap k
 // belongs to one phase r and one shift m, and the layer is a convolution of stride 1 on the grid of the q, with one output
-// channel per (channel, phase), taps (m), and zeros where a phase has no tap with that shift. Backwards, for dx, the grid of
-// the q is the source and its (channel, phase) pairs are the input channels: i reads q = i + m.
+// channel per (channel, phase), and taps (m). Backwards, for dx, the grid of the q is the source, its (channel, phase) pairs are
+// the source channels, and i reads q = i + m. Not every phase has a weight at every shift.
 #pragma once
 
 #include "geometry.h"
@@ -12,17 +12,23 @@
 constexpr int kMaxTaps = 7, kMaxStride = 4;
 
 // One axis. Position p of the destination's grid reads the source's grid at first + p - shift[t] for every tap t, where that
-// is in [0, sources). Forward, position p and phase r are output p * phases + r - crop, where that is in [0, out).
+// is in [0, sources). Position p and phase r of the destination's grid are its element p * phases + r - crop, where that is in
+// [0, out); the same for the source. Only the layer's output has phases: the destination forward, the source for dx.
 struct StencilAxis {
     int sources, positions, first;
-    int taps, shift[kMaxTaps];        // ascending
+    int taps, shift[kMaxTaps];                   // ascending
     int phases, crop, out;
-    int live[kMaxStride];             // bit t: tap t has a weight in this phase
-    int kernel, dilation;
+    int source_phases, source_crop, source_out;
+    int live[kMaxStride];                        // bit t: tap t has a weight in this phase
+    int8_t kernel_of[kMaxTaps][kMaxStride];      // which weight: the kernel index of (tap, phase), or -1
+    int kernel;
 };
 
 struct Stencil {
     StencilAxis axis[3];              // D, H, W
+    HOST_DEVICE int taps() const { return axis[0].taps * axis[1].taps * axis[2].taps; }
+    HOST_DEVICE int phases() const { return axis[0].phases * axis[1].phases * axis[2].phases; }
+    HOST_DEVICE int source_phases() const { return axis[0].source_phases * axis[1].source_phases * axis[2].source_phases; }
 };
 
 // Which row of GEMM_M is which (channel, phase), phase = (r_d * phases_h + r_h) * phases_w + r_w. A row tile is 8 granules of 8
@@ -35,36 +41,58 @@ struct RowMap {
     }
 };
 
-// The kernel index k of (shift, phase), or -1 where there is none.
-HOST_DEVICE int kernel_index(const StencilAxis& a, int shift, int phase) {
-    const int distance = shift * a.phases + phase;
-    return distance % a.dilation == 0 && distance / a.dilation < a.kernel ? distance / a.dilation : -1;
-}
-
-// The same for a tap (d, h, w) and a phase, each counted over all axes, W fastest: the index in the kernel's volume.
+// The index in the kernel's volume of a tap (d, h, w) and a phase, each counted over all axes, W fastest; -1 where there is none.
 HOST_DEVICE int kernel_index(const Stencil& s, int tap, int phase) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
-    const int kd = kernel_index(d, d.shift[tap / w.taps / h.taps], phase / w.phases / h.phases);
-    const int kh = kernel_index(h, h.shift[tap / w.taps % h.taps], phase / w.phases % h.phases);
-    const int kw = kernel_index(w, w.shift[tap % w.taps], phase % w.phases);
+    const int phases_h = h.phases * h.source_phases, phases_w = w.phases * w.source_phases;    // one of the two is 1
+    const int kd = d.kernel_of[tap / w.taps / h.taps][phase / phases_w / phases_h];
+    const int kh = h.kernel_of[tap / w.taps % h.taps][phase / phases_w % phases_h];
+    const int kw = w.kernel_of[tap % w.taps][phase % phases_w];
     return kd >= 0 && kh >= 0 && kw >= 0 ? (kd * h.kernel + kh) * w.kernel + kw : -1;
 }
 
 inline StencilAxis make_forward_axis(const Axis& a) {
     StencilAxis s = {};
-    s.kernel = a.kernel, s.dilation = a.dilation;
-    s.phases = a.stride, s.out = a.out, s.sources = a.in;
-    s.first = a.padding / a.stride, s.crop = a.padding % a.stride;
+    s.kernel = a.kernel;
+    s.phases = a.stride, s.crop = a.padding % a.stride, s.out = a.out;
+    s.source_phases = 1, s.source_out = s.sources = a.in;
+    s.first = a.padding / a.stride;
     s.positions = (a.out - 1 + a.padding) / a.stride - s.first + 1;
+    for (auto& phases : s.kernel_of)
+        for (int8_t& k : phases) k = -1;
     for (int k = 0; k < s.kernel; k++) {
-        const int shift = k * s.dilation / s.phases;
+        const int shift = k * a.dilation / a.stride, phase = k * a.dilation % a.stride;
         if (s.taps == 0 || s.shift[s.taps - 1] != shift) s.shift[s.taps++] = shift;
-        s.live[k * s.dilation % s.phases] |= 1 << (s.taps - 1);
+        s.live[phase] |= 1 << (s.taps - 1);
+        s.kernel_of[s.taps - 1][phase] = k;
     }
     return s;
 }
 
-inline Stencil make_forward_stencil(const Geometry& g) { return {{make_forward_axis(g.axis[0]), make_forward_axis(g.axis[1]), make_forward_axis(g.axis[2])}}; }
+// The forward axis the other way round: the source's position is first + p - shift with the shifts counted from the largest on.
+inline StencilAxis make_dinput_axis(const Axis& a) {
+    const StencilAxis forward = make_forward_axis(a);
+    StencilAxis s = forward;
+    s.sources = forward.positions, s.positions = forward.sources;
+    s.phases = 1, s.crop = 0, s.out = forward.sources;
+    s.source_phases = forward.phases, s.source_crop = forward.crop, s.source_out = forward.out;
+    const int last = forward.taps - 1;
+    s.first = forward.shift[last] - forward.first;
+    for (int& live : s.live) live = 0;
+    for (int t = 0; t < s.taps; t++) {
+        s.shift[t] = forward.shift[last] - forward.shift[last - t];
+        for (int phase = 0; phase < s.source_phases; phase++) {
+            s.kernel_of[t][phase] = forward.kernel_of[last - t][phase];
+            s.live[phase] |= (forward.live[phase] >> (last - t) & 1) << t;
+        }
+    }
+    return s;
+}
+
+inline Stencil make_stencil(Direction direction, const Geometry& g) {
+    const auto make = direction == Direction::kForward ? make_forward_axis : make_dinput_axis;
+    return {{make(g.axis[0]), make(g.axis[1]), make(g.axis[2])}};
+}
 
 // Whether the arrays above suffice.
 inline bool has_stencil(const Geometry& g) {

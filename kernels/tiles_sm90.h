@@ -38,15 +38,16 @@ struct Tile {
 };
 
 // How many phases the axes have that are not packed.
-HOST_DEVICE int outer_phases(const Problem& p) { return p.s.axis[0].phases * p.s.axis[1].phases * p.s.axis[2].phases / p.t.rows.packed_phases; }
+HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.packed_phases; }
 
 // Sets of moments of a channel: of each run and phase.
 HOST_DEVICE int64_t parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
-    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * p.s.axis[0].phases * p.s.axis[1].phases * p.s.axis[2].phases : 0;
+    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * p.s.phases() : 0;
 }
 
-HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed ? (1 << a.taps) - 1 : a.live[phase]; }
+// Bit t: tap t has weights in some row of a row tile.
+HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
 HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     const Tiling& t = p.t;
@@ -85,28 +86,30 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
 // A tile's boxes and taps, in the order in which everyone takes them.
 struct Cursor {
     const Problem& p;
-    int live_d = 0, live_h = 0, d = 0, h0 = 0;
-    int td = 0, plane = 0, first = 0, c = 0, th = 0, tw = 0;    // tap and plane of D, first tap (h) of the box, source channel, taps (h, w)
+    int d = 0, h0 = 0;
+    int tile_live = 0, live = 0;        // bits: taps (h) with weights, from bit 8 on taps (d) of the tile, or taps (w) of the box
+    int td = 0, first = 0, c = 0, th = 0, tw = 0;    // tap (d), first tap (h) of the box, source channel, taps (h, w)
     bool box = false;                   // at the first tap of a box
 
     HOST_DEVICE Cursor(const Problem& p) : p(p) {}
     // Each returns whether there is a tap.
     HOST_DEVICE bool begin(const Tile& tile) {
-        live_d = tile.live_d, live_h = tile.live_h, d = tile.d, h0 = tile.h0;
+        tile_live = tile.live_h | tile.live_d << 8, d = tile.d, h0 = tile.h0;
         td = -1, first = p.s.axis[1].taps;
         return next_rows();
     }
     HOST_DEVICE bool next() {
         box = false;
-        if (++tw < p.s.axis[2].taps) return true;
-        tw = 0;
+        while (++tw < p.s.axis[2].taps)
+            if (live >> (8 + tw) & 1) return true;
         while (++th < first + p.t.taps_per_box)
-            if (live_h >> th & 1) return true;
-        if ((c += p.t.chunk) < p.t.C_pad) return open_box();
-        return next_rows();
+            if (live >> th & 1) return first_column();
+        c += p.t.chunk;
+        return open_box() || next_rows();
     }
 
     HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
+    HOST_DEVICE int plane() const { return p.s.axis[0].first + d - p.s.axis[0].shift[td]; }    // of the source
     HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
     HOST_DEVICE int tap() const { return (td * p.s.axis[1].taps + th) * p.s.axis[2].taps + tw; }
     // By how many rows of shared memory the tap is shifted in its box.
@@ -116,10 +119,27 @@ struct Cursor {
     }
 
 private:
+    HOST_DEVICE bool first_column() {
+        for (tw = 0; !(live >> (8 + tw) & 1);) tw++;
+        return true;
+    }
+    // At the first tap that has weights, of this chunk of the source or a later one.
     HOST_DEVICE bool open_box() {
-        for (th = first; !(live_h >> th & 1);) th++;
-        tw = 0;
-        return box = true;
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int rows = ((1 << p.t.taps_per_box) - 1) << first;
+        for (; c < p.t.C_pad; c += p.t.chunk) {
+            int live_h = tile_live & rows, live_w = (1 << aw.taps) - 1;
+            if (p.t.phase_channels < p.t.C_pad) {
+                const int phase = c / p.t.phase_channels;    // of the source
+                if (!(ad.live[phase / aw.source_phases / ah.source_phases] >> td & 1)) continue;
+                live_h &= ah.live[phase / aw.source_phases % ah.source_phases], live_w = aw.live[phase % aw.source_phases];
+            }
+            if (live_h == 0 || live_w == 0) continue;
+            live = live_h | live_w << 8;
+            for (th = first; !(live >> th & 1);) th++;
+            return box = first_column();
+        }
+        return false;
     }
     HOST_DEVICE bool next_rows() {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1];
@@ -128,12 +148,11 @@ private:
             if (first >= ah.taps) {
                 do {
                     if (++td >= ad.taps) return false;
-                    plane = ad.first + d - ad.shift[td];
-                } while (!(live_d >> td & 1) || plane < 0 || plane >= ad.sources);
+                } while (!(tile_live >> (8 + td) & 1) || unsigned(plane()) >= unsigned(ad.sources));
                 first = 0;
             }
             c = 0;
-            if (live_h >> first & ((1 << p.t.taps_per_box) - 1)) return open_box();
+            if (open_box()) return true;
         }
     }
 };

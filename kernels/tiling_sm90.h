@@ -24,7 +24,7 @@ struct Tiling {
     int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
     int split_m;                               // 1: the two warpgroups have the same positions, other rows; 0: the other way round
     int chunk;                                 // source channels of a stage: 16, 32 or 64
-    int C_pad;                                 // source channels of the scratch copies
+    int phase_channels, C_pad;                 // source channels of the scratch copies: of each phase, of all
     bool packed[3];                            // axes
     RowMap rows;
     int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
@@ -117,8 +117,12 @@ inline void lay_out_regions(Tiling& t, const Stencil& s) {
     t.buffer_bytes = round_up(int64_t(regions) * t.region_stride * 4, 128);
 }
 
+// Source channels of a stage, and what the channels of a phase are padded to.
+inline int chunk_of(int64_t channels) { return channels <= 16 ? 16 : channels <= 32 ? 32 : 64; }
+inline int padded_channels(int64_t channels) { return round_up(channels, chunk_of(channels)); }
+
 // The tiling of least estimated time, or one of block_n 0 where none fits into shared memory.
-inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int multiprocessors) {
+inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, bool fused, int multiprocessors) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     const int halo_w = w.shift[w.taps - 1];
     Tiling best = {};
@@ -135,10 +139,11 @@ inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int
         t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
-        t.chunk = g.C_in <= 16 ? 16 : g.C_in <= 32 ? 32 : 64;
-        t.C_pad = round_up(g.C_in, t.chunk);
-        t.rows.channel_tiles = ceil_div(g.C_out, t.rows.octets * 8);
-        t.row_tiles = round_up(d.phases * h.phases * w.phases / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
+        t.chunk = chunk_of(source_channels);
+        t.phase_channels = padded_channels(source_channels);
+        t.C_pad = t.phase_channels * s.source_phases();
+        t.rows.channel_tiles = ceil_div(channels, t.rows.octets * 8);
+        t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
         t.M_pad = kRows * t.row_tiles;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         // Rows share their zeros: those right of one row are those left of the next.
@@ -160,9 +165,13 @@ inline Tiling choose_tiling(const Geometry& g, const Stencil& s, bool fused, int
         if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
         t.row_pairs = t.row_tiles / (split_m ? 2 : 1);
         t.sample_tiles = int64_t(d.positions) * strips * t.runs * t.row_pairs;
-        t.tiles = g.N * t.sample_tiles;
+        t.tiles = samples * t.sample_tiles;
         // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
-        const double steps = double(d.taps) * h.taps * w.taps * t.C_pad / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
+        int kernel_taps = 1;    // with a weight, of all source phases
+        for (const StencilAxis& a : s.axis)
+            if (a.source_phases > 1) kernel_taps *= a.kernel;
+            else kernel_taps *= a.taps;
+        const double steps = double(kernel_taps) * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
         const double boxes = double(d.taps) * (taps_per_box == 1 ? h.taps : 1) * t.C_pad / t.chunk;
         // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
         // cache; and longer where the stages that are not in use do not cover that one's latency.

@@ -80,7 +80,7 @@ static bool emulate(const Geometry& g, const Problem& p) {
                 const int h = at.source_row() + row / t.pitch, v = aw->first + tile.w0 - aw->shift[aw->taps - 1] + row % t.pitch;
                 const bool loaded = row < t.box_rows * t.pitch, inside = loaded && h >= 0 && h < ah->sources && v >= 0 && v < aw->sources;
                 const bool margin = !loaded && int64_t(row + 1) * t.chunk * 2 <= t.input_bytes;
-                for (int c = 0; c < C; c++) source[c] = inside ? x.at(tile.n, c, at.plane, h, v) : loaded || margin ? 0.0f : NAN;
+                for (int c = 0; c < C; c++) source[c] = inside ? x.at(tile.n, c, at.plane(), h, v) : loaded || margin ? 0.0f : NAN;
                 for (int r = 0; r < kRows; r++)
                     for (int c = 0; c < C; c++) sums[r * t.block_n + q] += source[c] * weights[(size_t(at.tap()) * t.M_pad + run.row_tile * kRows + r) * C + c];
             }
@@ -139,8 +139,8 @@ int main(int, char** arguments) {
             valid = valid && a.out > 0;
         }
         if (!valid || out_volume(g) * g.C_out > 400000) continue;
-        Problem p = {g.N, g.C_out, out_volume(g), make_forward_stencil(g), {}};
-        p.t = choose_tiling(g, p.s, below(2), below(4) ? 132 : 1 + below(132));
+        Problem p = {g.N, g.C_out, out_volume(g), make_stencil(Direction::kForward, g), {}};
+        p.t = choose_tiling(p.s, g.N, g.C_in, g.C_out, below(2), below(4) ? 132 : 1 + below(132));
         done++;
         if (p.t.block_n == 0 || (fits(p.t) && emulate(g, p))) continue;
         std::printf("N %d, channels %d -> %d, block_n %d, strips %d", int(g.N), int(g.C_in), int(g.C_out), p.t.block_n, p.t.strips);

@@ -1,0 +1,86 @@
+// Gradients of a transposed convolution's input and weight on Hopper's tensor cores.
+//
+//   dx[n, ci, i]       = sum over co, k of dout[n, co, i * stride - padding + k * dilation] * w[ci, co, k]
+//   dweight[ci, co, k] = sum over n, i of x[n, ci, i] * dout[n, co, i * stride - padding + k * dilation]
+//
+// Both read one packed copy of dout, in which the phases of the stride are channels. dx is the convolution of conv_sm90.cuh, its
+// stencil the other way round; dweight is in dweight_sm90.cuh.
+
+#include "dweight_sm90.cuh"
+
+namespace gradients_sm90 {
+
+using namespace conv_sm90;
+
+// What a call does, found once; static for the same reason as plan_of.
+static const dweight_sm90::Parameters& dweight_plan_of(const Geometry& g, int device) {
+    struct Key {
+        Geometry g;
+        int64_t device;
+        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
+    };
+    static std::mutex mutex;
+    static std::map<Key, dweight_sm90::Parameters> plans;
+    const Plan& dinput = plan_of(g, Use::kDInput, device);
+    std::lock_guard<std::mutex> lock(mutex);
+    const Key key = {g, device};
+    const auto found = plans.find(key);
+    if (found != plans.end()) return found->second;
+    dweight_sm90::Parameters a = {};
+    if (has_stencil(g)) {
+        a.s = make_stencil(Direction::kForward, g);
+        a.N = g.N, a.C_in = g.C_in, a.C_out = g.C_out, a.dout_phase_channels = padded_channels(g.C_out);
+        a.t = dweight_sm90::choose_tiling(a, padded_channels(g.C_in), dinput.multiprocessors);
+    }
+    return plans[key] = a;
+}
+
+struct Memory {
+    Scratch scratch;
+    Workspace workspace;
+    scaled_half::Activation dout, x;
+    scaled_half::Weight weight;
+    float* partial;
+    Memory(const Geometry& g, int device, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
+        const Plan& plan = plan_of(g, Use::kDInput, device);
+        const dweight_sm90::Parameters& dweight = dweight_plan_of(g, device);
+        auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        workspace = take_workspace(scratch, plan.problem, false);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, padded_channels(g.C_out), dout_max, dout_data);
+        weight = take_weight(scratch, plan, g, w);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, padded_channels(g.C_in), x_max, x_data);
+        partial = scratch.take<float>(dweight_sm90::partial_count(dweight.t));
+    }
+};
+
+}  // namespace gradients_sm90
+
+// ---------------------------------------------------------------------------------------------------- Launchers
+
+// Whether tilings fit for both: 1 or 0.
+extern "C" int conv_transpose3d_gradients_sm90_supports(const Geometry* g, int device) {
+    return conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device).problem.t.block_n > 0 && gradients_sm90::dweight_plan_of(*g, device).t.block_n > 0;
+}
+
+extern "C" int64_t conv_transpose3d_gradients_sm90_workspace(const Geometry* g, int, int device) {
+    return gradients_sm90::Memory(*g, device, nullptr, nullptr, nullptr, nullptr).scratch.bytes();
+}
+
+// dx (and w) or dweight (and x) may be null: not wanted.
+extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int device, void* stream_pointer, void* workspace,
+                                               const void* dout, const void* x, const void* w, void* dx, void* dweight) {
+    DeviceGuard guard(device);
+    const auto stream = static_cast<cudaStream_t>(stream_pointer);
+    const conv_sm90::Plan& plan = conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device);
+    const gradients_sm90::Memory memory(*g, device, workspace, dout, x, w);
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    scaled_half::Weight none = memory.weight;
+    none.channels = 0;
+    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
+    if (dx) RETURN_IF_ERROR(conv_sm90::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, conv_sm90::Fusion{}, stream));
+    if (!dweight) return cudaSuccess;
+    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
+    dweight_sm90::Parameters a = gradients_sm90::dweight_plan_of(*g, device);
+    a.x_max = memory.x.max, a.dout_max = memory.dout.max, a.partial = memory.partial;
+    return dweight_sm90::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
+}
