@@ -908,6 +908,8 @@ struct RowMap {
     }
 };
 
+HOST_DEVICE int kernel_volume(const Stencil& s) { return s.axis[0].kernel * s.axis[1].kernel * s.axis[2].kernel; }
+
 // The index in the kernel's volume of a tap (d, h, w) and a phase, each counted over all axes, W fastest; -1 where there is none.
 HOST_DEVICE int kernel_index(const Stencil& s, int tap, int phase) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
@@ -2022,12 +2024,9 @@ struct Activation {
     HOST_DEVICE int64_t copied() const { return N * positions() * phases() * phase_channels; }
 };
 
-// The source of a stencil. Without phases, a sample is one long row.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels) {
     Activation a = {N, C, phase_channels, {}, nullptr, nullptr, nullptr, false};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
-    const int64_t volume = a.positions();
-    if (a.phases() == 1 && volume < 1 << 30) a.axis[0] = a.axis[1] = {1, 1, 0, 1}, a.axis[2] = {int(volume), 1, 0, int(volume)};
     return a;
 }
 
@@ -2047,18 +2046,20 @@ struct Weight {
 constexpr int kLookElements = 4096;                // of one block's look at a part of a sample
 constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one
 constexpr int64_t kSmallSample = 1 << 16;
-constexpr int kPositions = 128, kChannels = 64;    // of one block of the copy
+constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
+HOST_DEVICE int tile_channels(const Activation& a) { return a.phase_channels <= 32 ? 32 : 64; }
+HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
 
 HOST_DEVICE int64_t look_blocks(const Activation& a) {
     const int64_t elements = a.sample();
     return ceil_div(elements > kSmallSample ? (elements / kLookShare > kSmallSample ? elements / kLookShare : kSmallSample) : elements, kLookElements);
 }
 
-// Blocks of the look at each destination channel of the weight.
-HOST_DEVICE int weight_splits(const Weight& p) {
-    const int64_t rows = int64_t(p.stencil.taps()) * p.stencil.phases() * p.stencil.source_phases(), splits = ceil_div(rows, kThreads / 32);
-    return int(splits < 16 ? splits : 16);
-}
+// Blocks of the copies, each kTileElements at most: of a sample, and of the weight.
+HOST_DEVICE int64_t elements_of_channel(const Activation& a) { return a.positions() * a.phases(); }
+HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(elements_of_channel(a), tile_positions(a)) * ceil_div(a.phase_channels, tile_channels(a)); }
+constexpr int kWeightChannels = 64;
+HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.channels * ceil_div(p.phase_channels, kWeightChannels); }
 
 // -------------------------------------------------------------------------------------------------------- Kernel
 
@@ -2074,34 +2075,50 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
     return max;
 }
 
-// One destination channel, or one of several parts of its rows: a warp reads the kernel of one source channel after another, then
-// writes the rows of one tap after another.
-template <typename T> __device__ void pack_channel(const Weight& p, int channel, int split, int splits) {
+// The maximum of one destination channel: a warp reads the kernel of one source channel after another.
+template <typename T> __device__ void look_at_channel(const Weight& p, int channel) {
     const T* w = static_cast<const T*>(p.w) + channel * p.row_stride;
-    const StencilAxis &ad = p.stencil.axis[0], &ah = p.stencil.axis[1], &aw = p.stencil.axis[2];
-    const int volume = ad.kernel * ah.kernel * aw.kernel, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned max = 0;
     for (int k = lane; k < volume; k += 32)
 #pragma unroll 8
         for (int c = warp; c < p.C; c += kThreads / 32) max = umax(max, finite_magnitude(to_acc(w[c * p.column_stride + k])));
     max = block_max(max);
-    if (threadIdx.x == 0 && split == 0) p.max[channel] = max;
-    const float scale = power_of_two(shift_of(max));
-    const int taps = p.stencil.taps(), phases = p.stencil.phases(), source_phases = p.stencil.source_phases();    // one of them is 1
-    for (int i = split * (kThreads / 32) + warp; i < taps * phases * source_phases; i += splits * (kThreads / 32)) {
-        const int tap = i % taps, phase = i / taps, k = kernel_index(p.stencil, tap, phase);
-        __half* row = p.copy + ((tap * p.M_pad + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases) * p.phase_channels;
-#pragma unroll 4
-        for (int c = lane; c < p.phase_channels; c += 32) row[c] = __float2half_rn(k >= 0 && c < p.C ? to_acc(w[c * p.column_stride + k]) * scale : 0.0f);
+    if (threadIdx.x == 0) p.max[channel] = max;
+}
+
+// kWeightChannels source channels of one destination channel, by way of shared memory, kKernel elements of the kernel at a time.
+template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile) {
+    constexpr int kKernel = 64;
+    __shared__ __half values[kKernel][kWeightChannels + 2];    // the rows begin in different banks
+    const int channel = tile % int(p.channels), c0 = tile / int(p.channels) * kWeightChannels, columns = min(kWeightChannels, int(p.phase_channels) - c0);
+    const T* w = static_cast<const T*>(p.w) + channel * p.row_stride;
+    const float scale = power_of_two(shift_of(p.max[channel]));
+    const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int taps = p.stencil.taps(), source_phases = p.stencil.source_phases(), rows = taps * p.stencil.phases() * source_phases;    // one of the two is 1
+    for (int k0 = 0; k0 < volume; k0 += kKernel) {
+        __syncthreads();
+        const int elements = min(kKernel, volume - k0);
+#pragma unroll 8
+        for (int i = threadIdx.x; i < columns * elements; i += kThreads) {
+            const int k = i % elements, c = i / elements;
+            values[k][c] = __float2half_rn(c0 + c < p.C ? to_acc(w[(c0 + c) * p.column_stride + k0 + k]) * scale : 0.0f);
+        }
+        __syncthreads();
+        for (int i = warp; i < rows; i += kThreads / 32) {
+            const int tap = i % taps, phase = i / taps, k = kernel_index(p.stencil, tap, phase);
+            if (k >= 0 ? k < k0 || k >= k0 + elements : k0 > 0) continue;
+            __half2* row = reinterpret_cast<__half2*>(p.copy + ((tap * p.M_pad + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases) * p.phase_channels + c0);
+            if (lane < columns / 2) row[lane] = k >= 0 ? *reinterpret_cast<const __half2*>(&values[k - k0][lane * 2]) : __half2half2(__float2half_rn(0.0f));
+        }
     }
 }
 
-// The weight, and a look at parts of every sample, evenly spread.
+// The maxima of the weight's channels, and of parts of every sample, evenly spread.
 template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
-    const int splits = weight_splits(p), weight_blocks = p.channels * splits;
-    if (blockIdx.x < weight_blocks) return pack_channel<T>(p, blockIdx.x / splits, blockIdx.x % splits, splits);
+    if (blockIdx.x < p.channels) return look_at_channel<T>(p, blockIdx.x);
     const int64_t blocks = look_blocks(a), elements = a.sample();
-    const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
+    const int64_t n = (blockIdx.x - p.channels) / blocks, block = (blockIdx.x - p.channels) % blocks;
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
     const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
     const T* part = static_cast<const T*>(a.x) + n * elements + begin;
@@ -2115,85 +2132,104 @@ template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Ac
 
 template <typename T> struct alignas(4 * sizeof(T)) Four { T v[4]; };
 
-HOST_DEVICE int64_t row_tiles(const Activation& a) { return ceil_div(int64_t(a.axis[2].positions) * a.axis[2].phases, kPositions); }
-HOST_DEVICE int64_t tiles_of_sample(const Activation& a) {
-    return int64_t(a.axis[0].positions) * a.axis[0].phases * a.axis[1].positions * a.axis[1].phases * row_tiles(a) * ceil_div(a.phase_channels, kChannels);
+// Where shared memory has the pair of channels p of position s: at pair p + rotation, which keeps threads off each other's banks.
+template <int kChannels> __device__ __forceinline__ int rotation(bool vectors, int s) {
+    if (kChannels == 64) return vectors ? s / 4 + s % 4 : s;
+    return vectors ? s / 4 + s % 4 / 2 * 2 : s / 2;
 }
 
-// Tile `index` of a sample: kChannels x kPositions of one row, transposed through shared memory; returns the thread's maximum.
-template <typename T> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
-    const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
-    auto take = [&index](int64_t count) { const int64_t digit = index % count; index /= count; return int(digit); };
-    const int c0 = take(ceil_div(a.phase_channels, kChannels)) * kChannels;
-    const int u0 = take(row_tiles(a)) * kPositions;
-    const int phase_h = take(ah.phases), phase_d = take(ad.phases), h = take(ah.positions), d = int(index);
-    const int source_d = d * ad.phases + phase_d - ad.crop, source_h = h * ah.phases + phase_h - ah.crop;
-    const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size;
-    const int64_t volume = int64_t(ad.size) * ah.size * aw.size;
-    // Element s of the row is at source[channel * volume + s].
-    const T* source = static_cast<const T*>(a.x) + n * a.C * volume + (int64_t(source_d) * ah.size + source_h) * aw.size;
-    const int begin = u0 - aw.crop, end = inside ? aw.size : 0;
+// Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u).
+struct Place {
+    int64_t source;      // element of the source's channel, or -1: none
+    int64_t copy;        // position and phase of the copy
+    __device__ __forceinline__ Place(const Activation& a, int64_t f) {
+        const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
+        const int row_u = aw.positions * aw.phases, rows = ah.positions * ah.phases;
+        const int64_t row = f / row_u;
+        const int w = int(f - row * row_u), h = int(row % rows), d = int(row / rows);    // u of each axis
+        const int source_d = d - ad.crop, source_h = h - ah.crop, source_w = w - aw.crop;
+        const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size && source_w >= 0 && source_w < aw.size;
+        source = inside ? (int64_t(source_d) * ah.size + source_h) * aw.size + source_w : -1;
+        const int64_t position = (int64_t(d / ad.phases) * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
+        copy = position * a.phases() + (d % ad.phases * ah.phases + h % ah.phases) * aw.phases + w % aw.phases;
+    }
+};
 
-    // (positions, channel pairs); pair p of position s is at p + s / 4 + s % 4 (mod 32), which keeps threads off each other's banks.
-    __shared__ __half2 tile[kPositions][kChannels / 2];
+// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's maximum.
+template <typename T, int kChannels> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
+    constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
+    const int channel_tiles = ceil_div(a.phase_channels, kChannels), c0 = int(index % channel_tiles) * kChannels;
+    const int64_t f0 = index / channel_tiles * kPositions, count = elements_of_channel(a), volume = a.sample() / a.C;
+    const bool plain = a.phases() == 1;    // then the source and the copy have the same order
+    const T* source = static_cast<const T*>(a.x) + n * a.C * volume;
+    __shared__ __half2 tile[kPositions][kPairs];
+    // A warp has 128 positions of a pair at a time, always the same ones.
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    constexpr int kWarps = kThreads / 32, kPairs = kChannels / 2 / kWarps;
-    Four<T> values[kPairs][2];
+    constexpr int kParts = kPositions / 128, kCount = kPairs * kParts / (kThreads / 32);
+    static_assert(kThreads / 32 % kParts == 0, "or a warp's positions change");
+    const int part = warp % kParts * 128;
+    int64_t from[4];                       // elements of the source, or -1; of a vector, the first
 #pragma unroll
-    for (int i = 0; i < kPairs; i++)
+    for (int e = 0; e < 4; e++) {
+        const int64_t f = f0 + part + (a.vectors ? lane * 4 + e : lane + e * 32);
+        if (f >= count) from[e] = -1;
+        else if (plain) from[e] = f;
+        else if (e == 0 || !a.vectors) from[e] = Place(a, f).source;
+    }
+    Four<T> values[kCount][2];
+#pragma unroll
+    for (int i = 0; i < kCount; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int64_t c = c0 + (warp + i * kWarps) * 2 + half;
+            const int64_t c = c0 + (warp + i * (kThreads / 32)) / kParts * 2 + half;
             if (a.vectors) {
-                if (c < a.C && begin + lane * 4 < end) values[i][half] = *reinterpret_cast<const Four<T>*>(source + c * volume + begin + lane * 4);
+                if (c < a.C && from[0] >= 0) values[i][half] = *reinterpret_cast<const Four<T>*>(source + c * volume + from[0]);
                 else values[i][half] = {};
             } else {
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int s = begin + lane + e * 32;
-                    values[i][half].v[e] = c < a.C && s >= 0 && s < end ? source[c * volume + s] : from_acc<T>(0.0f);
-                }
+                for (int e = 0; e < 4; e++) values[i][half].v[e] = c < a.C && from[e] >= 0 ? source[c * volume + from[e]] : from_acc<T>(0.0f);
             }
         }
     unsigned max = 0;
 #pragma unroll
-    for (int i = 0; i < kPairs; i++)
+    for (int i = 0; i < kCount; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
+            const int item = warp + i * (kThreads / 32), s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
             const float low = to_acc(values[i][0].v[e]), high = to_acc(values[i][1].v[e]);
-            const int s = a.vectors ? lane * 4 + e : lane + e * 32;
             max = umax(max, umax(finite_magnitude(low), finite_magnitude(high)));
-            tile[s][(warp + i * kWarps + s / 4 + s % 4) % 32] = __floats2half2_rn(low * scale, high * scale);
+            tile[s][(item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs] = __floats2half2_rn(low * scale, high * scale);
         }
     __syncthreads();
     constexpr int kVectors = kChannels / 8;                    // of 16 bytes per position
-    __half* row = a.copy + ((n * ad.positions + d) * ah.positions + h) * aw.positions * a.phases() * a.phase_channels;
+    __half* copy = a.copy + n * count * a.phase_channels;
 #pragma unroll
     for (int i = threadIdx.x; i < kPositions * kVectors; i += kThreads) {
-        const int s = i / kVectors, v = i % kVectors, u = u0 + s;
-        if (u >= aw.positions * aw.phases || c0 + v * 8 >= a.phase_channels) continue;
+        const int s = i / kVectors, v = i % kVectors;
+        if (f0 + s >= count || c0 + v * 8 >= a.phase_channels) continue;
         __half2 four[4];
 #pragma unroll
-        for (int k = 0; k < 4; k++) four[k] = tile[s][(v * 4 + k + s / 4 + s % 4) % 32];
-        const int64_t place = int64_t(u / aw.phases) * a.phases() + (phase_d * ah.phases + phase_h) * aw.phases + u % aw.phases;
-        *reinterpret_cast<uint4*>(row + place * a.phase_channels + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
+        for (int k = 0; k < 4; k++) four[k] = tile[s][(v * 4 + k + rotation<kChannels>(a.vectors, s)) % kPairs];
+        const int64_t place = plain ? f0 + s : Place(a, f0 + s).copy;
+        *reinterpret_cast<uint4*>(copy + place * a.phase_channels + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
     }
     return max;
 }
 
-template <typename T> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a) {
-    const int64_t n = blockIdx.x / tiles_of_sample(a);
-    const unsigned max = block_max(copy_tile<T>(a, n, blockIdx.x % tiles_of_sample(a), power_of_two(first_shift_of(a.max[n]))));
+template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
+    if (blockIdx.x < tiles_of_weight(p)) return copy_weight_tile<T>(p, blockIdx.x);
+    const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
+    const unsigned max = block_max(copy_tile<T, kChannels>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n]))));
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
 }
 
 // Copies again the samples whose first copy does not hold: mostly none.
-template <typename T> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
+template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
         for (int64_t tile = blockIdx.x; tile < tiles_of_sample(a); tile += gridDim.x) {
-            copy_tile<T>(a, n, tile, scale);
+            copy_tile<T, kChannels>(a, n, tile, scale);
             __syncthreads();
         }
     }
@@ -2202,10 +2238,13 @@ template <typename T> __global__ void __launch_bounds__(kThreads) copy_again_ker
 // ---------------------------------------------------------------------------------------------------- Launcher
 
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
-    a.vectors = a.axis[2].size % 4 == 0 && a.axis[2].crop == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
-    RETURN_IF_ERROR(launch(look_kernel<T>, p.channels * weight_splits(p) + a.N * look_blocks(a), kThreads, stream, a, p));
-    RETURN_IF_ERROR(launch(copy_kernel<T>, a.N * tiles_of_sample(a), kThreads, stream, a));
-    return launch(copy_again_kernel<T>, multiprocessors * 2, kThreads, stream, a);
+    const auto& w = a.axis[2];
+    const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
+    a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
+    RETURN_IF_ERROR(launch(look_kernel<T>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
+    const bool narrow = tile_channels(a) == 32;
+    RETURN_IF_ERROR(launch(narrow ? copy_kernel<T, 32> : copy_kernel<T, 64>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
+    return launch(narrow ? copy_again_kernel<T, 32> : copy_again_kernel<T, 64>, multiprocessors * 2, kThreads, stream, a);
 }
 
 // Copies an activation, and a weight unless it has no channels.
@@ -2232,8 +2271,8 @@ _SOURCES['tiling_sm90.h'] = r'''
 namespace conv_sm90 {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
-constexpr int kMaxStages = 8;
-constexpr int kInputStages = 2;
+constexpr int kMaxStages = 16;                 // of weights, all rings together
+constexpr int kMaxInputStages = 6;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kHeadBytes = 2048;               // barriers and the like
 constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
@@ -2262,9 +2301,10 @@ struct Tiling {
     bool tensor_store;                         // one copy of the whole run
     int region_stride;                         // floats of the staged outputs of a channel
     int buffers, table_bytes;                  // how many warpgroups can stage at a time; what tells a warpgroup where to stage
-    int input_bytes, weight_bytes, weight_stages, norm_stages;
+    int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages, norm_stages;    // stages of each ring; one ring where both warpgroups have the same rows
+    int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
-    int64_t row_pairs, sample_tiles, tiles;    // row tiles of a block
+    int row_pairs, sample_tiles, tiles;        // row tiles of a block
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
 
@@ -2272,7 +2312,7 @@ struct Tiling {
 HOST_DEVICE int packed_phases(const Tiling& t, const Stencil& s, int axis) { return t.packed[axis] ? s.axis[axis].phases : 1; }
 
 inline int64_t shared_bytes(const Tiling& t) {
-    return kHeadBytes + int64_t(kInputStages) * t.input_bytes + 2 * int64_t(t.weight_stages) * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
+    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
 }
 
 inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
@@ -2355,8 +2395,10 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int split_m = 0; split_m < 2; split_m++)
     for (int block_n : {240, 232, 224, 192, 160, 128, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
-    for (int taps_per_box : {h.taps, 1}) {
+    for (int taps_per_box : {h.taps, 1})
+    for (int input_stages : {2, 3, 4, 6}) {
         Tiling t = {};
+        t.input_stages = input_stages;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
@@ -2379,29 +2421,35 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int64_t row_bytes = 2 * t.chunk;
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = kRows * row_bytes;
+        t.weight_rings = split_m ? 2 : 1;
         t.norm_stages = fused ? 4 : 0;
         t.buffers = 2;
-        if (kSharedBytes - shared_bytes(t) < 2 * 5 * t.weight_bytes) t.buffers = 1;
+        if (kSharedBytes - shared_bytes(t) < 10 * t.weight_bytes) t.buffers = 1;
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
-        if (left_bytes < 2 * 3 * t.weight_bytes) continue;
-        t.weight_stages = left_bytes / (2 * t.weight_bytes) < kMaxStages ? left_bytes / (2 * t.weight_bytes) : kMaxStages;
-        if (fused) t.norm_stages += (left_bytes - 2 * int64_t(t.weight_stages) * t.weight_bytes) / kNormBytes;
+        if (left_bytes < 6 * t.weight_bytes) continue;
+        t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
+        t.lag = split_m || t.weight_stages < 8 ? 4 : t.weight_stages - 4;
+        if (fused) t.norm_stages += (left_bytes - int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes) / kNormBytes;
         if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
         t.row_pairs = t.row_tiles / (split_m ? 2 : 1);
-        t.sample_tiles = int64_t(d.positions) * strips * t.runs * t.row_pairs;
-        t.tiles = samples * t.sample_tiles;
+        const int64_t sample_tiles = int64_t(d.positions) * strips * t.runs * t.row_pairs;
+        if (samples * sample_tiles > 1 << 30) continue;
+        t.sample_tiles = int(sample_tiles), t.tiles = int(samples * sample_tiles);
         // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
         int kernel_taps = 1;    // with a weight, of all source phases
         for (const StencilAxis& a : s.axis)
             if (a.source_phases > 1) kernel_taps *= a.kernel;
             else kernel_taps *= a.taps;
         const double steps = double(kernel_taps) * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
-        const double boxes = double(d.taps) * (taps_per_box == 1 ? h.taps : 1) * t.C_pad / t.chunk;
+        double boxes = t.phase_channels / t.chunk * (taps_per_box == 1 ? h.taps : 1) * w.source_phases * h.source_phases;
+        boxes *= d.source_phases > 1 ? d.kernel : d.taps;
         // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
         // cache; and longer where the stages that are not in use do not cover that one's latency.
-        const double weight_cycles = 2 * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
-        const double lead = (t.weight_stages - 2) * step * t.chunk / 16, latency = 1800;
-        const double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        const double weight_cycles = t.weight_rings * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
+        const double lead = (t.weight_stages - (split_m ? 2 : 3)) * step * t.chunk / 16, latency = 1800;
+        const double box_bytes = double(t.box_rows) * t.pitch * row_bytes, box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
+        double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        products = products > box_time ? products : box_time;
         const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double traffic = out_bytes / 17 + boxes * t.box_rows * t.pitch * row_bytes / 40 + 300;
         const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
@@ -2459,7 +2507,7 @@ struct Tile {
 HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.packed_phases; }
 
 // Sets of moments of a channel: of each run and phase.
-HOST_DEVICE int64_t parts_of_sample(const Problem& p) {
+HOST_DEVICE int parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
     return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * p.s.phases() : 0;
 }
@@ -2470,9 +2518,9 @@ HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return
 HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     const Tiling& t = p.t;
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int row_tile = index % int(t.row_pairs) * (t.split_m ? 2 : 1);
-    index /= int(t.row_pairs);
-    tile.part = index % int(t.sample_tiles / t.row_pairs);
+    const int row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
+    index /= t.row_pairs;
+    tile.part = index % (t.sample_tiles / t.row_pairs);
     const int first_run = index % t.runs * (t.split_m ? 1 : 2);
     index /= t.runs;
     tile.w0 = index % t.strips * t.tile_w;
@@ -2504,18 +2552,15 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
 // A tile's boxes and taps, in the order in which everyone takes them.
 struct Cursor {
     const Problem& p;
-    int d = 0, h0 = 0;
-    int tile_live = 0, live = 0;        // bits: taps (h) with weights, from bit 8 on taps (d) of the tile, or taps (w) of the box
-    int td = 0, first = 0, c = 0, th = 0, tw = 0;    // tap (d), first tap (h) of the box, source channel, taps (h, w)
+    int d, h0;
+    int tile_live, live = 0;            // bits: taps (h) with weights, from bit 8 on taps (d) of the tile, or taps (w) of the box
+    int td, first, c, th, tw;           // tap (d), first tap (h) of the box, source channel, taps (h, w)
     bool box = false;                   // at the first tap of a box
 
-    HOST_DEVICE Cursor(const Problem& p) : p(p) {}
-    // Each returns whether there is a tap.
-    HOST_DEVICE bool begin(const Tile& tile) {
-        tile_live = tile.live_h | tile.live_d << 8, d = tile.d, h0 = tile.h0;
-        td = -1, first = p.s.axis[1].taps;
-        return next_rows();
-    }
+    // Before the first tap of a tile.
+    HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
+        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad), th(first + p.t.taps_per_box), tw(p.s.axis[2].taps) {}
+    // Whether there is another tap, which it then is at.
     HOST_DEVICE bool next() {
         box = false;
         while (++tw < p.s.axis[2].taps)
@@ -2523,7 +2568,7 @@ struct Cursor {
         while (++th < first + p.t.taps_per_box)
             if (live >> th & 1) return first_column();
         c += p.t.chunk;
-        return open_box() || next_rows();
+        return next_box();
     }
 
     HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
@@ -2541,12 +2586,21 @@ private:
         for (tw = 0; !(live >> (8 + tw) & 1);) tw++;
         return true;
     }
-    // At the first tap that has weights, of this chunk of the source or a later one.
-    HOST_DEVICE bool open_box() {
+    // The first box with live taps from source channel c on.
+    HOST_DEVICE bool next_box() {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-        const int rows = ((1 << p.t.taps_per_box) - 1) << first;
-        for (; c < p.t.C_pad; c += p.t.chunk) {
-            int live_h = tile_live & rows, live_w = (1 << aw.taps) - 1;
+        for (;; c += p.t.chunk) {
+            if (c >= p.t.C_pad) {
+                first += p.t.taps_per_box;
+                if (first >= ah.taps) {
+                    do {
+                        if (++td >= ad.taps) return false;
+                    } while (!(tile_live >> (8 + td) & 1) || unsigned(plane()) >= unsigned(ad.sources));
+                    first = 0;
+                }
+                c = 0;
+            }
+            int live_h = tile_live & ((1 << p.t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p.t.phase_channels < p.t.C_pad) {
                 const int phase = c / p.t.phase_channels;    // of the source
                 if (!(ad.live[phase / aw.source_phases / ah.source_phases] >> td & 1)) continue;
@@ -2556,21 +2610,6 @@ private:
             live = live_h | live_w << 8;
             for (th = first; !(live >> th & 1);) th++;
             return box = first_column();
-        }
-        return false;
-    }
-    HOST_DEVICE bool next_rows() {
-        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1];
-        while (true) {
-            first += p.t.taps_per_box;
-            if (first >= ah.taps) {
-                do {
-                    if (++td >= ad.taps) return false;
-                } while (!(tile_live >> (8 + td) & 1) || unsigned(plane()) >= unsigned(ad.sources));
-                first = 0;
-            }
-            c = 0;
-            if (open_box()) return true;
         }
     }
 };
@@ -2625,9 +2664,10 @@ _SOURCES['conv_sm90.cuh'] = r'''
 //
 // A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. A box of the source
 // plane, halo included, is copied once for all taps (h, w); a tap is a shift of the wgmma descriptor's start address by whole
-// rows of shared memory. A producer warp for each consumer streams its weights through a ring of their own, so that one consumer
-// may be some taps ahead: its epilogue then overlaps the other's products. An epilogue stages the outputs in shared memory in
-// the order of global memory; the producer warp stores them by bulk copies.
+// rows of shared memory. One consumer is some taps ahead of the other, so that its epilogue overlaps the other's products. An
+// epilogue stages the outputs in shared memory in the order of global memory; producer warps store them by bulk copies.
+// Consumers that have different rows get their weights through a ring each, from a producer warp each, which also stores that
+// one's outputs. Consumers that have the same rows share one ring: one producer warp loads, the other stores.
 //
 // Fused: the epilogue stores relu(out) and, per run and row, the mean and the sum of squared deviations; other warps of the
 // producer's warpgroup normalize the samples that are complete while the tensor cores work on the next (normalizer_sm90.cuh).
@@ -2643,7 +2683,6 @@ namespace conv_sm90 {
 constexpr int kThreads = 384;
 constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 constexpr int kTileSlots = 3;
-constexpr int kLagTaps = 4;        // by which one consumer begins later than the other
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
 // ---------------------------------------------------------------------------------------------------- Parameters
@@ -2659,7 +2698,7 @@ struct Workspace {
 };
 
 struct Fusion {
-    int64_t num_groups;                    // 0: convolution alone
+    int num_groups, group_channels;        // 0: convolution alone
     bool in_kernel;                        // normalize while the convolution runs; else only the statistics are computed
     double eps;
     const float *gamma, *beta;             // (C_out), or null
@@ -2687,8 +2726,8 @@ struct NormPiece {
 };
 
 struct SharedHead {
-    uint64_t input_full[kInputStages], input_empty[kInputStages];
-    uint64_t weight_full[2][kMaxStages], weight_empty[2][kMaxStages];
+    uint64_t input_full[kMaxInputStages], input_empty[kMaxInputStages];
+    uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];    // one ring behind the other
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t norm_full[kMaxNormStages], norm_empty[kMaxNormStages];
     uint64_t buffer_free[2], staged[2];    // by the consumer that used it
@@ -2700,11 +2739,11 @@ static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the hea
 // The parts of shared memory.
 struct SharedParts {
     SharedHead& head;
-    uint8_t *input, *weights, *buffers, *tables, *norm;    // (kInputStages, box_rows, pitch, chunk) fp16 and margins; (2, weight_stages, 64, chunk) fp16; ...
+    uint8_t *input, *weights, *buffers, *tables, *norm;    // (input_stages, box_rows, pitch, chunk) fp16 and margins; (weight_rings, weight_stages, 64, chunk) fp16; ...
     __device__ SharedParts(uint8_t* base, const Tiling& t) : head(*reinterpret_cast<SharedHead*>(base)) {
         input = base + kHeadBytes;
-        weights = input + kInputStages * t.input_bytes;
-        buffers = weights + 2 * t.weight_stages * t.weight_bytes;
+        weights = input + t.input_stages * t.input_bytes;
+        buffers = weights + t.weight_rings * t.weight_stages * t.weight_bytes;
         tables = buffers + t.buffers * t.buffer_bytes;
         norm = tables + 2 * t.table_bytes;
     }
@@ -2719,8 +2758,8 @@ struct SharedParts {
 // Whether bulk copies store the staged outputs.
 __device__ __forceinline__ bool stores_bulk(const Parameters& a) { return a.dtype == kFloat32 && a.p.t.bulk; }
 
-// One warp for each consumer: loads that one's weights and stores its outputs. The first also takes tiles from the queue and
-// loads the boxes.
+// One of two warps. The first takes tiles from the queue and loads the boxes. With two rings of weights, each loads those of one
+// consumer and stores its outputs (run); with one, the first loads them (run) and the second stores everything (run_stores).
 struct Producer {
     const Parameters& a;
     const SharedParts& shared;
@@ -2730,7 +2769,7 @@ struct Producer {
     const Tile* storing = nullptr;    // the tile whose outputs are to be stored, or are being read by their copies
     bool stored = false;
     int stored_before = -1;           // the sample of the copies before those
-    uint32_t phase = 0;               // of the staging
+    uint32_t phases = 0;              // of the stagings, a bit for each consumer
 
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }
 
@@ -2738,8 +2777,8 @@ struct Producer {
     __device__ __forceinline__ void store() {
         if (storing == nullptr || stored) return;
         stored = true;
-        mbarrier_wait(shared.head.staged + consumer, phase);
-        phase ^= 1;
+        mbarrier_wait(shared.head.staged + consumer, phases >> consumer & 1);
+        phases ^= 1u << consumer;
         const float* buffer = shared.buffer(a.p.t, consumer);
         const Run& run = storing->run[consumer];
         if (a.p.t.tensor_store && a.dtype == kFloat32) {
@@ -2780,8 +2819,32 @@ struct Producer {
         if (stored_before >= 0 && elected()) red_release_gpu(a.workspace.runs_done + stored_before, 1);
     }
 
+    __device__ __forceinline__ void report_last() {
+        if (a.fusion.num_groups == 0) return;
+        bulk_wait_group<0>();
+        report_landed();
+    }
+
+    __device__ __forceinline__ void run_stores() {
+        SharedHead& head = shared.head;
+        while (true) {
+            mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+            const Tile& tile = head.tiles[slot.stage];
+            if (tile.n < 0) break;
+            for (consumer = 0; consumer < 2; consumer++) {
+                storing = &tile, stored = false;
+                store();
+                free_buffer();
+            }
+            slot.advance(kTileSlots);
+        }
+        report_last();
+    }
+
     __device__ __forceinline__ void run() {
         const Tiling& t = a.p.t;
+        const bool stores = t.weight_rings == 2;
+        const int ring = consumer * t.weight_stages;
         const StencilAxis& aw = a.p.s.axis[2];
         SharedHead& head = shared.head;
         const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
@@ -2803,9 +2866,9 @@ struct Producer {
             if (tile.n < 0) break;
             const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
             int taps = 0;
-            Cursor at(a.p);
+            Cursor at(a.p, tile);
 #pragma unroll 1
-            for (bool more = at.begin(tile); more; more = at.next()) {
+            while (at.next()) {
                 // The consumer stages the tile before, and then frees the next stage.
                 if (taps == t.weight_stages) store();
                 if (taps == t.weight_stages + 2) free_buffer();
@@ -2816,13 +2879,13 @@ struct Producer {
                         mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
                         tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, at.c, w_start, at.source_row(), at.plane(), tile.n);
                     }
-                    in.advance(kInputStages);
+                    in.advance(t.input_stages);
                 }
-                mbarrier_wait(head.weight_empty[consumer] + weight.stage, weight.phase ^ 1);
+                mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
                 if (elected()) {
-                    uint64_t* full = head.weight_full[consumer] + weight.stage;
+                    uint64_t* full = head.weight_full + ring + weight.stage;
                     mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                    tma_load_3d(shared.weights + (consumer * t.weight_stages + weight.stage) * t.weight_bytes, w_map, full, at.c, row, at.tap());
+                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, at.c, row, at.tap());
                 }
                 __syncwarp();
                 weight.advance(t.weight_stages);
@@ -2830,14 +2893,12 @@ struct Producer {
             }
             store();
             free_buffer();
-            storing = &tile, stored = false;
+            if (stores) storing = &tile, stored = false;
             slot.advance(kTileSlots);
         }
         store();
         free_buffer();
-        if (a.fusion.num_groups == 0) return;
-        bulk_wait_group<0>();
-        report_landed();
+        if (stores) report_last();
     }
 };
 
@@ -2926,7 +2987,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
     SharedHead& head = me.shared.head;
     constexpr int row_bytes = kSteps * 32;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
-    const int b_row = tile.run[me.warpgroup].b_row;
+    const int b_row = tile.run[me.warpgroup].b_row, ring = t.weight_rings == 2 ? me.warpgroup * t.weight_stages : 0;
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
     int done_weight = -1, done_input = -1, open_input = -1;    // stages whose last reader is the wgmma group in flight
@@ -2936,8 +2997,8 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
         me.first = false;
     };
-    Cursor at(me.a.p);
-    for (bool more = at.begin(tile); more;) {
+    Cursor at(me.a.p, tile);
+    while (at.next()) {
         if (at.box) {
             if (open_input >= 0) {
                 done_input = open_input;
@@ -2946,21 +3007,20 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             mbarrier_wait(head.input_full + me.in.stage, me.in.phase);
             box = shared_address(me.shared.input + me.in.stage * t.input_bytes) + b_row * row_bytes;
             open_input = me.in.stage;
-            me.in.advance(kInputStages);
+            me.in.advance(t.input_stages);
         }
         const uint32_t b = box + at.rows() * row_bytes;
-        mbarrier_wait(head.weight_full[me.warpgroup] + me.weight.stage, me.weight.phase);
-        const uint32_t w = shared_address(me.shared.weights + (me.warpgroup * t.weight_stages + me.weight.stage) * t.weight_bytes);
+        mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
+        const uint32_t w = shared_address(me.shared.weights + (ring + me.weight.stage) * t.weight_bytes);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
         wgmma_commit_group();
         ++taps;
         if (taps == 1) me.load_constants(tile);
-        if (taps == kLagTaps) let_the_other_begin();
-        more = at.next();
+        if (taps == t.lag) let_the_other_begin();
         wgmma_wait_group<1>();
-        if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty[me.warpgroup] + done_weight);
+        if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
         if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
         done_input = -1, done_weight = me.weight.stage;
         me.weight.advance(t.weight_stages);
@@ -2968,7 +3028,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
     wgmma_wait_group<0>();
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
-    if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty[me.warpgroup] + done_weight);
+    if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
     if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
     if (me.elected() && open_input >= 0) mbarrier_arrive(head.input_empty + open_input);
     let_the_other_begin();
@@ -2999,7 +3059,7 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
-    const int64_t part = (tile.n * int(t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : me.warpgroup);
+    const int64_t part = (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : me.warpgroup);
     const int phases = p.s.axis[0].phases * ah.phases * aw.phases;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -3160,7 +3220,7 @@ struct GroupStatistics { double mean, rstd; };
 
 // One thread: the statistics of a group of a sample, from the sums of its channels.
 __device__ __forceinline__ GroupStatistics group_statistics(const Parameters& a, int n, int group) {
-    const int channels = a.p.C_out / a.fusion.num_groups;
+    const int channels = a.fusion.group_channels;
     const volatile unsigned long long* sums = a.workspace.channel_sums + n * a.p.C_out + group * channels;
     const int64_t to_squares = a.p.N * a.p.C_out;
     double sum = 0, squares = 0;
@@ -3197,7 +3257,7 @@ __device__ __forceinline__ unsigned take_ticket(unsigned* queue, unsigned count)
 // statistics of the groups that begin with them. Sums of squares in float64 lose nothing that float32 had.
 __device__ __forceinline__ void combine_sample(const Parameters& a, int n) {
     const Problem& p = a.p;
-    const int lane = threadIdx.x % 32, parts = parts_of_sample(p), group_channels = p.C_out / a.fusion.num_groups;
+    const int lane = threadIdx.x % 32, parts = parts_of_sample(p), group_channels = a.fusion.group_channels;
     const float* counts = a.workspace.counts + int64_t(n) * parts;
     int first = -1;    // a channel that begins a group
     while (true) {
@@ -3228,7 +3288,7 @@ __device__ __forceinline__ void load_rows(const Parameters& a, const SharedParts
     SharedHead& head = shared.head;
     const int lane = threadIdx.x % 32, norm_stages = a.p.t.norm_stages;
     const int64_t row_bytes = a.p.out_volume * 4;
-    const int row_items = ceil_div(row_bytes, kRowPieces * kNormBytes), channels = a.p.C_out, group_channels = channels / a.fusion.num_groups;
+    const int row_items = ceil_div(row_bytes, kRowPieces * kNormBytes), channels = a.p.C_out, group_channels = a.fusion.group_channels;
     const int items = channels * row_items, share = min(32, int(ceil_div(items, gridDim.x)));    // of a sample, and how many are taken at a time
     RingPosition stage;
     for (int n = 0; n < a.p.N; n++) {
@@ -3348,16 +3408,15 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kInputStages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 8);
-        for (int consumer = 0; consumer < 2; consumer++)
-            for (int i = 0; i < t.weight_stages; i++) mbarrier_init(head.weight_full[consumer] + i, 1), mbarrier_init(head.weight_empty[consumer] + i, 4);
+        for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 8);
+        for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 8);
         for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2);
         for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 1), mbarrier_init(head.staged + i, 4);
         for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
         fence_mbarrier_init();
     }
     const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
-    for (int stage = 0; stage < kInputStages; stage++)
+    for (int stage = 0; stage < t.input_stages; stage++)
         for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
     __syncthreads();
@@ -3365,7 +3424,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     if (threadIdx.x < 128) {
         setmaxnreg_dec<kProducerRegisters>();
         const int warp = threadIdx.x / 32;
-        if (warp < 2) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run();
+        if (warp < t.weight_rings) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run();
+        else if (warp < 2) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run_stores();
         if (warp == 2 && a.fusion.num_groups > 0) {
             if (a.fusion.in_kernel) load_rows(a, shared);
             else for (int n = 0; n < a.p.N; n++) combine_sample(a, n);
@@ -3581,7 +3641,7 @@ extern "C" int conv_transpose3d_relu_group_norm_forward_sm90(const Geometry* g, 
     // The copy engine moves float32 rows whose length is a multiple of 16 bytes; the rest is normalized by a kernel of its own.
     const bool in_kernel = dtype == kFloat32 && out_volume(*g) % 4 == 0;
     double* rstd = statistics + g->N * num_groups;
-    const conv_sm90::Fusion fusion = {num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
+    const conv_sm90::Fusion fusion = {num_groups, int(g->C_out) / num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
     RETURN_IF_ERROR(conv_transpose3d_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion));
     if (in_kernel) return cudaSuccess;
     const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
@@ -3931,7 +3991,7 @@ template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(co
         const float4 v = partial[split * stride];
         sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
     }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, volume = a.s.axis[0].kernel * a.s.axis[1].kernel * a.s.axis[2].kernel;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, volume = kernel_volume(a.s);
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const int row = row_block(t, g, consumer) * kRows + warp * 16 + lane / 4 + e / 2 * 8, column = quad * 8 + lane % 4 * 2 + e % 2;

@@ -24,16 +24,15 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kInputStages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 8);
-        for (int consumer = 0; consumer < 2; consumer++)
-            for (int i = 0; i < t.weight_stages; i++) mbarrier_init(head.weight_full[consumer] + i, 1), mbarrier_init(head.weight_empty[consumer] + i, 4);
+        for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 8);
+        for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 8);
         for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2);
         for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 1), mbarrier_init(head.staged + i, 4);
         for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
         fence_mbarrier_init();
     }
     const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
-    for (int stage = 0; stage < kInputStages; stage++)
+    for (int stage = 0; stage < t.input_stages; stage++)
         for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
     __syncthreads();
@@ -41,7 +40,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     if (threadIdx.x < 128) {
         setmaxnreg_dec<kProducerRegisters>();
         const int warp = threadIdx.x / 32;
-        if (warp < 2) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run();
+        if (warp < t.weight_rings) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run();
+        else if (warp < 2) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run_stores();
         if (warp == 2 && a.fusion.num_groups > 0) {
             if (a.fusion.in_kernel) load_rows(a, shared);
             else for (int n = 0; n < a.p.N; n++) combine_sample(a, n);

@@ -6,9 +6,10 @@
 //
 // A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. A box of the source
 // plane, halo included, is copied once for all taps (h, w); a tap is a shift of the wgmma descriptor's start address by whole
-// rows of shared memory. A producer warp for each consumer streams its weights through a ring of their own, so that one consumer
-// may be some taps ahead: its epilogue then overlaps the other's products. An epilogue stages the outputs in shared memory in
-// the order of global memory; the producer warp stores them by bulk copies.
+// rows of shared memory. One consumer is some taps ahead of the other, so that its epilogue overlaps the other's products. An
+// epilogue stages the outputs in shared memory in the order of global memory; producer warps store them by bulk copies.
+// Consumers that have different rows get their weights through a ring each, from a producer warp each, which also stores that
+// one's outputs. Consumers that have the same rows share one ring: one producer warp loads, the other stores.
 //
 // Fused: the epilogue stores relu(out) and, per run and row, the mean and the sum of squared deviations; other warps of the
 // producer's warpgroup normalize the samples that are complete while the tensor cores work on the next (normalizer_sm90.cuh).
@@ -24,7 +25,6 @@ namespace conv_sm90 {
 constexpr int kThreads = 384;
 constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 constexpr int kTileSlots = 3;
-constexpr int kLagTaps = 4;        // by which one consumer begins later than the other
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
 // ---------------------------------------------------------------------------------------------------- Parameters
@@ -40,7 +40,7 @@ struct Workspace {
 };
 
 struct Fusion {
-    int64_t num_groups;                    // 0: convolution alone
+    int num_groups, group_channels;        // 0: convolution alone
     bool in_kernel;                        // normalize while the convolution runs; else only the statistics are computed
     double eps;
     const float *gamma, *beta;             // (C_out), or null
@@ -68,8 +68,8 @@ struct NormPiece {
 };
 
 struct SharedHead {
-    uint64_t input_full[kInputStages], input_empty[kInputStages];
-    uint64_t weight_full[2][kMaxStages], weight_empty[2][kMaxStages];
+    uint64_t input_full[kMaxInputStages], input_empty[kMaxInputStages];
+    uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];    // one ring behind the other
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t norm_full[kMaxNormStages], norm_empty[kMaxNormStages];
     uint64_t buffer_free[2], staged[2];    // by the consumer that used it
@@ -81,11 +81,11 @@ static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the hea
 // The parts of shared memory.
 struct SharedParts {
     SharedHead& head;
-    uint8_t *input, *weights, *buffers, *tables, *norm;    // (kInputStages, box_rows, pitch, chunk) fp16 and margins; (2, weight_stages, 64, chunk) fp16; ...
+    uint8_t *input, *weights, *buffers, *tables, *norm;    // (input_stages, box_rows, pitch, chunk) fp16 and margins; (weight_rings, weight_stages, 64, chunk) fp16; ...
     __device__ SharedParts(uint8_t* base, const Tiling& t) : head(*reinterpret_cast<SharedHead*>(base)) {
         input = base + kHeadBytes;
-        weights = input + kInputStages * t.input_bytes;
-        buffers = weights + 2 * t.weight_stages * t.weight_bytes;
+        weights = input + t.input_stages * t.input_bytes;
+        buffers = weights + t.weight_rings * t.weight_stages * t.weight_bytes;
         tables = buffers + t.buffers * t.buffer_bytes;
         norm = tables + 2 * t.table_bytes;
     }
@@ -100,8 +100,8 @@ struct SharedParts {
 // Whether bulk copies store the staged outputs.
 __device__ __forceinline__ bool stores_bulk(const Parameters& a) { return a.dtype == kFloat32 && a.p.t.bulk; }
 
-// One warp for each consumer: loads that one's weights and stores its outputs. The first also takes tiles from the queue and
-// loads the boxes.
+// One of two warps. The first takes tiles from the queue and loads the boxes. With two rings of weights, each loads those of one
+// consumer and stores its outputs (run); with one, the first loads them (run) and the second stores everything (run_stores).
 struct Producer {
     const Parameters& a;
     const SharedParts& shared;
@@ -111,7 +111,7 @@ struct Producer {
     const Tile* storing = nullptr;    // the tile whose outputs are to be stored, or are being read by their copies
     bool stored = false;
     int stored_before = -1;           // the sample of the copies before those
-    uint32_t phase = 0;               // of the staging
+    uint32_t phases = 0;              // of the stagings, a bit for each consumer
 
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }
 
@@ -119,8 +119,8 @@ struct Producer {
     __device__ __forceinline__ void store() {
         if (storing == nullptr || stored) return;
         stored = true;
-        mbarrier_wait(shared.head.staged + consumer, phase);
-        phase ^= 1;
+        mbarrier_wait(shared.head.staged + consumer, phases >> consumer & 1);
+        phases ^= 1u << consumer;
         const float* buffer = shared.buffer(a.p.t, consumer);
         const Run& run = storing->run[consumer];
         if (a.p.t.tensor_store && a.dtype == kFloat32) {
@@ -161,8 +161,32 @@ struct Producer {
         if (stored_before >= 0 && elected()) red_release_gpu(a.workspace.runs_done + stored_before, 1);
     }
 
+    __device__ __forceinline__ void report_last() {
+        if (a.fusion.num_groups == 0) return;
+        bulk_wait_group<0>();
+        report_landed();
+    }
+
+    __device__ __forceinline__ void run_stores() {
+        SharedHead& head = shared.head;
+        while (true) {
+            mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+            const Tile& tile = head.tiles[slot.stage];
+            if (tile.n < 0) break;
+            for (consumer = 0; consumer < 2; consumer++) {
+                storing = &tile, stored = false;
+                store();
+                free_buffer();
+            }
+            slot.advance(kTileSlots);
+        }
+        report_last();
+    }
+
     __device__ __forceinline__ void run() {
         const Tiling& t = a.p.t;
+        const bool stores = t.weight_rings == 2;
+        const int ring = consumer * t.weight_stages;
         const StencilAxis& aw = a.p.s.axis[2];
         SharedHead& head = shared.head;
         const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
@@ -184,9 +208,9 @@ struct Producer {
             if (tile.n < 0) break;
             const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
             int taps = 0;
-            Cursor at(a.p);
+            Cursor at(a.p, tile);
 #pragma unroll 1
-            for (bool more = at.begin(tile); more; more = at.next()) {
+            while (at.next()) {
                 // The consumer stages the tile before, and then frees the next stage.
                 if (taps == t.weight_stages) store();
                 if (taps == t.weight_stages + 2) free_buffer();
@@ -197,13 +221,13 @@ struct Producer {
                         mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
                         tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, at.c, w_start, at.source_row(), at.plane(), tile.n);
                     }
-                    in.advance(kInputStages);
+                    in.advance(t.input_stages);
                 }
-                mbarrier_wait(head.weight_empty[consumer] + weight.stage, weight.phase ^ 1);
+                mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
                 if (elected()) {
-                    uint64_t* full = head.weight_full[consumer] + weight.stage;
+                    uint64_t* full = head.weight_full + ring + weight.stage;
                     mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                    tma_load_3d(shared.weights + (consumer * t.weight_stages + weight.stage) * t.weight_bytes, w_map, full, at.c, row, at.tap());
+                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, at.c, row, at.tap());
                 }
                 __syncwarp();
                 weight.advance(t.weight_stages);
@@ -211,14 +235,12 @@ struct Producer {
             }
             store();
             free_buffer();
-            storing = &tile, stored = false;
+            if (stores) storing = &tile, stored = false;
             slot.advance(kTileSlots);
         }
         store();
         free_buffer();
-        if (a.fusion.num_groups == 0) return;
-        bulk_wait_group<0>();
-        report_landed();
+        if (stores) report_last();
     }
 };
 
@@ -307,7 +329,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
     SharedHead& head = me.shared.head;
     constexpr int row_bytes = kSteps * 32;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
-    const int b_row = tile.run[me.warpgroup].b_row;
+    const int b_row = tile.run[me.warpgroup].b_row, ring = t.weight_rings == 2 ? me.warpgroup * t.weight_stages : 0;
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
     int done_weight = -1, done_input = -1, open_input = -1;    // stages whose last reader is the wgmma group in flight
@@ -317,8 +339,8 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
         me.first = false;
     };
-    Cursor at(me.a.p);
-    for (bool more = at.begin(tile); more;) {
+    Cursor at(me.a.p, tile);
+    while (at.next()) {
         if (at.box) {
             if (open_input >= 0) {
                 done_input = open_input;
@@ -327,21 +349,20 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             mbarrier_wait(head.input_full + me.in.stage, me.in.phase);
             box = shared_address(me.shared.input + me.in.stage * t.input_bytes) + b_row * row_bytes;
             open_input = me.in.stage;
-            me.in.advance(kInputStages);
+            me.in.advance(t.input_stages);
         }
         const uint32_t b = box + at.rows() * row_bytes;
-        mbarrier_wait(head.weight_full[me.warpgroup] + me.weight.stage, me.weight.phase);
-        const uint32_t w = shared_address(me.shared.weights + (me.warpgroup * t.weight_stages + me.weight.stage) * t.weight_bytes);
+        mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
+        const uint32_t w = shared_address(me.shared.weights + (ring + me.weight.stage) * t.weight_bytes);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
         wgmma_commit_group();
         ++taps;
         if (taps == 1) me.load_constants(tile);
-        if (taps == kLagTaps) let_the_other_begin();
-        more = at.next();
+        if (taps == t.lag) let_the_other_begin();
         wgmma_wait_group<1>();
-        if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty[me.warpgroup] + done_weight);
+        if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
         if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
         done_input = -1, done_weight = me.weight.stage;
         me.weight.advance(t.weight_stages);
@@ -349,7 +370,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
     wgmma_wait_group<0>();
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
-    if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty[me.warpgroup] + done_weight);
+    if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
     if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
     if (me.elected() && open_input >= 0) mbarrier_arrive(head.input_empty + open_input);
     let_the_other_begin();
@@ -380,7 +401,7 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
-    const int64_t part = (tile.n * int(t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : me.warpgroup);
+    const int64_t part = (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : me.warpgroup);
     const int phases = p.s.axis[0].phases * ah.phases * aw.phases;
 #pragma unroll
     for (int half = 0; half < 2; half++) {

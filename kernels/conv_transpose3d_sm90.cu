@@ -69,7 +69,7 @@ extern "C" int conv_transpose3d_relu_group_norm_forward_sm90(const Geometry* g, 
     // The copy engine moves float32 rows whose length is a multiple of 16 bytes; the rest is normalized by a kernel of its own.
     const bool in_kernel = dtype == kFloat32 && out_volume(*g) % 4 == 0;
     double* rstd = statistics + g->N * num_groups;
-    const conv_sm90::Fusion fusion = {num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
+    const conv_sm90::Fusion fusion = {num_groups, int(g->C_out) / num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
     RETURN_IF_ERROR(conv_transpose3d_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion));
     if (in_kernel) return cudaSuccess;
     const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};

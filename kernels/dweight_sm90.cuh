@@ -337,7 +337,7 @@ template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(co
         const float4 v = partial[split * stride];
         sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
     }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, volume = a.s.axis[0].kernel * a.s.axis[1].kernel * a.s.axis[2].kernel;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, volume = kernel_volume(a.s);
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const int row = row_block(t, g, consumer) * kRows + warp * 16 + lane / 4 + e / 2 * 8, column = quad * 8 + lane % 4 * 2 + e % 2;

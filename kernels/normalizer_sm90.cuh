@@ -22,7 +22,7 @@ struct GroupStatistics { double mean, rstd; };
 
 // One thread: the statistics of a group of a sample, from the sums of its channels.
 __device__ __forceinline__ GroupStatistics group_statistics(const Parameters& a, int n, int group) {
-    const int channels = a.p.C_out / a.fusion.num_groups;
+    const int channels = a.fusion.group_channels;
     const volatile unsigned long long* sums = a.workspace.channel_sums + n * a.p.C_out + group * channels;
     const int64_t to_squares = a.p.N * a.p.C_out;
     double sum = 0, squares = 0;
@@ -59,7 +59,7 @@ __device__ __forceinline__ unsigned take_ticket(unsigned* queue, unsigned count)
 // statistics of the groups that begin with them. Sums of squares in float64 lose nothing that float32 had.
 __device__ __forceinline__ void combine_sample(const Parameters& a, int n) {
     const Problem& p = a.p;
-    const int lane = threadIdx.x % 32, parts = parts_of_sample(p), group_channels = p.C_out / a.fusion.num_groups;
+    const int lane = threadIdx.x % 32, parts = parts_of_sample(p), group_channels = a.fusion.group_channels;
     const float* counts = a.workspace.counts + int64_t(n) * parts;
     int first = -1;    // a channel that begins a group
     while (true) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void load_rows(const Parameters& a, const SharedParts
     SharedHead& head = shared.head;
     const int lane = threadIdx.x % 32, norm_stages = a.p.t.norm_stages;
     const int64_t row_bytes = a.p.out_volume * 4;
-    const int row_items = ceil_div(row_bytes, kRowPieces * kNormBytes), channels = a.p.C_out, group_channels = channels / a.fusion.num_groups;
+    const int row_items = ceil_div(row_bytes, kRowPieces * kNormBytes), channels = a.p.C_out, group_channels = a.fusion.group_channels;
     const int items = channels * row_items, share = min(32, int(ceil_div(items, gridDim.x)));    // of a sample, and how many are taken at a time
     RingPosition stage;
     for (int n = 0; n < a.p.N; n++) {

@@ -57,12 +57,9 @@ struct Activation {
     HOST_DEVICE int64_t copied() const { return N * positions() * phases() * phase_channels; }
 };
 
-// The source of a stencil. Without phases, a sample is one long row.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels) {
     Activation a = {N, C, phase_channels, {}, nullptr, nullptr, nullptr, false};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
-    const int64_t volume = a.positions();
-    if (a.phases() == 1 && volume < 1 << 30) a.axis[0] = a.axis[1] = {1, 1, 0, 1}, a.axis[2] = {int(volume), 1, 0, int(volume)};
     return a;
 }
 
@@ -82,18 +79,20 @@ struct Weight {
 constexpr int kLookElements = 4096;                // of one block's look at a part of a sample
 constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one
 constexpr int64_t kSmallSample = 1 << 16;
-constexpr int kPositions = 128, kChannels = 64;    // of one block of the copy
+constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
+HOST_DEVICE int tile_channels(const Activation& a) { return a.phase_channels <= 32 ? 32 : 64; }
+HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
 
 HOST_DEVICE int64_t look_blocks(const Activation& a) {
     const int64_t elements = a.sample();
     return ceil_div(elements > kSmallSample ? (elements / kLookShare > kSmallSample ? elements / kLookShare : kSmallSample) : elements, kLookElements);
 }
 
-// Blocks of the look at each destination channel of the weight.
-HOST_DEVICE int weight_splits(const Weight& p) {
-    const int64_t rows = int64_t(p.stencil.taps()) * p.stencil.phases() * p.stencil.source_phases(), splits = ceil_div(rows, kThreads / 32);
-    return int(splits < 16 ? splits : 16);
-}
+// Blocks of the copies, each kTileElements at most: of a sample, and of the weight.
+HOST_DEVICE int64_t elements_of_channel(const Activation& a) { return a.positions() * a.phases(); }
+HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(elements_of_channel(a), tile_positions(a)) * ceil_div(a.phase_channels, tile_channels(a)); }
+constexpr int kWeightChannels = 64;
+HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.channels * ceil_div(p.phase_channels, kWeightChannels); }
 
 // -------------------------------------------------------------------------------------------------------- Kernel
 
@@ -109,34 +108,50 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
     return max;
 }
 
-// One destination channel, or one of several parts of its rows: a warp reads the kernel of one source channel after another, then
-// writes the rows of one tap after another.
-template <typename T> __device__ void pack_channel(const Weight& p, int channel, int split, int splits) {
+// The maximum of one destination channel: a warp reads the kernel of one source channel after another.
+template <typename T> __device__ void look_at_channel(const Weight& p, int channel) {
     const T* w = static_cast<const T*>(p.w) + channel * p.row_stride;
-    const StencilAxis &ad = p.stencil.axis[0], &ah = p.stencil.axis[1], &aw = p.stencil.axis[2];
-    const int volume = ad.kernel * ah.kernel * aw.kernel, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned max = 0;
     for (int k = lane; k < volume; k += 32)
 #pragma unroll 8
         for (int c = warp; c < p.C; c += kThreads / 32) max = umax(max, finite_magnitude(to_acc(w[c * p.column_stride + k])));
     max = block_max(max);
-    if (threadIdx.x == 0 && split == 0) p.max[channel] = max;
-    const float scale = power_of_two(shift_of(max));
-    const int taps = p.stencil.taps(), phases = p.stencil.phases(), source_phases = p.stencil.source_phases();    // one of them is 1
-    for (int i = split * (kThreads / 32) + warp; i < taps * phases * source_phases; i += splits * (kThreads / 32)) {
-        const int tap = i % taps, phase = i / taps, k = kernel_index(p.stencil, tap, phase);
-        __half* row = p.copy + ((tap * p.M_pad + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases) * p.phase_channels;
-#pragma unroll 4
-        for (int c = lane; c < p.phase_channels; c += 32) row[c] = __float2half_rn(k >= 0 && c < p.C ? to_acc(w[c * p.column_stride + k]) * scale : 0.0f);
+    if (threadIdx.x == 0) p.max[channel] = max;
+}
+
+// kWeightChannels source channels of one destination channel, by way of shared memory, kKernel elements of the kernel at a time.
+template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile) {
+    constexpr int kKernel = 64;
+    __shared__ __half values[kKernel][kWeightChannels + 2];    // the rows begin in different banks
+    const int channel = tile % int(p.channels), c0 = tile / int(p.channels) * kWeightChannels, columns = min(kWeightChannels, int(p.phase_channels) - c0);
+    const T* w = static_cast<const T*>(p.w) + channel * p.row_stride;
+    const float scale = power_of_two(shift_of(p.max[channel]));
+    const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int taps = p.stencil.taps(), source_phases = p.stencil.source_phases(), rows = taps * p.stencil.phases() * source_phases;    // one of the two is 1
+    for (int k0 = 0; k0 < volume; k0 += kKernel) {
+        __syncthreads();
+        const int elements = min(kKernel, volume - k0);
+#pragma unroll 8
+        for (int i = threadIdx.x; i < columns * elements; i += kThreads) {
+            const int k = i % elements, c = i / elements;
+            values[k][c] = __float2half_rn(c0 + c < p.C ? to_acc(w[(c0 + c) * p.column_stride + k0 + k]) * scale : 0.0f);
+        }
+        __syncthreads();
+        for (int i = warp; i < rows; i += kThreads / 32) {
+            const int tap = i % taps, phase = i / taps, k = kernel_index(p.stencil, tap, phase);
+            if (k >= 0 ? k < k0 || k >= k0 + elements : k0 > 0) continue;
+            __half2* row = reinterpret_cast<__half2*>(p.copy + ((tap * p.M_pad + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases) * p.phase_channels + c0);
+            if (lane < columns / 2) row[lane] = k >= 0 ? *reinterpret_cast<const __half2*>(&values[k - k0][lane * 2]) : __half2half2(__float2half_rn(0.0f));
+        }
     }
 }
 
-// The weight, and a look at parts of every sample, evenly spread.
+// The maxima of the weight's channels, and of parts of every sample, evenly spread.
 template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
-    const int splits = weight_splits(p), weight_blocks = p.channels * splits;
-    if (blockIdx.x < weight_blocks) return pack_channel<T>(p, blockIdx.x / splits, blockIdx.x % splits, splits);
+    if (blockIdx.x < p.channels) return look_at_channel<T>(p, blockIdx.x);
     const int64_t blocks = look_blocks(a), elements = a.sample();
-    const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
+    const int64_t n = (blockIdx.x - p.channels) / blocks, block = (blockIdx.x - p.channels) % blocks;
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
     const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
     const T* part = static_cast<const T*>(a.x) + n * elements + begin;
@@ -150,85 +165,104 @@ template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Ac
 
 template <typename T> struct alignas(4 * sizeof(T)) Four { T v[4]; };
 
-HOST_DEVICE int64_t row_tiles(const Activation& a) { return ceil_div(int64_t(a.axis[2].positions) * a.axis[2].phases, kPositions); }
-HOST_DEVICE int64_t tiles_of_sample(const Activation& a) {
-    return int64_t(a.axis[0].positions) * a.axis[0].phases * a.axis[1].positions * a.axis[1].phases * row_tiles(a) * ceil_div(a.phase_channels, kChannels);
+// Where shared memory has the pair of channels p of position s: at pair p + rotation, which keeps threads off each other's banks.
+template <int kChannels> __device__ __forceinline__ int rotation(bool vectors, int s) {
+    if (kChannels == 64) return vectors ? s / 4 + s % 4 : s;
+    return vectors ? s / 4 + s % 4 / 2 * 2 : s / 2;
 }
 
-// Tile `index` of a sample: kChannels x kPositions of one row, transposed through shared memory; returns the thread's maximum.
-template <typename T> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
-    const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
-    auto take = [&index](int64_t count) { const int64_t digit = index % count; index /= count; return int(digit); };
-    const int c0 = take(ceil_div(a.phase_channels, kChannels)) * kChannels;
-    const int u0 = take(row_tiles(a)) * kPositions;
-    const int phase_h = take(ah.phases), phase_d = take(ad.phases), h = take(ah.positions), d = int(index);
-    const int source_d = d * ad.phases + phase_d - ad.crop, source_h = h * ah.phases + phase_h - ah.crop;
-    const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size;
-    const int64_t volume = int64_t(ad.size) * ah.size * aw.size;
-    // Element s of the row is at source[channel * volume + s].
-    const T* source = static_cast<const T*>(a.x) + n * a.C * volume + (int64_t(source_d) * ah.size + source_h) * aw.size;
-    const int begin = u0 - aw.crop, end = inside ? aw.size : 0;
+// Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u).
+struct Place {
+    int64_t source;      // element of the source's channel, or -1: none
+    int64_t copy;        // position and phase of the copy
+    __device__ __forceinline__ Place(const Activation& a, int64_t f) {
+        const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
+        const int row_u = aw.positions * aw.phases, rows = ah.positions * ah.phases;
+        const int64_t row = f / row_u;
+        const int w = int(f - row * row_u), h = int(row % rows), d = int(row / rows);    // u of each axis
+        const int source_d = d - ad.crop, source_h = h - ah.crop, source_w = w - aw.crop;
+        const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size && source_w >= 0 && source_w < aw.size;
+        source = inside ? (int64_t(source_d) * ah.size + source_h) * aw.size + source_w : -1;
+        const int64_t position = (int64_t(d / ad.phases) * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
+        copy = position * a.phases() + (d % ad.phases * ah.phases + h % ah.phases) * aw.phases + w % aw.phases;
+    }
+};
 
-    // (positions, channel pairs); pair p of position s is at p + s / 4 + s % 4 (mod 32), which keeps threads off each other's banks.
-    __shared__ __half2 tile[kPositions][kChannels / 2];
+// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's maximum.
+template <typename T, int kChannels> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
+    constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
+    const int channel_tiles = ceil_div(a.phase_channels, kChannels), c0 = int(index % channel_tiles) * kChannels;
+    const int64_t f0 = index / channel_tiles * kPositions, count = elements_of_channel(a), volume = a.sample() / a.C;
+    const bool plain = a.phases() == 1;    // then the source and the copy have the same order
+    const T* source = static_cast<const T*>(a.x) + n * a.C * volume;
+    __shared__ __half2 tile[kPositions][kPairs];
+    // A warp has 128 positions of a pair at a time, always the same ones.
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    constexpr int kWarps = kThreads / 32, kPairs = kChannels / 2 / kWarps;
-    Four<T> values[kPairs][2];
+    constexpr int kParts = kPositions / 128, kCount = kPairs * kParts / (kThreads / 32);
+    static_assert(kThreads / 32 % kParts == 0, "or a warp's positions change");
+    const int part = warp % kParts * 128;
+    int64_t from[4];                       // elements of the source, or -1; of a vector, the first
 #pragma unroll
-    for (int i = 0; i < kPairs; i++)
+    for (int e = 0; e < 4; e++) {
+        const int64_t f = f0 + part + (a.vectors ? lane * 4 + e : lane + e * 32);
+        if (f >= count) from[e] = -1;
+        else if (plain) from[e] = f;
+        else if (e == 0 || !a.vectors) from[e] = Place(a, f).source;
+    }
+    Four<T> values[kCount][2];
+#pragma unroll
+    for (int i = 0; i < kCount; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int64_t c = c0 + (warp + i * kWarps) * 2 + half;
+            const int64_t c = c0 + (warp + i * (kThreads / 32)) / kParts * 2 + half;
             if (a.vectors) {
-                if (c < a.C && begin + lane * 4 < end) values[i][half] = *reinterpret_cast<const Four<T>*>(source + c * volume + begin + lane * 4);
+                if (c < a.C && from[0] >= 0) values[i][half] = *reinterpret_cast<const Four<T>*>(source + c * volume + from[0]);
                 else values[i][half] = {};
             } else {
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int s = begin + lane + e * 32;
-                    values[i][half].v[e] = c < a.C && s >= 0 && s < end ? source[c * volume + s] : from_acc<T>(0.0f);
-                }
+                for (int e = 0; e < 4; e++) values[i][half].v[e] = c < a.C && from[e] >= 0 ? source[c * volume + from[e]] : from_acc<T>(0.0f);
             }
         }
     unsigned max = 0;
 #pragma unroll
-    for (int i = 0; i < kPairs; i++)
+    for (int i = 0; i < kCount; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
+            const int item = warp + i * (kThreads / 32), s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
             const float low = to_acc(values[i][0].v[e]), high = to_acc(values[i][1].v[e]);
-            const int s = a.vectors ? lane * 4 + e : lane + e * 32;
             max = umax(max, umax(finite_magnitude(low), finite_magnitude(high)));
-            tile[s][(warp + i * kWarps + s / 4 + s % 4) % 32] = __floats2half2_rn(low * scale, high * scale);
+            tile[s][(item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs] = __floats2half2_rn(low * scale, high * scale);
         }
     __syncthreads();
     constexpr int kVectors = kChannels / 8;                    // of 16 bytes per position
-    __half* row = a.copy + ((n * ad.positions + d) * ah.positions + h) * aw.positions * a.phases() * a.phase_channels;
+    __half* copy = a.copy + n * count * a.phase_channels;
 #pragma unroll
     for (int i = threadIdx.x; i < kPositions * kVectors; i += kThreads) {
-        const int s = i / kVectors, v = i % kVectors, u = u0 + s;
-        if (u >= aw.positions * aw.phases || c0 + v * 8 >= a.phase_channels) continue;
+        const int s = i / kVectors, v = i % kVectors;
+        if (f0 + s >= count || c0 + v * 8 >= a.phase_channels) continue;
         __half2 four[4];
 #pragma unroll
-        for (int k = 0; k < 4; k++) four[k] = tile[s][(v * 4 + k + s / 4 + s % 4) % 32];
-        const int64_t place = int64_t(u / aw.phases) * a.phases() + (phase_d * ah.phases + phase_h) * aw.phases + u % aw.phases;
-        *reinterpret_cast<uint4*>(row + place * a.phase_channels + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
+        for (int k = 0; k < 4; k++) four[k] = tile[s][(v * 4 + k + rotation<kChannels>(a.vectors, s)) % kPairs];
+        const int64_t place = plain ? f0 + s : Place(a, f0 + s).copy;
+        *reinterpret_cast<uint4*>(copy + place * a.phase_channels + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
     }
     return max;
 }
 
-template <typename T> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a) {
-    const int64_t n = blockIdx.x / tiles_of_sample(a);
-    const unsigned max = block_max(copy_tile<T>(a, n, blockIdx.x % tiles_of_sample(a), power_of_two(first_shift_of(a.max[n]))));
+template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
+    if (blockIdx.x < tiles_of_weight(p)) return copy_weight_tile<T>(p, blockIdx.x);
+    const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
+    const unsigned max = block_max(copy_tile<T, kChannels>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n]))));
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
 }
 
 // Copies again the samples whose first copy does not hold: mostly none.
-template <typename T> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
+template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
         for (int64_t tile = blockIdx.x; tile < tiles_of_sample(a); tile += gridDim.x) {
-            copy_tile<T>(a, n, tile, scale);
+            copy_tile<T, kChannels>(a, n, tile, scale);
             __syncthreads();
         }
     }
@@ -237,10 +271,13 @@ template <typename T> __global__ void __launch_bounds__(kThreads) copy_again_ker
 // ---------------------------------------------------------------------------------------------------- Launcher
 
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
-    a.vectors = a.axis[2].size % 4 == 0 && a.axis[2].crop == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
-    RETURN_IF_ERROR(launch(look_kernel<T>, p.channels * weight_splits(p) + a.N * look_blocks(a), kThreads, stream, a, p));
-    RETURN_IF_ERROR(launch(copy_kernel<T>, a.N * tiles_of_sample(a), kThreads, stream, a));
-    return launch(copy_again_kernel<T>, multiprocessors * 2, kThreads, stream, a);
+    const auto& w = a.axis[2];
+    const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
+    a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
+    RETURN_IF_ERROR(launch(look_kernel<T>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
+    const bool narrow = tile_channels(a) == 32;
+    RETURN_IF_ERROR(launch(narrow ? copy_kernel<T, 32> : copy_kernel<T, 64>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
+    return launch(narrow ? copy_again_kernel<T, 32> : copy_again_kernel<T, 64>, multiprocessors * 2, kThreads, stream, a);
 }
 
 // Copies an activation, and a weight unless it has no channels.

@@ -41,6 +41,8 @@ struct RowMap {
     }
 };
 
+HOST_DEVICE int kernel_volume(const Stencil& s) { return s.axis[0].kernel * s.axis[1].kernel * s.axis[2].kernel; }
+
 // The index in the kernel's volume of a tap (d, h, w) and a phase, each counted over all axes, W fastest; -1 where there is none.
 HOST_DEVICE int kernel_index(const Stencil& s, int tap, int phase) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];

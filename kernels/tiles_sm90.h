@@ -41,7 +41,7 @@ struct Tile {
 HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.packed_phases; }
 
 // Sets of moments of a channel: of each run and phase.
-HOST_DEVICE int64_t parts_of_sample(const Problem& p) {
+HOST_DEVICE int parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
     return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * p.s.phases() : 0;
 }
@@ -52,9 +52,9 @@ HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return
 HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     const Tiling& t = p.t;
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int row_tile = index % int(t.row_pairs) * (t.split_m ? 2 : 1);
-    index /= int(t.row_pairs);
-    tile.part = index % int(t.sample_tiles / t.row_pairs);
+    const int row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
+    index /= t.row_pairs;
+    tile.part = index % (t.sample_tiles / t.row_pairs);
     const int first_run = index % t.runs * (t.split_m ? 1 : 2);
     index /= t.runs;
     tile.w0 = index % t.strips * t.tile_w;
@@ -86,18 +86,15 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
 // A tile's boxes and taps, in the order in which everyone takes them.
 struct Cursor {
     const Problem& p;
-    int d = 0, h0 = 0;
-    int tile_live = 0, live = 0;        // bits: taps (h) with weights, from bit 8 on taps (d) of the tile, or taps (w) of the box
-    int td = 0, first = 0, c = 0, th = 0, tw = 0;    // tap (d), first tap (h) of the box, source channel, taps (h, w)
+    int d, h0;
+    int tile_live, live = 0;            // bits: taps (h) with weights, from bit 8 on taps (d) of the tile, or taps (w) of the box
+    int td, first, c, th, tw;           // tap (d), first tap (h) of the box, source channel, taps (h, w)
     bool box = false;                   // at the first tap of a box
 
-    HOST_DEVICE Cursor(const Problem& p) : p(p) {}
-    // Each returns whether there is a tap.
-    HOST_DEVICE bool begin(const Tile& tile) {
-        tile_live = tile.live_h | tile.live_d << 8, d = tile.d, h0 = tile.h0;
-        td = -1, first = p.s.axis[1].taps;
-        return next_rows();
-    }
+    // Before the first tap of a tile.
+    HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
+        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad), th(first + p.t.taps_per_box), tw(p.s.axis[2].taps) {}
+    // Whether there is another tap, which it then is at.
     HOST_DEVICE bool next() {
         box = false;
         while (++tw < p.s.axis[2].taps)
@@ -105,7 +102,7 @@ struct Cursor {
         while (++th < first + p.t.taps_per_box)
             if (live >> th & 1) return first_column();
         c += p.t.chunk;
-        return open_box() || next_rows();
+        return next_box();
     }
 
     HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
@@ -123,12 +120,21 @@ private:
         for (tw = 0; !(live >> (8 + tw) & 1);) tw++;
         return true;
     }
-    // At the first tap that has weights, of this chunk of the source or a later one.
-    HOST_DEVICE bool open_box() {
+    // The first box with live taps from source channel c on.
+    HOST_DEVICE bool next_box() {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-        const int rows = ((1 << p.t.taps_per_box) - 1) << first;
-        for (; c < p.t.C_pad; c += p.t.chunk) {
-            int live_h = tile_live & rows, live_w = (1 << aw.taps) - 1;
+        for (;; c += p.t.chunk) {
+            if (c >= p.t.C_pad) {
+                first += p.t.taps_per_box;
+                if (first >= ah.taps) {
+                    do {
+                        if (++td >= ad.taps) return false;
+                    } while (!(tile_live >> (8 + td) & 1) || unsigned(plane()) >= unsigned(ad.sources));
+                    first = 0;
+                }
+                c = 0;
+            }
+            int live_h = tile_live & ((1 << p.t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p.t.phase_channels < p.t.C_pad) {
                 const int phase = c / p.t.phase_channels;    // of the source
                 if (!(ad.live[phase / aw.source_phases / ah.source_phases] >> td & 1)) continue;
@@ -138,21 +144,6 @@ private:
             live = live_h | live_w << 8;
             for (th = first; !(live >> th & 1);) th++;
             return box = first_column();
-        }
-        return false;
-    }
-    HOST_DEVICE bool next_rows() {
-        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1];
-        while (true) {
-            first += p.t.taps_per_box;
-            if (first >= ah.taps) {
-                do {
-                    if (++td >= ad.taps) return false;
-                } while (!(tile_live >> (8 + td) & 1) || unsigned(plane()) >= unsigned(ad.sources));
-                first = 0;
-            }
-            c = 0;
-            if (open_box()) return true;
         }
     }
 };

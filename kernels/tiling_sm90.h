@@ -8,8 +8,8 @@
 namespace conv_sm90 {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
-constexpr int kMaxStages = 8;
-constexpr int kInputStages = 2;
+constexpr int kMaxStages = 16;                 // of weights, all rings together
+constexpr int kMaxInputStages = 6;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kHeadBytes = 2048;               // barriers and the like
 constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
@@ -38,9 +38,10 @@ struct Tiling {
     bool tensor_store;                         // one copy of the whole run
     int region_stride;                         // floats of the staged outputs of a channel
     int buffers, table_bytes;                  // how many warpgroups can stage at a time; what tells a warpgroup where to stage
-    int input_bytes, weight_bytes, weight_stages, norm_stages;
+    int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages, norm_stages;    // stages of each ring; one ring where both warpgroups have the same rows
+    int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
-    int64_t row_pairs, sample_tiles, tiles;    // row tiles of a block
+    int row_pairs, sample_tiles, tiles;        // row tiles of a block
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
 
@@ -48,7 +49,7 @@ struct Tiling {
 HOST_DEVICE int packed_phases(const Tiling& t, const Stencil& s, int axis) { return t.packed[axis] ? s.axis[axis].phases : 1; }
 
 inline int64_t shared_bytes(const Tiling& t) {
-    return kHeadBytes + int64_t(kInputStages) * t.input_bytes + 2 * int64_t(t.weight_stages) * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
+    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
 }
 
 inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
@@ -131,8 +132,10 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int split_m = 0; split_m < 2; split_m++)
     for (int block_n : {240, 232, 224, 192, 160, 128, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
-    for (int taps_per_box : {h.taps, 1}) {
+    for (int taps_per_box : {h.taps, 1})
+    for (int input_stages : {2, 3, 4, 6}) {
         Tiling t = {};
+        t.input_stages = input_stages;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
@@ -155,29 +158,35 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int64_t row_bytes = 2 * t.chunk;
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = kRows * row_bytes;
+        t.weight_rings = split_m ? 2 : 1;
         t.norm_stages = fused ? 4 : 0;
         t.buffers = 2;
-        if (kSharedBytes - shared_bytes(t) < 2 * 5 * t.weight_bytes) t.buffers = 1;
+        if (kSharedBytes - shared_bytes(t) < 10 * t.weight_bytes) t.buffers = 1;
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
-        if (left_bytes < 2 * 3 * t.weight_bytes) continue;
-        t.weight_stages = left_bytes / (2 * t.weight_bytes) < kMaxStages ? left_bytes / (2 * t.weight_bytes) : kMaxStages;
-        if (fused) t.norm_stages += (left_bytes - 2 * int64_t(t.weight_stages) * t.weight_bytes) / kNormBytes;
+        if (left_bytes < 6 * t.weight_bytes) continue;
+        t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
+        t.lag = split_m || t.weight_stages < 8 ? 4 : t.weight_stages - 4;
+        if (fused) t.norm_stages += (left_bytes - int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes) / kNormBytes;
         if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
         t.row_pairs = t.row_tiles / (split_m ? 2 : 1);
-        t.sample_tiles = int64_t(d.positions) * strips * t.runs * t.row_pairs;
-        t.tiles = samples * t.sample_tiles;
+        const int64_t sample_tiles = int64_t(d.positions) * strips * t.runs * t.row_pairs;
+        if (samples * sample_tiles > 1 << 30) continue;
+        t.sample_tiles = int(sample_tiles), t.tiles = int(samples * sample_tiles);
         // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
         int kernel_taps = 1;    // with a weight, of all source phases
         for (const StencilAxis& a : s.axis)
             if (a.source_phases > 1) kernel_taps *= a.kernel;
             else kernel_taps *= a.taps;
         const double steps = double(kernel_taps) * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
-        const double boxes = double(d.taps) * (taps_per_box == 1 ? h.taps : 1) * t.C_pad / t.chunk;
+        double boxes = t.phase_channels / t.chunk * (taps_per_box == 1 ? h.taps : 1) * w.source_phases * h.source_phases;
+        boxes *= d.source_phases > 1 ? d.kernel : d.taps;
         // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
         // cache; and longer where the stages that are not in use do not cover that one's latency.
-        const double weight_cycles = 2 * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
-        const double lead = (t.weight_stages - 2) * step * t.chunk / 16, latency = 1800;
-        const double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        const double weight_cycles = t.weight_rings * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
+        const double lead = (t.weight_stages - (split_m ? 2 : 3)) * step * t.chunk / 16, latency = 1800;
+        const double box_bytes = double(t.box_rows) * t.pitch * row_bytes, box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
+        double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        products = products > box_time ? products : box_time;
         const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double traffic = out_bytes / 17 + boxes * t.box_rows * t.pitch * row_bytes / 40 + 300;
         const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);

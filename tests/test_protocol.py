@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-SLOTS, BOXES, LAG = 3, 2, 4
+SLOTS, BOXES = 3, 2
 
 
 class Barrier:
@@ -36,18 +36,42 @@ class Ring:
 
 
 class Block:
-    def __init__(self, tiles, weight_stages, buffers):
-        self.queue, self.weight_stages, self.buffers = list(tiles), weight_stages, buffers
+    def __init__(self, tiles, rings, weight_stages, buffers):
+        self.queue, self.rings, self.weight_stages, self.buffers = list(tiles), rings, weight_stages, buffers
+        self.lag = weight_stages - 4 if rings == 1 and weight_stages >= 8 else 4
         self.tiles = [None] * SLOTS
         self.box_full, self.box_empty = ([Barrier(count) for _ in range(BOXES)] for count in (1, 2))
-        self.weight_full, self.weight_empty = ([[Barrier(1) for _ in range(weight_stages)] for _ in range(2)] for _ in range(2))
+        self.weight_full, self.weight_empty = ([[Barrier(count) for _ in range(weight_stages)] for _ in range(2)] for count in (1, 3 - rings))
         self.tile_full, self.tile_empty = ([Barrier(count) for _ in range(SLOTS)] for count in (1, 4))
         self.buffer_free, self.staged = ([Barrier(1) for _ in range(2)] for _ in range(2))
         self.in_use = [None] * 2         # which consumer's outputs a buffer holds
         self.second_may_begin = False
+        self.stores = 0                  # tiles that the storer has done
 
     def buffer(self, me):
         return me if self.buffers == 2 else 0
+
+    def store(self, me, phase):
+        yield lambda: self.staged[me].passed(phase)
+
+    def free_buffer(self, slot, me):
+        assert self.in_use[self.buffer(me)] == me
+        self.in_use[self.buffer(me)] = None
+        self.buffer_free[me].arrive()
+        self.tile_empty[slot].arrive()
+
+    def storer(self):
+        """The second producer warp where there is one ring of weights."""
+        slot = Ring(SLOTS)
+        while True:
+            yield lambda: self.tile_full[slot.stage].passed(slot.phase)
+            if self.tiles[slot.stage] is None:
+                break
+            for me in range(2):
+                yield from self.store(me, self.stores & 1)
+                self.free_buffer(slot.stage, me)
+            self.stores += 1
+            slot.advance()
 
     def producer(self, me):
         slot, box, weight = Ring(SLOTS), Ring(BOXES), Ring(self.weight_stages)
@@ -57,16 +81,13 @@ class Block:
             nonlocal stored, phase
             if storing is not None and not stored:
                 stored = True
-                yield lambda: self.staged[me].passed(phase)
+                yield from self.store(me, phase)
                 phase ^= 1
 
         def free_buffer():
             nonlocal storing
             if storing is not None:
-                assert self.in_use[self.buffer(me)] == me
-                self.in_use[self.buffer(me)] = None
-                self.buffer_free[me].arrive()
-                self.tile_empty[storing].arrive()
+                self.free_buffer(storing, me)
                 storing = None
 
         while True:
@@ -96,13 +117,14 @@ class Block:
                 weight.advance()
             yield from store()
             free_buffer()
-            storing, stored = slot.stage, False
+            if self.rings == 2:
+                storing, stored = slot.stage, False
             slot.advance()
         yield from store()
         free_buffer()
 
     def consumer(self, me):
-        slot, box, weight = Ring(SLOTS), Ring(BOXES), Ring(self.weight_stages)
+        slot, box, weight, ring = Ring(SLOTS), Ring(BOXES), Ring(self.weight_stages), me if self.rings == 2 else 0
         staged = 0
         while True:
             yield lambda: self.tile_full[slot.stage].passed(slot.phase)
@@ -119,16 +141,16 @@ class Block:
                     yield lambda: self.box_full[box.stage].passed(box.phase)
                     open_box = box.stage
                     box.advance()
-                yield lambda: self.weight_full[me][weight.stage].passed(weight.phase)
-                self.second_may_begin |= me == 0 and taps + 1 == LAG
+                yield lambda: self.weight_full[ring][weight.stage].passed(weight.phase)
+                self.second_may_begin |= me == 0 and taps + 1 == self.lag
                 yield lambda: True
                 if done_weight is not None:
-                    self.weight_empty[me][done_weight].arrive()
+                    self.weight_empty[ring][done_weight].arrive()
                 if done_box is not None:
                     self.box_empty[done_box].arrive()
                 done_weight, done_box = weight.stage, None
                 weight.advance()
-            for barriers, stage in ((self.weight_empty[me], done_weight), (self.box_empty, done_box), (self.box_empty, open_box)):
+            for barriers, stage in ((self.weight_empty[ring], done_weight), (self.box_empty, done_box), (self.box_empty, open_box)):
                 if stage is not None:
                     barriers[stage].arrive()
             self.second_may_begin |= me == 0
@@ -145,7 +167,7 @@ class Block:
 
 
 def run(block, order):
-    waiting = {role: lambda: True for role in (block.producer(0), block.producer(1), block.consumer(0), block.consumer(1))}
+    waiting = {role: lambda: True for role in (block.producer(0), block.producer(1) if block.rings == 2 else block.storer(), block.consumer(0), block.consumer(1))}
     speed = {role: 1.0 for role in waiting}
     while waiting:
         ready = [role for role, passed in waiting.items() if passed()]
@@ -160,12 +182,12 @@ def run(block, order):
 
 
 @pytest.mark.parametrize("buffers", [1, 2])
-@pytest.mark.parametrize("weight_stages", [3, 4, 8])
-def test_nobody_waits_forever(weight_stages, buffers):
+@pytest.mark.parametrize("rings, weight_stages", [(2, 3), (2, 4), (2, 8), (1, 6), (1, 8), (1, 16)])
+def test_nobody_waits_forever(rings, weight_stages, buffers):
     order = random.Random(weight_stages * 2 + buffers)
     for _ in range(500):
         tiles = []
         for _ in range(order.randint(0, 7)):
             boxes, most = order.choice([0, 1, 1, 2, 3, 5, 9]), order.choice([1, 1, 2, 3, 4, 9])
             tiles.append([i == 0 for _ in range(boxes) for i in range(order.randint(1, most))])
-        run(Block(tiles, weight_stages, buffers), order)
+        run(Block(tiles, rings, weight_stages, buffers), order)

@@ -72,8 +72,8 @@ static bool emulate(const Geometry& g, const Problem& p) {
         locate(p, int(index), tile);
         const Run& run = tile.run[warpgroup];
         std::vector<float> sums(size_t(kRows) * t.block_n, 0), source(C), buffer(t.buffer_bytes / 4, -12345.0f);
-        Cursor at(p);
-        for (bool more = at.begin(tile); more; more = at.next()) {
+        Cursor at(p, tile);
+        while (at.next()) {
             if (at.c > 0) continue;    // C_in fits into the first chunk
             for (int q = 0; q < t.block_n; q++) {
                 const int row = run.b_row + q + at.rows();    // of shared memory
@@ -116,7 +116,7 @@ static bool emulate(const Geometry& g, const Problem& p) {
 
 static bool fits(const Tiling& t) {
     REQUIRE(shared_bytes(t) <= kSharedBytes);
-    REQUIRE(t.weight_stages >= 3 && t.weight_stages <= kMaxStages && t.norm_stages <= kMaxNormStages);
+    REQUIRE(t.weight_stages >= 3 && t.weight_rings * t.weight_stages <= kMaxStages && t.norm_stages <= kMaxNormStages);
     REQUIRE(t.pitch <= 256 && t.box_rows <= 256 && (!t.tensor_store || (t.run <= 256 && t.run % 4 == 0)));
     REQUIRE(t.buffer_bytes % 128 == 0 && t.table_bytes % 128 == 0 && t.weight_bytes % 1024 == 0 && t.input_bytes % 1024 == 0);
     return true;
