@@ -963,11 +963,14 @@ inline Stencil make_stencil(Direction direction, const Geometry& g) {
     return {{make(g.axis[0]), make(g.axis[1]), make(g.axis[2])}};
 }
 
-// Whether the arrays above suffice.
+// Whether the arrays above suffice, and 32-bit indices into a channel, the phases at its edges included.
 inline bool has_stencil(const Geometry& g) {
-    for (const Axis& a : g.axis)
+    double in = 1, out = 1;
+    for (const Axis& a : g.axis) {
         if (a.kernel > kMaxTaps || a.stride > kMaxStride) return false;
-    return true;
+        in *= double(a.in), out *= double(a.out + 2 * a.stride);
+    }
+    return in < 1 << 30 && out < 1 << 30;
 }
 '''
 
@@ -2024,6 +2027,7 @@ struct Activation {
     HOST_DEVICE int64_t copied() const { return N * positions() * phases() * phase_channels; }
 };
 
+// The source of a stencil; each of its channels has less than 2^31 elements, phases included.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels) {
     Activation a = {N, C, phase_channels, {}, nullptr, nullptr, nullptr, false};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
@@ -2140,17 +2144,16 @@ template <int kChannels> __device__ __forceinline__ int rotation(bool vectors, i
 
 // Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u).
 struct Place {
-    int64_t source;      // element of the source's channel, or -1: none
-    int64_t copy;        // position and phase of the copy
-    __device__ __forceinline__ Place(const Activation& a, int64_t f) {
+    int source;          // element of the source's channel, or -1: none
+    int copy;            // position and phase of the copy
+    __device__ __forceinline__ Place(const Activation& a, unsigned f) {
         const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
-        const int row_u = aw.positions * aw.phases, rows = ah.positions * ah.phases;
-        const int64_t row = f / row_u;
-        const int w = int(f - row * row_u), h = int(row % rows), d = int(row / rows);    // u of each axis
+        const unsigned row_u = aw.positions * aw.phases, rows = ah.positions * ah.phases, row = f / row_u;
+        const int w = int(f - row * row_u), d = int(row / rows), h = int(row - d * rows);    // u of each axis
         const int source_d = d - ad.crop, source_h = h - ah.crop, source_w = w - aw.crop;
         const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size && source_w >= 0 && source_w < aw.size;
-        source = inside ? (int64_t(source_d) * ah.size + source_h) * aw.size + source_w : -1;
-        const int64_t position = (int64_t(d / ad.phases) * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
+        source = inside ? (source_d * ah.size + source_h) * aw.size + source_w : -1;
+        const int position = (d / ad.phases * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
         copy = position * a.phases() + (d % ad.phases * ah.phases + h % ah.phases) * aw.phases + w % aw.phases;
     }
 };
@@ -2159,7 +2162,8 @@ struct Place {
 template <typename T, int kChannels> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
     constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
     const int channel_tiles = ceil_div(a.phase_channels, kChannels), c0 = int(index % channel_tiles) * kChannels;
-    const int64_t f0 = index / channel_tiles * kPositions, count = elements_of_channel(a), volume = a.sample() / a.C;
+    const int f0 = int(index / channel_tiles) * kPositions, count = int(elements_of_channel(a));
+    const int64_t volume = int64_t(a.axis[0].size) * a.axis[1].size * a.axis[2].size;
     const bool plain = a.phases() == 1;    // then the source and the copy have the same order
     const T* source = static_cast<const T*>(a.x) + n * a.C * volume;
     __shared__ __half2 tile[kPositions][kPairs];
@@ -2168,10 +2172,10 @@ template <typename T, int kChannels> __device__ unsigned copy_tile(const Activat
     constexpr int kParts = kPositions / 128, kCount = kPairs * kParts / (kThreads / 32);
     static_assert(kThreads / 32 % kParts == 0, "or a warp's positions change");
     const int part = warp % kParts * 128;
-    int64_t from[4];                       // elements of the source, or -1; of a vector, the first
+    int from[4];                       // elements of the source, or -1; of a vector, the first
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-        const int64_t f = f0 + part + (a.vectors ? lane * 4 + e : lane + e * 32);
+        const int f = f0 + part + (a.vectors ? lane * 4 + e : lane + e * 32);
         if (f >= count) from[e] = -1;
         else if (plain) from[e] = f;
         else if (e == 0 || !a.vectors) from[e] = Place(a, f).source;
@@ -2452,6 +2456,10 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         products = products > box_time ? products : box_time;
         const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double traffic = out_bytes / 17 + boxes * t.box_rows * t.pitch * row_bytes / 40 + 300;
+        // A warp issues the copies of a run's pieces one after another.
+        const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
+        const double store_time = t.bulk ? pieces * 50 * (split_m ? 1 : 2) : 0;
+        if (products < store_time) products = store_time;
         const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
         const double time = waves * (tile + 400);
@@ -2500,6 +2508,7 @@ struct Tile {
     int n, d, w0, columns;    // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
     int h0, part;             // first row of the box's positions; index in the sample
     int live_d, live_h;       // bit t: some row has a weight at tap t
+    bool empty;               // no tap reads anything
     Run run[2];               // of the warpgroups
 };
 
@@ -2514,40 +2523,6 @@ HOST_DEVICE int parts_of_sample(const Problem& p) {
 
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
-
-HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
-    const Tiling& t = p.t;
-    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
-    index /= t.row_pairs;
-    tile.part = index % (t.sample_tiles / t.row_pairs);
-    const int first_run = index % t.runs * (t.split_m ? 1 : 2);
-    index /= t.runs;
-    tile.w0 = index % t.strips * t.tile_w;
-    index /= t.strips;
-    tile.d = index % ad.positions, tile.n = index / ad.positions;
-    tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
-    tile.h0 = first_run * t.run / t.tile_w;
-    tile.live_d = tile.live_h = 0;
-    for (int i = 0; i < 2; i++) {
-        Run& run = tile.run[i];
-        run.row_tile = row_tile + (t.split_m ? i : 0);
-        run.channel0 = run.row_tile % t.rows.channel_tiles * t.rows.octets * 8, run.outer = run.row_tile / t.rows.channel_tiles;
-        const int phases_h = t.packed[1] ? 1 : ah.phases;
-        const int phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
-        run.phase_h = run.outer % phases_h;
-        tile.live_d |= live_taps(ad, t.packed[0], phase_d), tile.live_h |= live_taps(ah, t.packed[1], run.phase_h);
-        const int begin = (first_run + (t.split_m ? 0 : i)) * t.run;
-        run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
-        run.h0 = begin / t.tile_w, run.q0 = begin % t.tile_w;
-        run.b_row = run.count > 0 ? (run.h0 - tile.h0) * t.pitch + run.q0 : 0;
-        run.od0 = tile.d * ad.phases + phase_d - ad.crop;
-        run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, tile.w0 * aw.phases - aw.crop);
-        if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
-        run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
-        run.first = t.whole_rows ? 0 : run.q0;
-    }
-}
 
 // A tile's boxes and taps, in the order in which everyone takes them.
 struct Cursor {
@@ -2613,6 +2588,41 @@ private:
         }
     }
 };
+
+HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
+    const Tiling& t = p.t;
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
+    index /= t.row_pairs;
+    tile.part = index % (t.sample_tiles / t.row_pairs);
+    const int first_run = index % t.runs * (t.split_m ? 1 : 2);
+    index /= t.runs;
+    tile.w0 = index % t.strips * t.tile_w;
+    index /= t.strips;
+    tile.d = index % ad.positions, tile.n = index / ad.positions;
+    tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
+    tile.h0 = first_run * t.run / t.tile_w;
+    tile.live_d = tile.live_h = 0;
+    for (int i = 0; i < 2; i++) {
+        Run& run = tile.run[i];
+        run.row_tile = row_tile + (t.split_m ? i : 0);
+        run.channel0 = run.row_tile % t.rows.channel_tiles * t.rows.octets * 8, run.outer = run.row_tile / t.rows.channel_tiles;
+        const int phases_h = t.packed[1] ? 1 : ah.phases;
+        const int phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
+        run.phase_h = run.outer % phases_h;
+        tile.live_d |= live_taps(ad, t.packed[0], phase_d), tile.live_h |= live_taps(ah, t.packed[1], run.phase_h);
+        const int begin = (first_run + (t.split_m ? 0 : i)) * t.run;
+        run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
+        run.h0 = begin / t.tile_w, run.q0 = begin % t.tile_w;
+        run.b_row = run.count > 0 ? (run.h0 - tile.h0) * t.pitch + run.q0 : 0;
+        run.od0 = tile.d * ad.phases + phase_d - ad.crop;
+        run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, tile.w0 * aw.phases - aw.crop);
+        if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
+        run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
+        run.first = t.whole_rows ? 0 : run.q0;
+    }
+    tile.empty = !Cursor(p, tile).next();
+}
 
 // -------------------------------------------------------------------------------------------------- Staged outputs
 
@@ -2725,12 +2735,16 @@ struct NormPiece {
     int bytes;                             // 0: no more
 };
 
+// What a stage of weights is for: rows of shared memory by which the tap is shifted in its box, and flags.
+constexpr int kOpensBox = 1 << 29, kLastTap = 1 << 30, kTapRows = kOpensBox - 1;
+
 struct SharedHead {
     uint64_t input_full[kMaxInputStages], input_empty[kMaxInputStages];
     uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];    // one ring behind the other
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t norm_full[kMaxNormStages], norm_empty[kMaxNormStages];
     uint64_t buffer_free[2], staged[2];    // by the consumer that used it
+    int taps[kMaxStages];                  // of the weights' stages
     Tile tiles[kTileSlots];
     NormPiece pieces[kMaxNormStages];
 };
@@ -2867,11 +2881,12 @@ struct Producer {
             const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
             int taps = 0;
             Cursor at(a.p, tile);
-#pragma unroll 1
-            while (at.next()) {
+            bool more = at.next();
+            while (more) {
                 // The consumer stages the tile before, and then frees the next stage.
                 if (taps == t.weight_stages) store();
                 if (taps == t.weight_stages + 2) free_buffer();
+                const int channel = at.c, tap = at.tap(), info = at.rows() | (at.box ? kOpensBox : 0);
                 if (consumer == 0 && at.box) {
                     if (taps > 0) store(), free_buffer();    // the other consumer may need the buffer before it frees a box
                     mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
@@ -2881,11 +2896,13 @@ struct Producer {
                     }
                     in.advance(t.input_stages);
                 }
+                more = at.next();
                 mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
                 if (elected()) {
                     uint64_t* full = head.weight_full + ring + weight.stage;
+                    head.taps[ring + weight.stage] = info | (more ? 0 : kLastTap);
                     mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, at.c, row, at.tap());
+                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, channel, row, tap);
                 }
                 __syncwarp();
                 weight.advance(t.weight_stages);
@@ -2917,7 +2934,7 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v)
 
 // One of the two rows that a lane has of each tile: row 16 * warp + lane / 4, and the one 8 further, in the next granule.
 struct LaneRow {
-    int channel, packed_d, packed_h, phase_w;    // channel from the row tile's first on
+    int channel, phase, packed_d;                // channel from the row tile's first on; phase among the packed ones, and of D
     int region;                                  // first float of its region
     int table;                                   // first entry of its phase in the table of staged places
     bool used;
@@ -2943,12 +2960,13 @@ struct Consumer {
         const int phases_d = packed_phases(t, p.s, 0), phases_h = packed_phases(t, p.s, 1), phases_w = p.s.axis[2].phases;
         for (int half = 0; half < 2; half++) {
             LaneRow& row = rows[half];
-            const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases;
+            const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases;
+            row.phase = granule % t.rows.packed_phases;
             row.used = octet < t.rows.octets;
             row.channel = octet * 8 + threadIdx.x % 32 / 4;
-            row.phase_w = phase % phases_w, row.packed_h = phase / phases_w % phases_h, row.packed_d = phase / phases_w / phases_h;
+            row.packed_d = row.phase / phases_w / phases_h;
             row.region = row.used ? (row.channel * phases_d + row.packed_d) * t.region_stride : 0;
-            row.table = phase % (phases_h * phases_w) * t.block_n;
+            row.table = row.phase % (phases_h * phases_w) * t.block_n;
         }
     }
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }    // of a warp
@@ -2997,9 +3015,10 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
         me.first = false;
     };
-    Cursor at(me.a.p, tile);
-    while (at.next()) {
-        if (at.box) {
+    for (int info = tile.empty ? kLastTap : 0; !(info & kLastTap);) {
+        mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
+        info = head.taps[ring + me.weight.stage];
+        if (info & kOpensBox) {
             if (open_input >= 0) {
                 done_input = open_input;
                 let_the_other_begin();
@@ -3009,8 +3028,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             open_input = me.in.stage;
             me.in.advance(t.input_stages);
         }
-        const uint32_t b = box + at.rows() * row_bytes;
-        mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
+        const uint32_t b = box + (info & kTapRows) * row_bytes;
         const uint32_t w = shared_address(me.shared.weights + (ring + me.weight.stage) * t.weight_bytes);
         wgmma_fence();
 #pragma unroll
@@ -3095,7 +3113,7 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
         const float off = shift + of_lane - mean;
         squares = quad_sum(fmaf(count * off, off, squares));
         if (lane % 4 == 0 && row.live) {
-            const int phase = run.outer * t.rows.packed_phases + (row.packed_d * packed_phases(t, p.s, 1) + row.packed_h) * aw.phases + row.phase_w;
+            const int phase = run.outer * t.rows.packed_phases + row.phase;
             a.workspace.moments[(part * phases + phase) * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
             a.workspace.counts[part * phases + phase] = total;    // the same from every channel
         }

@@ -67,12 +67,16 @@ struct NormPiece {
     int bytes;                             // 0: no more
 };
 
+// What a stage of weights is for: rows of shared memory by which the tap is shifted in its box, and flags.
+constexpr int kOpensBox = 1 << 29, kLastTap = 1 << 30, kTapRows = kOpensBox - 1;
+
 struct SharedHead {
     uint64_t input_full[kMaxInputStages], input_empty[kMaxInputStages];
     uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];    // one ring behind the other
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t norm_full[kMaxNormStages], norm_empty[kMaxNormStages];
     uint64_t buffer_free[2], staged[2];    // by the consumer that used it
+    int taps[kMaxStages];                  // of the weights' stages
     Tile tiles[kTileSlots];
     NormPiece pieces[kMaxNormStages];
 };
@@ -209,11 +213,12 @@ struct Producer {
             const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
             int taps = 0;
             Cursor at(a.p, tile);
-#pragma unroll 1
-            while (at.next()) {
+            bool more = at.next();
+            while (more) {
                 // The consumer stages the tile before, and then frees the next stage.
                 if (taps == t.weight_stages) store();
                 if (taps == t.weight_stages + 2) free_buffer();
+                const int channel = at.c, tap = at.tap(), info = at.rows() | (at.box ? kOpensBox : 0);
                 if (consumer == 0 && at.box) {
                     if (taps > 0) store(), free_buffer();    // the other consumer may need the buffer before it frees a box
                     mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
@@ -223,11 +228,13 @@ struct Producer {
                     }
                     in.advance(t.input_stages);
                 }
+                more = at.next();
                 mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
                 if (elected()) {
                     uint64_t* full = head.weight_full + ring + weight.stage;
+                    head.taps[ring + weight.stage] = info | (more ? 0 : kLastTap);
                     mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, at.c, row, at.tap());
+                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, channel, row, tap);
                 }
                 __syncwarp();
                 weight.advance(t.weight_stages);
@@ -259,7 +266,7 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v)
 
 // One of the two rows that a lane has of each tile: row 16 * warp + lane / 4, and the one 8 further, in the next granule.
 struct LaneRow {
-    int channel, packed_d, packed_h, phase_w;    // channel from the row tile's first on
+    int channel, phase, packed_d;                // channel from the row tile's first on; phase among the packed ones, and of D
     int region;                                  // first float of its region
     int table;                                   // first entry of its phase in the table of staged places
     bool used;
@@ -285,12 +292,13 @@ struct Consumer {
         const int phases_d = packed_phases(t, p.s, 0), phases_h = packed_phases(t, p.s, 1), phases_w = p.s.axis[2].phases;
         for (int half = 0; half < 2; half++) {
             LaneRow& row = rows[half];
-            const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases;
+            const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases;
+            row.phase = granule % t.rows.packed_phases;
             row.used = octet < t.rows.octets;
             row.channel = octet * 8 + threadIdx.x % 32 / 4;
-            row.phase_w = phase % phases_w, row.packed_h = phase / phases_w % phases_h, row.packed_d = phase / phases_w / phases_h;
+            row.packed_d = row.phase / phases_w / phases_h;
             row.region = row.used ? (row.channel * phases_d + row.packed_d) * t.region_stride : 0;
-            row.table = phase % (phases_h * phases_w) * t.block_n;
+            row.table = row.phase % (phases_h * phases_w) * t.block_n;
         }
     }
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }    // of a warp
@@ -339,9 +347,10 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
         me.first = false;
     };
-    Cursor at(me.a.p, tile);
-    while (at.next()) {
-        if (at.box) {
+    for (int info = tile.empty ? kLastTap : 0; !(info & kLastTap);) {
+        mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
+        info = head.taps[ring + me.weight.stage];
+        if (info & kOpensBox) {
             if (open_input >= 0) {
                 done_input = open_input;
                 let_the_other_begin();
@@ -351,8 +360,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             open_input = me.in.stage;
             me.in.advance(t.input_stages);
         }
-        const uint32_t b = box + at.rows() * row_bytes;
-        mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
+        const uint32_t b = box + (info & kTapRows) * row_bytes;
         const uint32_t w = shared_address(me.shared.weights + (ring + me.weight.stage) * t.weight_bytes);
         wgmma_fence();
 #pragma unroll
@@ -437,7 +445,7 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
         const float off = shift + of_lane - mean;
         squares = quad_sum(fmaf(count * off, off, squares));
         if (lane % 4 == 0 && row.live) {
-            const int phase = run.outer * t.rows.packed_phases + (row.packed_d * packed_phases(t, p.s, 1) + row.packed_h) * aw.phases + row.phase_w;
+            const int phase = run.outer * t.rows.packed_phases + row.phase;
             a.workspace.moments[(part * phases + phase) * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
             a.workspace.counts[part * phases + phase] = total;    // the same from every channel
         }

@@ -57,6 +57,7 @@ struct Activation {
     HOST_DEVICE int64_t copied() const { return N * positions() * phases() * phase_channels; }
 };
 
+// The source of a stencil; each of its channels has less than 2^31 elements, phases included.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels) {
     Activation a = {N, C, phase_channels, {}, nullptr, nullptr, nullptr, false};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
@@ -173,17 +174,16 @@ template <int kChannels> __device__ __forceinline__ int rotation(bool vectors, i
 
 // Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u).
 struct Place {
-    int64_t source;      // element of the source's channel, or -1: none
-    int64_t copy;        // position and phase of the copy
-    __device__ __forceinline__ Place(const Activation& a, int64_t f) {
+    int source;          // element of the source's channel, or -1: none
+    int copy;            // position and phase of the copy
+    __device__ __forceinline__ Place(const Activation& a, unsigned f) {
         const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
-        const int row_u = aw.positions * aw.phases, rows = ah.positions * ah.phases;
-        const int64_t row = f / row_u;
-        const int w = int(f - row * row_u), h = int(row % rows), d = int(row / rows);    // u of each axis
+        const unsigned row_u = aw.positions * aw.phases, rows = ah.positions * ah.phases, row = f / row_u;
+        const int w = int(f - row * row_u), d = int(row / rows), h = int(row - d * rows);    // u of each axis
         const int source_d = d - ad.crop, source_h = h - ah.crop, source_w = w - aw.crop;
         const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size && source_w >= 0 && source_w < aw.size;
-        source = inside ? (int64_t(source_d) * ah.size + source_h) * aw.size + source_w : -1;
-        const int64_t position = (int64_t(d / ad.phases) * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
+        source = inside ? (source_d * ah.size + source_h) * aw.size + source_w : -1;
+        const int position = (d / ad.phases * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
         copy = position * a.phases() + (d % ad.phases * ah.phases + h % ah.phases) * aw.phases + w % aw.phases;
     }
 };
@@ -192,7 +192,8 @@ struct Place {
 template <typename T, int kChannels> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
     constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
     const int channel_tiles = ceil_div(a.phase_channels, kChannels), c0 = int(index % channel_tiles) * kChannels;
-    const int64_t f0 = index / channel_tiles * kPositions, count = elements_of_channel(a), volume = a.sample() / a.C;
+    const int f0 = int(index / channel_tiles) * kPositions, count = int(elements_of_channel(a));
+    const int64_t volume = int64_t(a.axis[0].size) * a.axis[1].size * a.axis[2].size;
     const bool plain = a.phases() == 1;    // then the source and the copy have the same order
     const T* source = static_cast<const T*>(a.x) + n * a.C * volume;
     __shared__ __half2 tile[kPositions][kPairs];
@@ -201,10 +202,10 @@ template <typename T, int kChannels> __device__ unsigned copy_tile(const Activat
     constexpr int kParts = kPositions / 128, kCount = kPairs * kParts / (kThreads / 32);
     static_assert(kThreads / 32 % kParts == 0, "or a warp's positions change");
     const int part = warp % kParts * 128;
-    int64_t from[4];                       // elements of the source, or -1; of a vector, the first
+    int from[4];                       // elements of the source, or -1; of a vector, the first
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-        const int64_t f = f0 + part + (a.vectors ? lane * 4 + e : lane + e * 32);
+        const int f = f0 + part + (a.vectors ? lane * 4 + e : lane + e * 32);
         if (f >= count) from[e] = -1;
         else if (plain) from[e] = f;
         else if (e == 0 || !a.vectors) from[e] = Place(a, f).source;

@@ -96,9 +96,12 @@ inline Stencil make_stencil(Direction direction, const Geometry& g) {
     return {{make(g.axis[0]), make(g.axis[1]), make(g.axis[2])}};
 }
 
-// Whether the arrays above suffice.
+// Whether the arrays above suffice, and 32-bit indices into a channel, the phases at its edges included.
 inline bool has_stencil(const Geometry& g) {
-    for (const Axis& a : g.axis)
+    double in = 1, out = 1;
+    for (const Axis& a : g.axis) {
         if (a.kernel > kMaxTaps || a.stride > kMaxStride) return false;
-    return true;
+        in *= double(a.in), out *= double(a.out + 2 * a.stride);
+    }
+    return in < 1 << 30 && out < 1 << 30;
 }

@@ -34,6 +34,7 @@ struct Tile {
     int n, d, w0, columns;    // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
     int h0, part;             // first row of the box's positions; index in the sample
     int live_d, live_h;       // bit t: some row has a weight at tap t
+    bool empty;               // no tap reads anything
     Run run[2];               // of the warpgroups
 };
 
@@ -48,40 +49,6 @@ HOST_DEVICE int parts_of_sample(const Problem& p) {
 
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
-
-HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
-    const Tiling& t = p.t;
-    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
-    index /= t.row_pairs;
-    tile.part = index % (t.sample_tiles / t.row_pairs);
-    const int first_run = index % t.runs * (t.split_m ? 1 : 2);
-    index /= t.runs;
-    tile.w0 = index % t.strips * t.tile_w;
-    index /= t.strips;
-    tile.d = index % ad.positions, tile.n = index / ad.positions;
-    tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
-    tile.h0 = first_run * t.run / t.tile_w;
-    tile.live_d = tile.live_h = 0;
-    for (int i = 0; i < 2; i++) {
-        Run& run = tile.run[i];
-        run.row_tile = row_tile + (t.split_m ? i : 0);
-        run.channel0 = run.row_tile % t.rows.channel_tiles * t.rows.octets * 8, run.outer = run.row_tile / t.rows.channel_tiles;
-        const int phases_h = t.packed[1] ? 1 : ah.phases;
-        const int phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
-        run.phase_h = run.outer % phases_h;
-        tile.live_d |= live_taps(ad, t.packed[0], phase_d), tile.live_h |= live_taps(ah, t.packed[1], run.phase_h);
-        const int begin = (first_run + (t.split_m ? 0 : i)) * t.run;
-        run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
-        run.h0 = begin / t.tile_w, run.q0 = begin % t.tile_w;
-        run.b_row = run.count > 0 ? (run.h0 - tile.h0) * t.pitch + run.q0 : 0;
-        run.od0 = tile.d * ad.phases + phase_d - ad.crop;
-        run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, tile.w0 * aw.phases - aw.crop);
-        if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
-        run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
-        run.first = t.whole_rows ? 0 : run.q0;
-    }
-}
 
 // A tile's boxes and taps, in the order in which everyone takes them.
 struct Cursor {
@@ -147,6 +114,41 @@ private:
         }
     }
 };
+
+HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
+    const Tiling& t = p.t;
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
+    index /= t.row_pairs;
+    tile.part = index % (t.sample_tiles / t.row_pairs);
+    const int first_run = index % t.runs * (t.split_m ? 1 : 2);
+    index /= t.runs;
+    tile.w0 = index % t.strips * t.tile_w;
+    index /= t.strips;
+    tile.d = index % ad.positions, tile.n = index / ad.positions;
+    tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
+    tile.h0 = first_run * t.run / t.tile_w;
+    tile.live_d = tile.live_h = 0;
+    for (int i = 0; i < 2; i++) {
+        Run& run = tile.run[i];
+        run.row_tile = row_tile + (t.split_m ? i : 0);
+        run.channel0 = run.row_tile % t.rows.channel_tiles * t.rows.octets * 8, run.outer = run.row_tile / t.rows.channel_tiles;
+        const int phases_h = t.packed[1] ? 1 : ah.phases;
+        const int phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
+        run.phase_h = run.outer % phases_h;
+        tile.live_d |= live_taps(ad, t.packed[0], phase_d), tile.live_h |= live_taps(ah, t.packed[1], run.phase_h);
+        const int begin = (first_run + (t.split_m ? 0 : i)) * t.run;
+        run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
+        run.h0 = begin / t.tile_w, run.q0 = begin % t.tile_w;
+        run.b_row = run.count > 0 ? (run.h0 - tile.h0) * t.pitch + run.q0 : 0;
+        run.od0 = tile.d * ad.phases + phase_d - ad.crop;
+        run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, tile.w0 * aw.phases - aw.crop);
+        if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
+        run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
+        run.first = t.whole_rows ? 0 : run.q0;
+    }
+    tile.empty = !Cursor(p, tile).next();
+}
 
 // -------------------------------------------------------------------------------------------------- Staged outputs
 

@@ -189,6 +189,10 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         products = products > box_time ? products : box_time;
         const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double traffic = out_bytes / 17 + boxes * t.box_rows * t.pitch * row_bytes / 40 + 300;
+        // A warp issues the copies of a run's pieces one after another.
+        const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
+        const double store_time = t.bulk ? pieces * 50 * (split_m ? 1 : 2) : 0;
+        if (products < store_time) products = store_time;
         const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
         const double time = waves * (tile + 400);
