@@ -258,26 +258,29 @@ def _always(geometry, dtype, tf32, device):
 
 
 def _hopper(geometry, dtype, tf32, device):
-    """Hopper, one group, strides of 1 or 2, TF32-equivalent arithmetic allowed, and enough work to fill tiles.
+    """Hopper, strides of 1 or 2, TF32-equivalent arithmetic allowed, and enough work to fill tiles.
 
     cuDNN computes in TF32 there too. For most other strides, and stride 2 with dilation, it is float32-accurate even where TF32
     is allowed, and so are we.
     """
     axes = geometry.axis
-    return (_capability(device.index) == (9, 0) and geometry.groups == 1 and (tf32 if dtype == torch.float32 else dtype != torch.float64)
+    return (_capability(device.index) == (9, 0) and (tf32 if dtype == torch.float32 else dtype != torch.float64)
             and all(axis.kernel <= 7 for axis in axes)
             and (all(axis.stride == 1 for axis in axes) or all(axis.stride == 2 and axis.dilation == 1 for axis in axes))
             and _multiply_adds(geometry) >= 2**24)
 
 
 def _sm90_forward(geometry, dtype, tf32, device):
-    """Where every phase has a weight at every tap: an infinite input would meet a zero elsewhere."""
-    return (_hopper(geometry, dtype, tf32, device) and all(axis.kernel % axis.stride == 0 for axis in geometry.axis)
+    """One group: with several, cuDNN's forward is float32-accurate."""
+    return (_hopper(geometry, dtype, tf32, device) and geometry.groups == 1
             and bool(_library("cuda").conv_transpose3d_sm90_supports(ctypes.addressof(geometry), device.index)))
 
 
 def _sm90_gradients(geometry, dtype, tf32, device):
-    return _hopper(geometry, dtype, tf32, device) and bool(_library("cuda").conv_transpose3d_gradients_sm90_supports(ctypes.addressof(geometry), device.index))
+    """Groups are computed as one, with zeros between them: worth it where they have 8 channels or more."""
+    channels = min(geometry.C_in, geometry.C_out) // geometry.groups
+    return (_hopper(geometry, dtype, tf32, device) and (geometry.groups == 1 or channels >= 8)
+            and bool(_library("cuda").conv_transpose3d_gradients_sm90_supports(ctypes.addressof(geometry), device.index)))
 
 
 def _multiply_adds(geometry):
@@ -1055,7 +1058,7 @@ int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream,
 }
 '''
 
-_SOURCES['conv_transpose3d_generic.cu'] = r'''
+_SOURCES['direct_generic.cuh'] = r'''
 // Transposed convolution for any parameters and dtype: forward and dx by direct convolution.
 //
 //   forward  out[n, co, o] = bias[co] + sum over ci, k with i * stride - padding + k * dilation == o of x[n, ci, i] * w[ci, co, k]
@@ -1067,6 +1070,7 @@ _SOURCES['conv_transpose3d_generic.cu'] = r'''
 // kPositions destinations of one phase (neighbouring lanes, neighbouring sources) times kChannels channels in registers,
 // and reads the weights, packed to (groups, taps, source channel, destination channel), at warp-uniform addresses.
 // Formula: torch.nn.ConvTranspose3d.
+#pragma once
 
 #include "launch.cuh"
 
@@ -1092,11 +1096,24 @@ HOST_DEVICE Channels channels_of(Direction direction, const Geometry& g) {
     return {forward ? in : out, dst, ceil_div(dst, kChannels) * kChannels};
 }
 
+// Which samples are wanted: those whose flag, one every `stride` numbers, is not zero. No flags: all.
+struct Samples {
+    const unsigned* flags;
+    int stride;
+    __device__ __forceinline__ bool has(int64_t n) const { return flags == nullptr || flags[n * stride] != 0; }
+    __device__ __forceinline__ bool any(int64_t N) const {
+        bool found = flags == nullptr;
+        for (int64_t n = 0; n < N && !found; n++) found = has(n);
+        return found;
+    }
+};
+
 // ----------------------------------------------------------------------------------------------------- Packing
 
 // packed (groups, taps, src channels, dst channels padded with zeros)
 template <typename T, Direction kDirection>
-__global__ void pack_weight_kernel(Geometry g, const T* __restrict__ w, Acc<T>* __restrict__ packed) {
+__global__ void pack_weight_kernel(Geometry g, Samples only, const T* __restrict__ w, Acc<T>* __restrict__ packed) {
+    if (!only.any(g.N)) return;
     const Channels channels = channels_of(kDirection, g);
     const int64_t taps = kernel_volume(g);
     const int64_t idx = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -1113,17 +1130,15 @@ __global__ void pack_weight_kernel(Geometry g, const T* __restrict__ w, Acc<T>* 
 
 // ------------------------------------------------------------------------------------------- Direct convolution
 
-// dst = epilogue(gather of src); bias may be null. Grid: see num_blocks.
+// dst = epilogue(gather of src), tile `block` of num_blocks; bias may be null.
 template <typename T, Direction kDirection>
-__global__ void __launch_bounds__(kThreads, kMinBlocksPerSM)
-direct_kernel(Geometry g, const T* __restrict__ src, const Acc<T>* __restrict__ packed, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+__device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Samples only, const T* __restrict__ src, const Acc<T>* __restrict__ packed, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
     using A = Acc<T>;
     constexpr int kPositions = kPositionsOf<T>;
     const Channels channels = channels_of(kDirection, g);
 
     // Prologue: the block's tile. Phases along W come fastest, so that the blocks which share memory sectors run together.
     __shared__ Phase phases[3];      // shared, not registers: the loops need those
-    int64_t block = blockIdx.x;
     auto take = [&block](int64_t count) { const int64_t digit = block % count; block /= count; return digit; };
     const int64_t phase_w = take(num_phases(kDirection, g.axis[2]));
     const int64_t channel = take(channels.dst_padded / kChannels) * kChannels;
@@ -1131,6 +1146,8 @@ direct_kernel(Geometry g, const T* __restrict__ src, const Acc<T>* __restrict__ 
     const int64_t phase_d = take(num_phases(kDirection, g.axis[0]));
     const int64_t group = take(g.groups);
     const int64_t n = take(g.N);
+    if (!only.has(n)) return;
+    __syncthreads();
     if (threadIdx.x < 3) {
         const int axis = threadIdx.x;
         phases[axis] = make_phase(kDirection, g.axis[axis], axis == 0 ? phase_d : axis == 1 ? phase_h : phase_w);
@@ -1221,6 +1238,22 @@ direct_kernel(Geometry g, const T* __restrict__ src, const Acc<T>* __restrict__ 
     }
 }
 
+// A block for each tile, or fewer that take several.
+template <typename T, Direction kDirection>
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSM)
+direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const Acc<T>* __restrict__ packed, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+    if (!only.any(g.N)) return;
+    __shared__ volatile int64_t next;    // shared, not a register: the tile needs those
+    if (threadIdx.x == 0) next = blockIdx.x;
+    __syncthreads();
+    while (next < tiles) {
+        direct_tile<T, kDirection>(g, next, only, src, packed, bias, apply_relu, dst);
+        __syncthreads();
+        if (threadIdx.x == 0) next = next + gridDim.x;
+        __syncthreads();
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------- Launchers
 
 template <typename T, Direction kDirection> int64_t num_blocks(const Geometry& g) {
@@ -1237,18 +1270,27 @@ template <Direction kDirection> int64_t packed_count(const Geometry& g) {
     return g.groups * kernel_volume(g) * channels.src * channels.dst_padded;
 }
 
+constexpr int64_t kRepairBlocks = 1024;    // where only some samples are wanted, mostly none
+
 template <Direction kDirection>
-int direct(const Geometry& g, int dtype, void* stream, const void* src, const void* w, const void* bias, bool apply_relu, void* dst, void* workspace) {
+int direct(const Geometry& g, int dtype, void* stream, Samples only, const void* src, const void* w, const void* bias, bool apply_relu, void* dst, void* workspace) {
     return with_dtype(dtype, [&](auto element) {
         using T = decltype(element);
         auto* packed = static_cast<Acc<T>*>(workspace);
-        RETURN_IF_ERROR(launch(pack_weight_kernel<T, kDirection>, ceil_div(packed_count<kDirection>(g), 256), 256, stream, g, static_cast<const T*>(w), packed));
-        return launch(direct_kernel<T, kDirection>, num_blocks<T, kDirection>(g), kThreads, stream,
-                      g, static_cast<const T*>(src), static_cast<const Acc<T>*>(packed), static_cast<const T*>(bias), apply_relu, static_cast<T*>(dst));
+        RETURN_IF_ERROR(launch(pack_weight_kernel<T, kDirection>, ceil_div(packed_count<kDirection>(g), 256), 256, stream, g, only, static_cast<const T*>(w), packed));
+        const int64_t tiles = num_blocks<T, kDirection>(g);
+        return launch(direct_kernel<T, kDirection>, only.flags && tiles > kRepairBlocks ? kRepairBlocks : tiles, kThreads, stream,
+                      g, tiles, only, static_cast<const T*>(src), static_cast<const Acc<T>*>(packed), static_cast<const T*>(bias), apply_relu, static_cast<T*>(dst));
     });
 }
 
 }  // namespace direct_generic
+'''
+
+_SOURCES['conv_transpose3d_generic.cu'] = r'''
+// Transposed convolution for any parameters and dtype: the launchers of forward and dx.
+
+#include "direct_generic.cuh"
 
 extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry* g, int dtype, int) {
     return direct_generic::packed_count<Direction::kForward>(*g) * acc_bytes(dtype);
@@ -1258,7 +1300,7 @@ extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry* g,
 extern "C" int conv_transpose3d_forward_generic(const Geometry* g, int dtype, int device, void* stream, void* workspace,
                                                 const void* x, const void* w, const void* bias, int apply_relu, void* out) {
     DeviceGuard guard(device);
-    return direct_generic::direct<Direction::kForward>(*g, dtype, stream, x, w, bias, apply_relu != 0, out, workspace);
+    return direct_generic::direct<Direction::kForward>(*g, dtype, stream, {}, x, w, bias, apply_relu != 0, out, workspace);
 }
 
 extern "C" int64_t conv_transpose3d_dinput_generic_workspace(const Geometry* g, int dtype, int) {
@@ -1268,7 +1310,7 @@ extern "C" int64_t conv_transpose3d_dinput_generic_workspace(const Geometry* g, 
 extern "C" int conv_transpose3d_dinput_generic(const Geometry* g, int dtype, int device, void* stream, void* workspace,
                                                const void* dout, const void* w, void* dx) {
     DeviceGuard guard(device);
-    return direct_generic::direct<Direction::kDInput>(*g, dtype, stream, dout, w, nullptr, false, dx, workspace);
+    return direct_generic::direct<Direction::kDInput>(*g, dtype, stream, {}, dout, w, nullptr, false, dx, workspace);
 }
 '''
 
@@ -1994,8 +2036,9 @@ __device__ __forceinline__ int exponent_of(unsigned magnitude_bits) { return int
 // scale = 2^shift, from the bits of the largest finite magnitude
 __device__ __forceinline__ int shift_of(unsigned max_bits) { return max_bits == 0 ? 0 : clamp_shift(14 - exponent_of(max_bits)); }
 
-// The bits of the largest finite magnitude of a sample: of the part that was looked at first, and of all.
-struct SampleMax { unsigned part, all; };
+// The bits of the largest finite magnitude of a sample, of the part that was looked at first and of all; and whether it has
+// values that are not finite.
+struct SampleMax { unsigned part, all, non_finite; };
 
 __device__ __forceinline__ int first_shift_of(SampleMax m) { return m.part == 0 ? 0 : clamp_shift(8 - exponent_of(m.part)); }
 // Whether the first copy holds: nothing overflowed, and there was something to look at.
@@ -2004,10 +2047,10 @@ __device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-__device__ __forceinline__ unsigned finite_magnitude(float v) {
-    const unsigned bits = __float_as_uint(v) & 0x7fffffff;
-    return bits < 0x7f800000 ? bits : 0;
-}
+constexpr unsigned kInfinity = 0x7f800000;    // the bits of an infinite magnitude; those of a NaN are more
+__device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(v) & 0x7fffffff; }
+__device__ __forceinline__ unsigned finite_magnitude(float v) { return magnitude(v) < kInfinity ? magnitude(v) : 0; }
+struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the finite values and of all
 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
@@ -2040,10 +2083,16 @@ struct Weight {
     Stencil stencil;
     RowMap rows;
     int64_t channels, C, M_pad, phase_channels;    // destination channels, source channels
-    int64_t row_stride, column_stride;             // of w, in elements, by destination and source channel; kernel elements are contiguous
-    const void* w;
+    int64_t groups, group_C_out;                   // of the layer
+    bool forward;                                  // the destination is the layer's output
+    const void* w;                                 // (C_in, C_out / groups, kernel)
     __half* copy;
     unsigned* max;                                 // (channels)
+    // Where w has the kernel of two channels, or -1 where they are in different groups.
+    HOST_DEVICE int64_t kernel_of(int destination, int source) const {
+        const int in = forward ? source : destination, out = forward ? destination : source, group_C_in = int((forward ? C : channels) / groups);
+        return in / group_C_in == out / int(group_C_out) ? (in * group_C_out + out % int(group_C_out)) * kernel_volume(stencil) : -1;
+    }
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
 };
 
@@ -2081,12 +2130,15 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
 
 // The maximum of one destination channel: a warp reads the kernel of one source channel after another.
 template <typename T> __device__ void look_at_channel(const Weight& p, int channel) {
-    const T* w = static_cast<const T*>(p.w) + channel * p.row_stride;
+    const T* w = static_cast<const T*>(p.w);
     const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned max = 0;
     for (int k = lane; k < volume; k += 32)
 #pragma unroll 8
-        for (int c = warp; c < p.C; c += kThreads / 32) max = umax(max, finite_magnitude(to_acc(w[c * p.column_stride + k])));
+        for (int c = warp; c < p.C; c += kThreads / 32) {
+            const int64_t kernel = p.kernel_of(channel, c);
+            max = umax(max, kernel >= 0 ? finite_magnitude(to_acc(w[kernel + k])) : 0);
+        }
     max = block_max(max);
     if (threadIdx.x == 0) p.max[channel] = max;
 }
@@ -2096,7 +2148,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     constexpr int kKernel = 64;
     __shared__ __half values[kKernel][kWeightChannels + 2];    // the rows begin in different banks
     const int channel = tile % int(p.channels), c0 = tile / int(p.channels) * kWeightChannels, columns = min(kWeightChannels, int(p.phase_channels) - c0);
-    const T* w = static_cast<const T*>(p.w) + channel * p.row_stride;
+    const T* w = static_cast<const T*>(p.w);
     const float scale = power_of_two(shift_of(p.max[channel]));
     const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int taps = p.stencil.taps(), source_phases = p.stencil.source_phases(), rows = taps * p.stencil.phases() * source_phases;    // one of the two is 1
@@ -2106,7 +2158,8 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
 #pragma unroll 8
         for (int i = threadIdx.x; i < columns * elements; i += kThreads) {
             const int k = i % elements, c = i / elements;
-            values[k][c] = __float2half_rn(c0 + c < p.C ? to_acc(w[(c0 + c) * p.column_stride + k0 + k]) * scale : 0.0f);
+            const int64_t kernel = c0 + c < p.C ? p.kernel_of(channel, c0 + c) : -1;
+            values[k][c] = __float2half_rn(kernel >= 0 ? to_acc(w[kernel + k0 + k]) * scale : 0.0f);
         }
         __syncthreads();
         for (int i = warp; i < rows; i += kThreads / 32) {
@@ -2142,24 +2195,20 @@ template <int kChannels> __device__ __forceinline__ int rotation(bool vectors, i
     return vectors ? s / 4 + s % 4 / 2 * 2 : s / 2;
 }
 
-// Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u).
-struct Place {
-    int source;          // element of the source's channel, or -1: none
-    int copy;            // position and phase of the copy
-    __device__ __forceinline__ Place(const Activation& a, unsigned f) {
-        const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
-        const unsigned row_u = aw.positions * aw.phases, rows = ah.positions * ah.phases, row = f / row_u;
-        const int w = int(f - row * row_u), d = int(row / rows), h = int(row - d * rows);    // u of each axis
-        const int source_d = d - ad.crop, source_h = h - ah.crop, source_w = w - aw.crop;
-        const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size && source_w >= 0 && source_w < aw.size;
-        source = inside ? (source_d * ah.size + source_h) * aw.size + source_w : -1;
-        const int position = (d / ad.phases * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
-        copy = position * a.phases() + (d % ad.phases * ah.phases + h % ah.phases) * aw.phases + w % aw.phases;
-    }
-};
+// Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u): x, the element of the
+// source's channel, or -1 where there is none; y, the position and phase of the copy.
+__device__ __forceinline__ int2 place_of(const Activation& a, unsigned f) {
+    const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
+    const unsigned row_u = aw.positions * aw.phases, rows = ah.positions * ah.phases, row = f / row_u;
+    const int w = int(f - row * row_u), d = int(row / rows), h = int(row - d * rows);    // u of each axis
+    const int source_d = d - ad.crop, source_h = h - ah.crop, source_w = w - aw.crop;
+    const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size && source_w >= 0 && source_w < aw.size;
+    const int position = (d / ad.phases * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
+    return make_int2(inside ? (source_d * ah.size + source_h) * aw.size + source_w : -1, position * a.phases() + (d % ad.phases * ah.phases + h % ah.phases) * aw.phases + w % aw.phases);
+}
 
-// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's maximum.
-template <typename T, int kChannels> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
+// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes.
+template <typename T, int kChannels> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
     constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
     const int channel_tiles = ceil_div(a.phase_channels, kChannels), c0 = int(index % channel_tiles) * kChannels;
     const int f0 = int(index / channel_tiles) * kPositions, count = int(elements_of_channel(a));
@@ -2167,18 +2216,21 @@ template <typename T, int kChannels> __device__ unsigned copy_tile(const Activat
     const bool plain = a.phases() == 1;    // then the source and the copy have the same order
     const T* source = static_cast<const T*>(a.x) + n * a.C * volume;
     __shared__ __half2 tile[kPositions][kPairs];
+    __shared__ int2 places[kPositions];    // source element or -1, position and phase of the copy
+    if (!plain) {
+        if (threadIdx.x < kPositions) places[threadIdx.x] = f0 + int(threadIdx.x) < count ? place_of(a, f0 + threadIdx.x) : make_int2(-1, 0);
+        __syncthreads();
+    }
     // A warp has 128 positions of a pair at a time, always the same ones.
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     constexpr int kParts = kPositions / 128, kCount = kPairs * kParts / (kThreads / 32);
     static_assert(kThreads / 32 % kParts == 0, "or a warp's positions change");
     const int part = warp % kParts * 128;
-    int from[4];                       // elements of the source, or -1; of a vector, the first
+    int from[4];                           // elements of the source, or -1; of a vector, the first
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-        const int f = f0 + part + (a.vectors ? lane * 4 + e : lane + e * 32);
-        if (f >= count) from[e] = -1;
-        else if (plain) from[e] = f;
-        else if (e == 0 || !a.vectors) from[e] = Place(a, f).source;
+        const int s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
+        from[e] = plain ? (f0 + s < count ? f0 + s : -1) : places[s].x;
     }
     Four<T> values[kCount][2];
 #pragma unroll
@@ -2194,14 +2246,15 @@ template <typename T, int kChannels> __device__ unsigned copy_tile(const Activat
                 for (int e = 0; e < 4; e++) values[i][half].v[e] = c < a.C && from[e] >= 0 ? source[c * volume + from[e]] : from_acc<T>(0.0f);
             }
         }
-    unsigned max = 0;
+    Extremes max = {0, 0};
 #pragma unroll
     for (int i = 0; i < kCount; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int item = warp + i * (kThreads / 32), s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
             const float low = to_acc(values[i][0].v[e]), high = to_acc(values[i][1].v[e]);
-            max = umax(max, umax(finite_magnitude(low), finite_magnitude(high)));
+            max.finite = umax(max.finite, umax(finite_magnitude(low), finite_magnitude(high)));
+            max.any = umax(max.any, umax(magnitude(low), magnitude(high)));
             tile[s][(item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs] = __floats2half2_rn(low * scale, high * scale);
         }
     __syncthreads();
@@ -2214,7 +2267,7 @@ template <typename T, int kChannels> __device__ unsigned copy_tile(const Activat
         __half2 four[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) four[k] = tile[s][(v * 4 + k + rotation<kChannels>(a.vectors, s)) % kPairs];
-        const int64_t place = plain ? f0 + s : Place(a, f0 + s).copy;
+        const int64_t place = plain ? f0 + s : places[s].y;
         *reinterpret_cast<uint4*>(copy + place * a.phase_channels + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
     }
     return max;
@@ -2223,8 +2276,10 @@ template <typename T, int kChannels> __device__ unsigned copy_tile(const Activat
 template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
     if (blockIdx.x < tiles_of_weight(p)) return copy_weight_tile<T>(p, blockIdx.x);
     const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
-    const unsigned max = block_max(copy_tile<T, kChannels>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n]))));
+    const Extremes extremes = copy_tile<T, kChannels>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
+    const unsigned max = block_max(extremes.finite);
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
+    if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
 // Copies again the samples whose first copy does not hold: mostly none.
@@ -2432,7 +2487,9 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
         if (left_bytes < 6 * t.weight_bytes) continue;
         t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
-        t.lag = split_m || t.weight_stages < 8 ? 4 : t.weight_stages - 4;
+        // With one ring, the stages between the two warpgroups are not there to load weights in advance.
+        const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16)) + 2;
+        t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
         if (fused) t.norm_stages += (left_bytes - int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes) / kNormBytes;
         if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
         t.row_pairs = t.row_tiles / (split_m ? 2 : 1);
@@ -3408,6 +3465,7 @@ _SOURCES['conv_launch_sm90.cuh'] = r'''
 #include <mutex>
 
 #include "conv_sm90.cuh"
+#include "direct_generic.cuh"
 #include "normalizer_sm90.cuh"
 
 namespace conv_sm90 {
@@ -3466,6 +3524,7 @@ struct Plan {
     Problem problem;
     Direction direction;
     int64_t source_channels;
+    bool repairs;                // some packed weights are zeros that stand for nothing, and must not meet an infinite input
     int multiprocessors;
 };
 
@@ -3489,6 +3548,9 @@ static const Plan& plan_of(const Geometry& g, Use use, int device) {
     plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
     if (has_stencil(g)) {
         plan.problem.s = make_stencil(plan.direction, g);
+        plan.repairs = g.groups > 1;
+        for (const StencilAxis& a : plan.problem.s.axis)
+            for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
         plan.problem.t = choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, use == Use::kFused, plan.multiprocessors);
     }
     return plans[key] = plan;
@@ -3539,11 +3601,15 @@ inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& 
     return a;
 }
 
+// What the generic kernel needs to repair samples.
+inline void* take_repair(Scratch& scratch, const Plan& plan, const Geometry& g) {
+    if (!plan.repairs) return nullptr;
+    return scratch.take<float>(plan.direction == Direction::kForward ? direct_generic::packed_count<Direction::kForward>(g) : direct_generic::packed_count<Direction::kDInput>(g));
+}
+
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
     const Problem& p = plan.problem;
-    const int64_t in_stride = g.C_out * kernel_volume(g), out_stride = kernel_volume(g);    // w (C_in, C_out, kernel)
-    const bool forward = plan.direction == Direction::kForward;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels, forward ? out_stride : in_stride, forward ? in_stride : out_stride, w, nullptr, nullptr};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr};
     weight.copy = scratch.take<__half>(weight.copied());
     weight.max = scratch.take<unsigned>(p.C_out);
     return weight;
@@ -3558,6 +3624,13 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
     conv_kernel<kBlockN><<<unsigned(blocks), kThreads, shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
     return cudaGetLastError();
+}
+
+// Computes the samples with non-finite inputs once more, without the zeros that the tensor cores multiply them by.
+template <Direction kDirection>
+int repair(const Plan& plan, const Geometry& g, int dtype, const scaled_half::SampleMax* max, const void* source, const void* w, const void* bias, bool apply_relu, void* out, void* packed, void* stream) {
+    if (!plan.repairs) return cudaSuccess;
+    return direct_generic::direct<kDirection>(g, dtype, stream, {&max->non_finite, int(sizeof(*max) / sizeof(unsigned))}, source, w, bias, apply_relu, out, packed);
 }
 
 // out = the convolution of packed operands, with whatever `fusion` wants behind it.
@@ -3608,12 +3681,14 @@ struct Memory {
     Workspace workspace;
     scaled_half::Activation source;
     scaled_half::Weight weight;
+    void* repair;
     Memory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
         const Problem& p = plan.problem;
         auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, p, fused);
         source = take_activation(scratch, p.s, g.N, g.C_in, p.t.phase_channels, max, x);
         weight = take_weight(scratch, plan, g, w);
+        repair = take_repair(scratch, plan, g);
     }
 };
 
@@ -3625,7 +3700,9 @@ static int run(const Geometry& g, int dtype, int device, void* stream_pointer, v
     const Memory memory(g, plan, fused, base, x, w);
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
-    return convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream);
+    RETURN_IF_ERROR(convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream));
+    if (fused) return cudaSuccess;    // a group with a value that is not finite is NaN as a whole
+    return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, memory.repair, stream);
 }
 
 static int64_t workspace_bytes(const Geometry& g, bool fused, int device) {
@@ -3718,7 +3795,7 @@ struct Tiling {
 struct Parameters {
     Stencil s;
     Tiling t;
-    int64_t N, C_in, C_out, dout_phase_channels;
+    int64_t N, C_in, C_out, groups, dout_phase_channels;
     const scaled_half::SampleMax *x_max, *dout_max;    // (N)
     float* partial;                    // (splits, groups, kConsumers, block_n / 8, 128, 4): a thread's sums, four by four
 };
@@ -3995,7 +4072,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 #endif
 }
 
-// dweight (C_in, C_out, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
+// dweight (C_in, C_out / groups, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
 template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(const __grid_constant__ Parameters a, T* __restrict__ dweight) {
     const Tiling& t = a.t;
     const int quads = t.block_n / 8, quad = blockIdx.x % quads, consumer = blockIdx.x / quads % kConsumers, index = blockIdx.x / quads / kConsumers;
@@ -4017,7 +4094,8 @@ template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(co
         const int tw = t.n_over_taps ? last_tap_w(t, a.s, g) - block : 0, ci = (g.n + (t.n_over_taps ? 0 : block)) * t.chunk + column % t.chunk;
         if (phase >= a.s.phases() || co >= a.C_out || ci >= a.C_in || tw < g.tw || block >= t.blocks) continue;
         const int k = kernel_index(a.s, (g.td * a.s.axis[1].taps + tap_h(t, g, consumer)) * a.s.axis[2].taps + tw, phase);
-        if (k >= 0) dweight[(int64_t(ci) * a.C_out + co) * volume + k] = from_acc<T>(float(sums[e]));
+        const int group_in = int(a.C_in / a.groups), group_out = int(a.C_out / a.groups);
+        if (k >= 0 && ci / group_in == co / group_out) dweight[(int64_t(ci) * group_out + co % group_out) * volume + k] = from_acc<T>(float(sums[e]));
     }
 }
 
@@ -4086,7 +4164,7 @@ static const dweight_sm90::Parameters& dweight_plan_of(const Geometry& g, int de
     dweight_sm90::Parameters a = {};
     if (has_stencil(g)) {
         a.s = make_stencil(Direction::kForward, g);
-        a.N = g.N, a.C_in = g.C_in, a.C_out = g.C_out, a.dout_phase_channels = padded_channels(g.C_out);
+        a.N = g.N, a.C_in = g.C_in, a.C_out = g.C_out, a.groups = g.groups, a.dout_phase_channels = padded_channels(g.C_out);
         a.t = dweight_sm90::choose_tiling(a, padded_channels(g.C_in), dinput.multiprocessors);
     }
     return plans[key] = a;
@@ -4098,6 +4176,7 @@ struct Memory {
     scaled_half::Activation dout, x;
     scaled_half::Weight weight;
     float* partial;
+    void* repair;
     Memory(const Geometry& g, int device, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
         const Plan& plan = plan_of(g, Use::kDInput, device);
         const dweight_sm90::Parameters& dweight = dweight_plan_of(g, device);
@@ -4105,6 +4184,7 @@ struct Memory {
         workspace = take_workspace(scratch, plan.problem, false);
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, padded_channels(g.C_out), dout_max, dout_data);
         weight = take_weight(scratch, plan, g, w);
+        repair = take_repair(scratch, plan, g);
         x = take_activation(scratch, dweight.s, g.N, g.C_in, padded_channels(g.C_in), x_max, x_data);
         partial = scratch.take<float>(dweight_sm90::partial_count(dweight.t));
     }
@@ -4134,7 +4214,10 @@ extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
-    if (dx) RETURN_IF_ERROR(conv_sm90::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, conv_sm90::Fusion{}, stream));
+    if (dx) {
+        RETURN_IF_ERROR(conv_sm90::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, conv_sm90::Fusion{}, stream));
+        RETURN_IF_ERROR(conv_sm90::repair<Direction::kDInput>(plan, *g, dtype, memory.dout.max, dout, w, nullptr, false, dx, memory.repair, stream));
+    }
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
     dweight_sm90::Parameters a = gradients_sm90::dweight_plan_of(*g, device);

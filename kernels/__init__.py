@@ -14,6 +14,7 @@ SOURCES = (
     "geometry.h",
     "stencil.h",
     "launch.cuh",
+    "direct_generic.cuh",
     "conv_transpose3d_generic.cu",
     "conv_transpose3d_dweight_generic.cu",
     "group_norm.cuh",

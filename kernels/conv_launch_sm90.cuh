@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "conv_sm90.cuh"
+#include "direct_generic.cuh"
 #include "normalizer_sm90.cuh"
 
 namespace conv_sm90 {
@@ -64,6 +65,7 @@ struct Plan {
     Problem problem;
     Direction direction;
     int64_t source_channels;
+    bool repairs;                // some packed weights are zeros that stand for nothing, and must not meet an infinite input
     int multiprocessors;
 };
 
@@ -87,6 +89,9 @@ static const Plan& plan_of(const Geometry& g, Use use, int device) {
     plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
     if (has_stencil(g)) {
         plan.problem.s = make_stencil(plan.direction, g);
+        plan.repairs = g.groups > 1;
+        for (const StencilAxis& a : plan.problem.s.axis)
+            for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
         plan.problem.t = choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, use == Use::kFused, plan.multiprocessors);
     }
     return plans[key] = plan;
@@ -137,11 +142,15 @@ inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& 
     return a;
 }
 
+// What the generic kernel needs to repair samples.
+inline void* take_repair(Scratch& scratch, const Plan& plan, const Geometry& g) {
+    if (!plan.repairs) return nullptr;
+    return scratch.take<float>(plan.direction == Direction::kForward ? direct_generic::packed_count<Direction::kForward>(g) : direct_generic::packed_count<Direction::kDInput>(g));
+}
+
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
     const Problem& p = plan.problem;
-    const int64_t in_stride = g.C_out * kernel_volume(g), out_stride = kernel_volume(g);    // w (C_in, C_out, kernel)
-    const bool forward = plan.direction == Direction::kForward;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels, forward ? out_stride : in_stride, forward ? in_stride : out_stride, w, nullptr, nullptr};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr};
     weight.copy = scratch.take<__half>(weight.copied());
     weight.max = scratch.take<unsigned>(p.C_out);
     return weight;
@@ -156,6 +165,13 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
     conv_kernel<kBlockN><<<unsigned(blocks), kThreads, shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
     return cudaGetLastError();
+}
+
+// Computes the samples with non-finite inputs once more, without the zeros that the tensor cores multiply them by.
+template <Direction kDirection>
+int repair(const Plan& plan, const Geometry& g, int dtype, const scaled_half::SampleMax* max, const void* source, const void* w, const void* bias, bool apply_relu, void* out, void* packed, void* stream) {
+    if (!plan.repairs) return cudaSuccess;
+    return direct_generic::direct<kDirection>(g, dtype, stream, {&max->non_finite, int(sizeof(*max) / sizeof(unsigned))}, source, w, bias, apply_relu, out, packed);
 }
 
 // out = the convolution of packed operands, with whatever `fusion` wants behind it.

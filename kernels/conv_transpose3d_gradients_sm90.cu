@@ -29,7 +29,7 @@ static const dweight_sm90::Parameters& dweight_plan_of(const Geometry& g, int de
     dweight_sm90::Parameters a = {};
     if (has_stencil(g)) {
         a.s = make_stencil(Direction::kForward, g);
-        a.N = g.N, a.C_in = g.C_in, a.C_out = g.C_out, a.dout_phase_channels = padded_channels(g.C_out);
+        a.N = g.N, a.C_in = g.C_in, a.C_out = g.C_out, a.groups = g.groups, a.dout_phase_channels = padded_channels(g.C_out);
         a.t = dweight_sm90::choose_tiling(a, padded_channels(g.C_in), dinput.multiprocessors);
     }
     return plans[key] = a;
@@ -41,6 +41,7 @@ struct Memory {
     scaled_half::Activation dout, x;
     scaled_half::Weight weight;
     float* partial;
+    void* repair;
     Memory(const Geometry& g, int device, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
         const Plan& plan = plan_of(g, Use::kDInput, device);
         const dweight_sm90::Parameters& dweight = dweight_plan_of(g, device);
@@ -48,6 +49,7 @@ struct Memory {
         workspace = take_workspace(scratch, plan.problem, false);
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, padded_channels(g.C_out), dout_max, dout_data);
         weight = take_weight(scratch, plan, g, w);
+        repair = take_repair(scratch, plan, g);
         x = take_activation(scratch, dweight.s, g.N, g.C_in, padded_channels(g.C_in), x_max, x_data);
         partial = scratch.take<float>(dweight_sm90::partial_count(dweight.t));
     }
@@ -77,7 +79,10 @@ extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
-    if (dx) RETURN_IF_ERROR(conv_sm90::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, conv_sm90::Fusion{}, stream));
+    if (dx) {
+        RETURN_IF_ERROR(conv_sm90::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, conv_sm90::Fusion{}, stream));
+        RETURN_IF_ERROR(conv_sm90::repair<Direction::kDInput>(plan, *g, dtype, memory.dout.max, dout, w, nullptr, false, dx, memory.repair, stream));
+    }
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
     dweight_sm90::Parameters a = gradients_sm90::dweight_plan_of(*g, device);

@@ -18,12 +18,14 @@ struct Memory {
     Workspace workspace;
     scaled_half::Activation source;
     scaled_half::Weight weight;
+    void* repair;
     Memory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
         const Problem& p = plan.problem;
         auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, p, fused);
         source = take_activation(scratch, p.s, g.N, g.C_in, p.t.phase_channels, max, x);
         weight = take_weight(scratch, plan, g, w);
+        repair = take_repair(scratch, plan, g);
     }
 };
 
@@ -35,7 +37,9 @@ static int run(const Geometry& g, int dtype, int device, void* stream_pointer, v
     const Memory memory(g, plan, fused, base, x, w);
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
-    return convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream);
+    RETURN_IF_ERROR(convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream));
+    if (fused) return cudaSuccess;    // a group with a value that is not finite is NaN as a whole
+    return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, memory.repair, stream);
 }
 
 static int64_t workspace_bytes(const Geometry& g, bool fused, int device) {

@@ -46,7 +46,7 @@ struct Tiling {
 struct Parameters {
     Stencil s;
     Tiling t;
-    int64_t N, C_in, C_out, dout_phase_channels;
+    int64_t N, C_in, C_out, groups, dout_phase_channels;
     const scaled_half::SampleMax *x_max, *dout_max;    // (N)
     float* partial;                    // (splits, groups, kConsumers, block_n / 8, 128, 4): a thread's sums, four by four
 };
@@ -323,7 +323,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 #endif
 }
 
-// dweight (C_in, C_out, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
+// dweight (C_in, C_out / groups, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
 template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(const __grid_constant__ Parameters a, T* __restrict__ dweight) {
     const Tiling& t = a.t;
     const int quads = t.block_n / 8, quad = blockIdx.x % quads, consumer = blockIdx.x / quads % kConsumers, index = blockIdx.x / quads / kConsumers;
@@ -345,7 +345,8 @@ template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(co
         const int tw = t.n_over_taps ? last_tap_w(t, a.s, g) - block : 0, ci = (g.n + (t.n_over_taps ? 0 : block)) * t.chunk + column % t.chunk;
         if (phase >= a.s.phases() || co >= a.C_out || ci >= a.C_in || tw < g.tw || block >= t.blocks) continue;
         const int k = kernel_index(a.s, (g.td * a.s.axis[1].taps + tap_h(t, g, consumer)) * a.s.axis[2].taps + tw, phase);
-        if (k >= 0) dweight[(int64_t(ci) * a.C_out + co) * volume + k] = from_acc<T>(float(sums[e]));
+        const int group_in = int(a.C_in / a.groups), group_out = int(a.C_out / a.groups);
+        if (k >= 0 && ci / group_in == co / group_out) dweight[(int64_t(ci) * group_out + co % group_out) * volume + k] = from_acc<T>(float(sums[e]));
     }
 }
 

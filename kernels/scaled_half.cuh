@@ -24,8 +24,9 @@ __device__ __forceinline__ int exponent_of(unsigned magnitude_bits) { return int
 // scale = 2^shift, from the bits of the largest finite magnitude
 __device__ __forceinline__ int shift_of(unsigned max_bits) { return max_bits == 0 ? 0 : clamp_shift(14 - exponent_of(max_bits)); }
 
-// The bits of the largest finite magnitude of a sample: of the part that was looked at first, and of all.
-struct SampleMax { unsigned part, all; };
+// The bits of the largest finite magnitude of a sample, of the part that was looked at first and of all; and whether it has
+// values that are not finite.
+struct SampleMax { unsigned part, all, non_finite; };
 
 __device__ __forceinline__ int first_shift_of(SampleMax m) { return m.part == 0 ? 0 : clamp_shift(8 - exponent_of(m.part)); }
 // Whether the first copy holds: nothing overflowed, and there was something to look at.
@@ -34,10 +35,10 @@ __device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-__device__ __forceinline__ unsigned finite_magnitude(float v) {
-    const unsigned bits = __float_as_uint(v) & 0x7fffffff;
-    return bits < 0x7f800000 ? bits : 0;
-}
+constexpr unsigned kInfinity = 0x7f800000;    // the bits of an infinite magnitude; those of a NaN are more
+__device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(v) & 0x7fffffff; }
+__device__ __forceinline__ unsigned finite_magnitude(float v) { return magnitude(v) < kInfinity ? magnitude(v) : 0; }
+struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the finite values and of all
 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
@@ -70,10 +71,16 @@ struct Weight {
     Stencil stencil;
     RowMap rows;
     int64_t channels, C, M_pad, phase_channels;    // destination channels, source channels
-    int64_t row_stride, column_stride;             // of w, in elements, by destination and source channel; kernel elements are contiguous
-    const void* w;
+    int64_t groups, group_C_out;                   // of the layer
+    bool forward;                                  // the destination is the layer's output
+    const void* w;                                 // (C_in, C_out / groups, kernel)
     __half* copy;
     unsigned* max;                                 // (channels)
+    // Where w has the kernel of two channels, or -1 where they are in different groups.
+    HOST_DEVICE int64_t kernel_of(int destination, int source) const {
+        const int in = forward ? source : destination, out = forward ? destination : source, group_C_in = int((forward ? C : channels) / groups);
+        return in / group_C_in == out / int(group_C_out) ? (in * group_C_out + out % int(group_C_out)) * kernel_volume(stencil) : -1;
+    }
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
 };
 
@@ -111,12 +118,15 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
 
 // The maximum of one destination channel: a warp reads the kernel of one source channel after another.
 template <typename T> __device__ void look_at_channel(const Weight& p, int channel) {
-    const T* w = static_cast<const T*>(p.w) + channel * p.row_stride;
+    const T* w = static_cast<const T*>(p.w);
     const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned max = 0;
     for (int k = lane; k < volume; k += 32)
 #pragma unroll 8
-        for (int c = warp; c < p.C; c += kThreads / 32) max = umax(max, finite_magnitude(to_acc(w[c * p.column_stride + k])));
+        for (int c = warp; c < p.C; c += kThreads / 32) {
+            const int64_t kernel = p.kernel_of(channel, c);
+            max = umax(max, kernel >= 0 ? finite_magnitude(to_acc(w[kernel + k])) : 0);
+        }
     max = block_max(max);
     if (threadIdx.x == 0) p.max[channel] = max;
 }
@@ -126,7 +136,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     constexpr int kKernel = 64;
     __shared__ __half values[kKernel][kWeightChannels + 2];    // the rows begin in different banks
     const int channel = tile % int(p.channels), c0 = tile / int(p.channels) * kWeightChannels, columns = min(kWeightChannels, int(p.phase_channels) - c0);
-    const T* w = static_cast<const T*>(p.w) + channel * p.row_stride;
+    const T* w = static_cast<const T*>(p.w);
     const float scale = power_of_two(shift_of(p.max[channel]));
     const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int taps = p.stencil.taps(), source_phases = p.stencil.source_phases(), rows = taps * p.stencil.phases() * source_phases;    // one of the two is 1
@@ -136,7 +146,8 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
 #pragma unroll 8
         for (int i = threadIdx.x; i < columns * elements; i += kThreads) {
             const int k = i % elements, c = i / elements;
-            values[k][c] = __float2half_rn(c0 + c < p.C ? to_acc(w[(c0 + c) * p.column_stride + k0 + k]) * scale : 0.0f);
+            const int64_t kernel = c0 + c < p.C ? p.kernel_of(channel, c0 + c) : -1;
+            values[k][c] = __float2half_rn(kernel >= 0 ? to_acc(w[kernel + k0 + k]) * scale : 0.0f);
         }
         __syncthreads();
         for (int i = warp; i < rows; i += kThreads / 32) {
@@ -172,24 +183,20 @@ template <int kChannels> __device__ __forceinline__ int rotation(bool vectors, i
     return vectors ? s / 4 + s % 4 / 2 * 2 : s / 2;
 }
 
-// Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u).
-struct Place {
-    int source;          // element of the source's channel, or -1: none
-    int copy;            // position and phase of the copy
-    __device__ __forceinline__ Place(const Activation& a, unsigned f) {
-        const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
-        const unsigned row_u = aw.positions * aw.phases, rows = ah.positions * ah.phases, row = f / row_u;
-        const int w = int(f - row * row_u), d = int(row / rows), h = int(row - d * rows);    // u of each axis
-        const int source_d = d - ad.crop, source_h = h - ah.crop, source_w = w - aw.crop;
-        const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size && source_w >= 0 && source_w < aw.size;
-        source = inside ? (source_d * ah.size + source_h) * aw.size + source_w : -1;
-        const int position = (d / ad.phases * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
-        copy = position * a.phases() + (d % ad.phases * ah.phases + h % ah.phases) * aw.phases + w % aw.phases;
-    }
-};
+// Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u): x, the element of the
+// source's channel, or -1 where there is none; y, the position and phase of the copy.
+__device__ __forceinline__ int2 place_of(const Activation& a, unsigned f) {
+    const auto &ad = a.axis[0], &ah = a.axis[1], &aw = a.axis[2];
+    const unsigned row_u = aw.positions * aw.phases, rows = ah.positions * ah.phases, row = f / row_u;
+    const int w = int(f - row * row_u), d = int(row / rows), h = int(row - d * rows);    // u of each axis
+    const int source_d = d - ad.crop, source_h = h - ah.crop, source_w = w - aw.crop;
+    const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size && source_w >= 0 && source_w < aw.size;
+    const int position = (d / ad.phases * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
+    return make_int2(inside ? (source_d * ah.size + source_h) * aw.size + source_w : -1, position * a.phases() + (d % ad.phases * ah.phases + h % ah.phases) * aw.phases + w % aw.phases);
+}
 
-// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's maximum.
-template <typename T, int kChannels> __device__ unsigned copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
+// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes.
+template <typename T, int kChannels> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
     constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
     const int channel_tiles = ceil_div(a.phase_channels, kChannels), c0 = int(index % channel_tiles) * kChannels;
     const int f0 = int(index / channel_tiles) * kPositions, count = int(elements_of_channel(a));
@@ -197,18 +204,21 @@ template <typename T, int kChannels> __device__ unsigned copy_tile(const Activat
     const bool plain = a.phases() == 1;    // then the source and the copy have the same order
     const T* source = static_cast<const T*>(a.x) + n * a.C * volume;
     __shared__ __half2 tile[kPositions][kPairs];
+    __shared__ int2 places[kPositions];    // source element or -1, position and phase of the copy
+    if (!plain) {
+        if (threadIdx.x < kPositions) places[threadIdx.x] = f0 + int(threadIdx.x) < count ? place_of(a, f0 + threadIdx.x) : make_int2(-1, 0);
+        __syncthreads();
+    }
     // A warp has 128 positions of a pair at a time, always the same ones.
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     constexpr int kParts = kPositions / 128, kCount = kPairs * kParts / (kThreads / 32);
     static_assert(kThreads / 32 % kParts == 0, "or a warp's positions change");
     const int part = warp % kParts * 128;
-    int from[4];                       // elements of the source, or -1; of a vector, the first
+    int from[4];                           // elements of the source, or -1; of a vector, the first
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-        const int f = f0 + part + (a.vectors ? lane * 4 + e : lane + e * 32);
-        if (f >= count) from[e] = -1;
-        else if (plain) from[e] = f;
-        else if (e == 0 || !a.vectors) from[e] = Place(a, f).source;
+        const int s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
+        from[e] = plain ? (f0 + s < count ? f0 + s : -1) : places[s].x;
     }
     Four<T> values[kCount][2];
 #pragma unroll
@@ -224,14 +234,15 @@ template <typename T, int kChannels> __device__ unsigned copy_tile(const Activat
                 for (int e = 0; e < 4; e++) values[i][half].v[e] = c < a.C && from[e] >= 0 ? source[c * volume + from[e]] : from_acc<T>(0.0f);
             }
         }
-    unsigned max = 0;
+    Extremes max = {0, 0};
 #pragma unroll
     for (int i = 0; i < kCount; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int item = warp + i * (kThreads / 32), s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
             const float low = to_acc(values[i][0].v[e]), high = to_acc(values[i][1].v[e]);
-            max = umax(max, umax(finite_magnitude(low), finite_magnitude(high)));
+            max.finite = umax(max.finite, umax(finite_magnitude(low), finite_magnitude(high)));
+            max.any = umax(max.any, umax(magnitude(low), magnitude(high)));
             tile[s][(item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs] = __floats2half2_rn(low * scale, high * scale);
         }
     __syncthreads();
@@ -244,7 +255,7 @@ template <typename T, int kChannels> __device__ unsigned copy_tile(const Activat
         __half2 four[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) four[k] = tile[s][(v * 4 + k + rotation<kChannels>(a.vectors, s)) % kPairs];
-        const int64_t place = plain ? f0 + s : Place(a, f0 + s).copy;
+        const int64_t place = plain ? f0 + s : places[s].y;
         *reinterpret_cast<uint4*>(copy + place * a.phase_channels + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
     }
     return max;
@@ -253,8 +264,10 @@ template <typename T, int kChannels> __device__ unsigned copy_tile(const Activat
 template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
     if (blockIdx.x < tiles_of_weight(p)) return copy_weight_tile<T>(p, blockIdx.x);
     const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
-    const unsigned max = block_max(copy_tile<T, kChannels>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n]))));
+    const Extremes extremes = copy_tile<T, kChannels>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
+    const unsigned max = block_max(extremes.finite);
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
+    if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
 // Copies again the samples whose first copy does not hold: mostly none.

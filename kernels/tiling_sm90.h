@@ -165,7 +165,9 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
         if (left_bytes < 6 * t.weight_bytes) continue;
         t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
-        t.lag = split_m || t.weight_stages < 8 ? 4 : t.weight_stages - 4;
+        // With one ring, the stages between the two warpgroups are not there to load weights in advance.
+        const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16)) + 2;
+        t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
         if (fused) t.norm_stages += (left_bytes - int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes) / kNormBytes;
         if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
         t.row_pairs = t.row_tiles / (split_m ? 2 : 1);

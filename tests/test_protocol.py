@@ -36,9 +36,9 @@ class Ring:
 
 
 class Block:
-    def __init__(self, tiles, rings, weight_stages, buffers):
+    def __init__(self, tiles, rings, weight_stages, buffers, lag):
         self.queue, self.rings, self.weight_stages, self.buffers = list(tiles), rings, weight_stages, buffers
-        self.lag = weight_stages - 4 if rings == 1 and weight_stages >= 8 else 4
+        self.lag = lag
         self.tiles = [None] * SLOTS
         self.box_full, self.box_empty = ([Barrier(count) for _ in range(BOXES)] for count in (1, 2))
         self.weight_full, self.weight_empty = ([[Barrier(count) for _ in range(weight_stages)] for _ in range(2)] for count in (1, 3 - rings))
@@ -190,4 +190,4 @@ def test_nobody_waits_forever(rings, weight_stages, buffers):
         for _ in range(order.randint(0, 7)):
             boxes, most = order.choice([0, 1, 1, 2, 3, 5, 9]), order.choice([1, 1, 2, 3, 4, 9])
             tiles.append([i == 0 for _ in range(boxes) for i in range(order.randint(1, most))])
-        run(Block(tiles, rings, weight_stages, buffers), order)
+        run(Block(tiles, rings, weight_stages, buffers, 4 if rings == 2 else order.randint(1, weight_stages - 3)), order)

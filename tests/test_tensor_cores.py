@@ -27,12 +27,16 @@ PLAIN = [
     ((1, 128, 6, 9, 31), 64, 4, 2, 1, 0, 1),
     ((2, 64, 7, 19, 11), 40, 4, 2, 1, 1, 1),            # phases of the same grid with other numbers of outputs
     ((1, 64, 3, 12, 300), 64, 4, 2, 1, 0, 1),
+    ((2, 32, 8, 16, 16), 32, 3, 2, 1, 0, 1),
+    ((2, 64, 7, 9, 11), 40, 3, 2, 1, 1, 1),
+    ((1, 20, 6, 12, 130), 36, (1, 3, 5), 2, 0, 1, 1),
 ]
+GROUPED = [((2, 32, 8, 16, 16), 32, 4, 3, 2, 1, 0, 1), ((2, 64, 8, 16, 18), 32, 2, 3, 1, 1, 0, 1), ((1, 48, 9, 14, 18), 96, 4, (3, 2, 5), 2, 1, 1, 1)]
 
 
 def worst_relative_error(y, truth, dims):
     """The largest of the relative errors over ``dims``."""
-    return ((y.double() - truth).norm(dim=dims) / truth.norm(dim=dims)).max().item()
+    return ((y.double() - truth).square().sum(dims) / truth.square().sum(dims)).sqrt().max().item()
 
 
 def tensors(shape, channels, kernel, dtype=torch.float32):
@@ -76,6 +80,70 @@ def test_fused(shape, channels, kernel, stride, padding, output_padding, dilatio
     assert torch.equal(y, model_new.conv_transpose3d_relu_group_norm(x, w, bias, gamma, beta, num_groups, 1e-5, *sizes))
 
 
+def gradients(function, x, w, grad, sizes):
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    return torch.autograd.grad(function(x, w, None, *sizes), (x, w), grad)
+
+
+def check_gradients(shape, channels, groups, kernel, stride, padding, output_padding, dilation, dtype):
+    x, w = tensors(shape, channels // groups, kernel, dtype)
+    sizes = (stride, padding, output_padding, groups, dilation)
+    grad = torch.randn_like(F.conv_transpose3d(x, w, None, *sizes))
+    truth = gradients(F.conv_transpose3d, x.double(), w.double(), grad.double(), sizes)
+    with model_new.record_launches() as launched:
+        ours = gradients(model_new.conv_transpose3d, x, w, grad, sizes)
+    assert launched[-1] == "conv_transpose3d_gradients_sm90"
+    for result, again, exact in zip(ours, gradients(model_new.conv_transpose3d, x, w, grad, sizes), truth):
+        # PyTorch's own gradients are sometimes those of TF32 truncated (8e-4), sometimes those of float32.
+        assert relative_error(result, exact) <= {torch.float32: 3.1e-4, torch.float16: 4.5e-4, torch.bfloat16: 3.5e-3}[dtype]
+        assert torch.equal(result, again)
+
+
+@pytest.mark.parametrize("shape, channels, kernel, stride, padding, output_padding, dilation", PLAIN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients(shape, channels, kernel, stride, padding, output_padding, dilation, dtype):
+    check_gradients(shape, channels, 1, kernel, stride, padding, output_padding, dilation, dtype)
+
+
+@pytest.mark.parametrize("arguments", GROUPED)
+def test_gradients_of_groups(arguments):
+    check_gradients(*arguments, torch.float32)
+
+
+@pytest.mark.parametrize("spread", ["channel", "sample", "space", "opposite"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_over_twelve_decades(spread, stride):
+    x, w = tensors((4, 32, 10, 12, 16), 64, 3)
+    sizes = (stride, 1, 0, 1, 1)
+    grad = torch.randn_like(F.conv_transpose3d(x, w, None, *sizes))
+    decades = {"channel": (1, 64, 1, 1, 1), "sample": (4, 1, 1, 1, 1), "space": (1, 1, 1, 1, grad.shape[4]), "opposite": (4, 1, 1, 1, 1)}[spread]
+    size = 10.0 ** torch.linspace(-6, 6, max(decades), device="cuda").view(decades)
+    grad, x = grad * size, x / size if spread == "opposite" else x    # opposite: every sample counts in dweight
+    dx, dw = gradients(model_new.conv_transpose3d, x, w, grad, sizes)
+    dx_truth, dw_truth = gradients(F.conv_transpose3d, x.double(), w.double(), grad.double(), sizes)
+    assert worst_relative_error(dx, dx_truth, (1, 2, 3, 4)) <= 3.3e-4
+    # A channel 2^-29 of the largest loses bits in its dweight, and what is left counts for nothing beside the others (README, limits).
+    assert worst_relative_error(dw, dw_truth, (0, 2, 3, 4) if spread != "channel" else (0, 1, 2, 3, 4)) <= 3.3e-4
+
+
+@pytest.mark.parametrize("groups, stride", [(1, 1), (1, 2), (4, 2)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_gradients_stay_where_they_are(value, groups, stride):
+    x, w = tensors((2, 32, 10, 12, 16), 64 // groups, 3)
+    sizes = (stride, 1, 0, groups, 1)
+    grad = torch.randn_like(F.conv_transpose3d(x, w, None, *sizes))
+    grad[1, 3, 4, 5, 6] = value
+    dx = gradients(model_new.conv_transpose3d, x, w, grad, sizes)[0]
+    truth = gradients(F.conv_transpose3d, x.double().cpu(), w.double().cpu(), grad.double().cpu(), sizes)[0].cuda()
+    assert torch.equal(dx.isfinite(), truth.isfinite()) and torch.equal(dx.isnan(), truth.isnan())
+
+
+def test_zero_gradients():
+    x, w = tensors((2, 32, 10, 12, 16), 64, 3)
+    for result in gradients(model_new.conv_transpose3d, x, w, torch.zeros_like(F.conv_transpose3d(x, w)), (1, 0, 0, 1, 1)):
+        assert (result == 0).all()
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("spread", ["channel", "sample", "space", "weight"])
 def test_twelve_decades(spread, stride):
@@ -89,13 +157,13 @@ def test_twelve_decades(spread, stride):
     assert worst_relative_error(y, truth, dims) <= 1.1 * worst_relative_error(reference, truth, dims)
 
 
-@pytest.mark.parametrize("stride, kernel", [(1, 3), (2, 2), (2, 4)])
+@pytest.mark.parametrize("stride, kernel", [(1, 3), (2, 2), (2, 3), (2, 4), (2, 5)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_values_stay_where_they_are(value, stride, kernel):
     x, w = tensors((2, 32, 10, 12, 16), 64, kernel)
     x[1, 3, 4, 5, 6] = value
-    padding = (kernel - stride) // 2
-    y, reference = run(model_new.conv_transpose3d, x, w, stride=stride, padding=padding), F.conv_transpose3d(x, w, stride=stride, padding=padding)
+    padding = (kernel - 1) // 2
+    y, reference = run(model_new.conv_transpose3d, x, w, stride=stride, padding=padding), F.conv_transpose3d(x.double().cpu(), w.double().cpu(), stride=stride, padding=padding).cuda()
     assert torch.equal(y.isfinite(), reference.isfinite()) and torch.equal(y.isnan(), reference.isnan())
 
 

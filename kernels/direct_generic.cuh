@@ -1,0 +1,226 @@
+// Transposed convolution for any parameters and dtype: forward and dx by direct convolution.
+//
+//   forward  out[n, co, o] = bias[co] + sum over ci, k with i * stride - padding + k * dilation == o of x[n, ci, i] * w[ci, co, k]
+//   dx       dx[n, ci, i]  = sum over co, k of dout[n, co, i * stride - padding + k * dilation] * w[ci, co, k]
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out / groups, K_d, K_h, K_w)
+//
+// Both gather a source tensor into a destination along the phases of geometry.h, so they are one kernel: a thread owns
+// kPositions destinations of one phase (neighbouring lanes, neighbouring sources) times kChannels channels in registers,
+// and reads the weights, packed to (groups, taps, source channel, destination channel), at warp-uniform addresses.
+// Formula: torch.nn.ConvTranspose3d.
+#pragma once
+
+#include "launch.cuh"
+
+namespace direct_generic {
+
+constexpr int kThreads = 128;
+constexpr int kChannels = 8;         // destination channels of a thread
+constexpr int kMinBlocksPerSM = 3;   // caps the registers
+constexpr int kChain = 16;           // source channels summed before the sum joins the total: keeps fp32 chains short
+
+// Destinations of a thread, kThreads apart: as many as the registers hold.
+template <typename T> constexpr int kPositionsOf = sizeof(Acc<T>) == 8 ? 2 : 4;
+
+// Channels of one group on either side of the gather.
+struct Channels {
+    int64_t src, dst, dst_padded;    // per group; dst_padded is a multiple of kChannels
+};
+
+HOST_DEVICE Channels channels_of(Direction direction, const Geometry& g) {
+    const bool forward = direction == Direction::kForward;
+    const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
+    const int64_t dst = forward ? out : in;
+    return {forward ? in : out, dst, ceil_div(dst, kChannels) * kChannels};
+}
+
+// Which samples are wanted: those whose flag, one every `stride` numbers, is not zero. No flags: all.
+struct Samples {
+    const unsigned* flags;
+    int stride;
+    __device__ __forceinline__ bool has(int64_t n) const { return flags == nullptr || flags[n * stride] != 0; }
+    __device__ __forceinline__ bool any(int64_t N) const {
+        bool found = flags == nullptr;
+        for (int64_t n = 0; n < N && !found; n++) found = has(n);
+        return found;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------- Packing
+
+// packed (groups, taps, src channels, dst channels padded with zeros)
+template <typename T, Direction kDirection>
+__global__ void pack_weight_kernel(Geometry g, Samples only, const T* __restrict__ w, Acc<T>* __restrict__ packed) {
+    if (!only.any(g.N)) return;
+    const Channels channels = channels_of(kDirection, g);
+    const int64_t taps = kernel_volume(g);
+    const int64_t idx = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (idx >= g.groups * taps * channels.src * channels.dst_padded) return;
+    const int64_t dst = idx % channels.dst_padded;
+    const int64_t src = idx / channels.dst_padded % channels.src;
+    const int64_t tap = idx / channels.dst_padded / channels.src % taps;
+    const int64_t group = idx / channels.dst_padded / channels.src / taps;
+    const int64_t ci = kDirection == Direction::kForward ? src : dst;
+    const int64_t co = kDirection == Direction::kForward ? dst : src;
+    const int64_t c_in = g.C_in / g.groups, c_out = g.C_out / g.groups;
+    packed[idx] = dst < channels.dst ? to_acc(w[((group * c_in + ci) * c_out + co) * taps + tap]) : Acc<T>(0);
+}
+
+// ------------------------------------------------------------------------------------------- Direct convolution
+
+// dst = epilogue(gather of src), tile `block` of num_blocks; bias may be null.
+template <typename T, Direction kDirection>
+__device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Samples only, const T* __restrict__ src, const Acc<T>* __restrict__ packed, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+    using A = Acc<T>;
+    constexpr int kPositions = kPositionsOf<T>;
+    const Channels channels = channels_of(kDirection, g);
+
+    // Prologue: the block's tile. Phases along W come fastest, so that the blocks which share memory sectors run together.
+    __shared__ Phase phases[3];      // shared, not registers: the loops need those
+    auto take = [&block](int64_t count) { const int64_t digit = block % count; block /= count; return digit; };
+    const int64_t phase_w = take(num_phases(kDirection, g.axis[2]));
+    const int64_t channel = take(channels.dst_padded / kChannels) * kChannels;
+    const int64_t phase_h = take(num_phases(kDirection, g.axis[1]));
+    const int64_t phase_d = take(num_phases(kDirection, g.axis[0]));
+    const int64_t group = take(g.groups);
+    const int64_t n = take(g.N);
+    if (!only.has(n)) return;
+    __syncthreads();
+    if (threadIdx.x < 3) {
+        const int axis = threadIdx.x;
+        phases[axis] = make_phase(kDirection, g.axis[axis], axis == 0 ? phase_d : axis == 1 ? phase_h : phase_w);
+    }
+    __syncthreads();
+    const Phase &pd = phases[0], &ph = phases[1], &pw = phases[2];
+    const int64_t first = block * (kThreads * kPositions) + threadIdx.x;
+    const int64_t volume = int64_t(pd.count) * ph.count * pw.count;
+    if (first - threadIdx.x >= volume) return;
+
+    // The thread's positions: source coordinates of tap 0, and the offset written in the end (shared: not needed until then).
+    __shared__ int64_t dst_offset[kPositions][kThreads];
+    const bool forward = kDirection == Direction::kForward;
+    const int64_t dst_h = forward ? g.axis[1].out : g.axis[1].in, dst_w = forward ? g.axis[2].out : g.axis[2].in;
+    int src_d[kPositions], src_h[kPositions], src_w[kPositions];
+#pragma unroll
+    for (int p = 0; p < kPositions; p++) {
+        const int64_t q = first + p * kThreads;
+        const int d = q / (int64_t(ph.count) * pw.count), h = q / pw.count % ph.count, w = q % pw.count;
+        src_d[p] = q < volume ? pd.src + d * pd.src_step : -(1 << 30);    // outside for every tap
+        src_h[p] = ph.src + h * ph.src_step;
+        src_w[p] = pw.src + w * pw.src_step;
+        dst_offset[p][threadIdx.x] = ((pd.dst + d * pd.dst_step) * dst_h + ph.dst + h * ph.dst_step) * dst_w + pw.dst + w * pw.dst_step;
+    }
+
+    // Main loop: chains of kChain source channels over all taps.
+    const int64_t src_volume = int64_t(pd.src_size) * ph.src_size * pw.src_size;
+    const T* src_group = src + (n * g.groups + group) * channels.src * src_volume;
+    const A* packed_group = packed + group * kernel_volume(g) * channels.src * channels.dst_padded + channel;
+    A total[kPositions][kChannels] = {};
+#pragma unroll 1
+    for (int64_t c0 = 0; c0 < channels.src; c0 += kChain) {
+        const int chain = channels.src - c0 < kChain ? channels.src - c0 : kChain;
+        A sum[kPositions][kChannels] = {};
+#pragma unroll 1
+        for (int jd = 0; jd < pd.taps; jd++)
+#pragma unroll 1
+        for (int jh = 0; jh < ph.taps; jh++)
+#pragma unroll 1
+        for (int jw = 0; jw < pw.taps; jw++) {
+            bool inside[kPositions];
+            const T* s[kPositions];
+            bool any = false;
+#pragma unroll
+            for (int p = 0; p < kPositions; p++) {
+                const int d = src_d[p] + jd * pd.src_tap_step, h = src_h[p] + jh * ph.src_tap_step, w = src_w[p] + jw * pw.src_tap_step;
+                inside[p] = unsigned(d) < unsigned(pd.src_size) && unsigned(h) < unsigned(ph.src_size) && unsigned(w) < unsigned(pw.src_size);
+                s[p] = src_group + c0 * src_volume + ((int64_t(d) * ph.src_size + h) * pw.src_size + w);
+                any |= inside[p];
+            }
+            if (!any) continue;
+            const int64_t tap = ((pd.k + jd * pd.k_step) * g.axis[1].kernel + ph.k + jh * ph.k_step) * g.axis[2].kernel + pw.k + jw * pw.k_step;
+            const A* weight = packed_group + (tap * channels.src + c0) * channels.dst_padded;
+#pragma unroll 2
+            for (int c = 0; c < chain; c++) {
+                A v[kPositions], wt[kChannels];
+#pragma unroll
+                for (int p = 0; p < kPositions; p++) v[p] = inside[p] ? to_acc(s[p][c * src_volume]) : A(0);
+#pragma unroll
+                for (int m = 0; m < kChannels; m++) wt[m] = weight[c * channels.dst_padded + m];
+#pragma unroll
+                for (int p = 0; p < kPositions; p++)
+                    if (inside[p])    // not a product with zero: the weight may be Inf
+#pragma unroll
+                        for (int m = 0; m < kChannels; m++) sum[p][m] += v[p] * wt[m];
+            }
+        }
+#pragma unroll
+        for (int p = 0; p < kPositions; p++)
+#pragma unroll
+            for (int m = 0; m < kChannels; m++) total[p][m] += sum[p][m];
+    }
+
+    // Epilogue.
+    const int64_t dst_volume = forward ? out_volume(g) : in_volume(g);
+    T* dst_tile = dst + ((n * g.groups + group) * channels.dst + channel) * dst_volume;
+#pragma unroll
+    for (int p = 0; p < kPositions; p++) {
+        if (first + p * kThreads >= volume) break;
+#pragma unroll
+        for (int m = 0; m < kChannels; m++) {
+            if (channel + m >= channels.dst) break;
+            A v = total[p][m];
+            if (bias) v += to_acc(bias[group * channels.dst + channel + m]);
+            if (apply_relu) v = relu(v);
+            dst_tile[m * dst_volume + dst_offset[p][threadIdx.x]] = from_acc<T>(v);
+        }
+    }
+}
+
+// A block for each tile, or fewer that take several.
+template <typename T, Direction kDirection>
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSM)
+direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const Acc<T>* __restrict__ packed, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+    if (!only.any(g.N)) return;
+    __shared__ volatile int64_t next;    // shared, not a register: the tile needs those
+    if (threadIdx.x == 0) next = blockIdx.x;
+    __syncthreads();
+    while (next < tiles) {
+        direct_tile<T, kDirection>(g, next, only, src, packed, bias, apply_relu, dst);
+        __syncthreads();
+        if (threadIdx.x == 0) next = next + gridDim.x;
+        __syncthreads();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- Launchers
+
+template <typename T, Direction kDirection> int64_t num_blocks(const Geometry& g) {
+    int64_t volume = 1, phases = 1;
+    for (const Axis& a : g.axis) {
+        volume *= make_phase(kDirection, a, 0).count;    // phase 0 is the longest
+        phases *= num_phases(kDirection, a);
+    }
+    return ceil_div(volume, kThreads * kPositionsOf<T>) * phases * (channels_of(kDirection, g).dst_padded / kChannels) * g.groups * g.N;
+}
+
+template <Direction kDirection> int64_t packed_count(const Geometry& g) {
+    const Channels channels = channels_of(kDirection, g);
+    return g.groups * kernel_volume(g) * channels.src * channels.dst_padded;
+}
+
+constexpr int64_t kRepairBlocks = 1024;    // where only some samples are wanted, mostly none
+
+template <Direction kDirection>
+int direct(const Geometry& g, int dtype, void* stream, Samples only, const void* src, const void* w, const void* bias, bool apply_relu, void* dst, void* workspace) {
+    return with_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        auto* packed = static_cast<Acc<T>*>(workspace);
+        RETURN_IF_ERROR(launch(pack_weight_kernel<T, kDirection>, ceil_div(packed_count<kDirection>(g), 256), 256, stream, g, only, static_cast<const T*>(w), packed));
+        const int64_t tiles = num_blocks<T, kDirection>(g);
+        return launch(direct_kernel<T, kDirection>, only.flags && tiles > kRepairBlocks ? kRepairBlocks : tiles, kThreads, stream,
+                      g, tiles, only, static_cast<const T*>(src), static_cast<const Acc<T>*>(packed), static_cast<const T*>(bias), apply_relu, static_cast<T*>(dst));
+    });
+}
+
+}  // namespace direct_generic
