@@ -188,7 +188,6 @@ inline int convolve(const Plan& plan, const scaled_half::Activation& source, con
         RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
     const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion};
     switch (t.block_n) {
-        case 240: return launch_conv<240>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);

@@ -209,18 +209,18 @@ struct Producer {
             } else {
                 mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             }
-            if (tile.n < 0) break;
+            const bool last = tile.n < 0;
             const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
             int taps = 0;
             Cursor at(a.p, tile);
-            bool more = at.next();
+            bool more = !last && at.next();
             while (more) {
-                // The consumer stages the tile before, and then frees the next stage.
-                if (taps == t.weight_stages) store();
-                if (taps == t.weight_stages + 2) free_buffer();
+                // The consumer stages the tile before, and then frees the next stage. The other one may need the buffer before it frees a box.
+                const bool now = consumer == 0 && at.box && taps > 0;
+                if (now || taps == t.weight_stages) store();
+                if (now || taps == t.weight_stages + 2) free_buffer();
                 const int channel = at.c, tap = at.tap(), info = at.rows() | (at.box ? kOpensBox : 0);
                 if (consumer == 0 && at.box) {
-                    if (taps > 0) store(), free_buffer();    // the other consumer may need the buffer before it frees a box
                     mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
                     if (elected()) {
                         mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
@@ -242,11 +242,10 @@ struct Producer {
             }
             store();
             free_buffer();
+            if (last) break;
             if (stores) storing = &tile, stored = false;
             slot.advance(kTileSlots);
         }
-        store();
-        free_buffer();
         if (stores) report_last();
     }
 };

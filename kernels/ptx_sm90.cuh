@@ -195,10 +195,6 @@ template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(floa
     asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, 1, 1, 1, %118, %118;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b), "n"(kTransposed));
 }
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[120], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n240k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " REGS10("11") "}, %120, %121, 1, 1, 1, %122, %122;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), ACC10(110) : "l"(a), "l"(b), "n"(kTransposed));
-}
 
 #undef REGS10
 #undef ACC10

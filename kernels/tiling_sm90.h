@@ -130,7 +130,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     double best_time = 0;
     for (int packing = 0; packing < 3; packing++)
     for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {240, 232, 224, 192, 160, 128, 64})
+    for (int block_n : {232, 224, 192, 160, 128, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (int input_stages : {2, 3, 4, 6}) {
