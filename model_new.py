@@ -271,8 +271,11 @@ def _hopper(geometry, dtype, tf32, device):
 
 
 def _sm90_forward(geometry, dtype, tf32, device):
-    """One group: with several, cuDNN's forward is float32-accurate."""
-    return (_hopper(geometry, dtype, tf32, device) and geometry.groups == 1
+    """Several groups: cuDNN's forward is float32-accurate, and so are split operands, as long as no sum is too long."""
+    terms = geometry.C_in // geometry.groups
+    for axis in geometry.axis:
+        terms *= -(-axis.kernel // axis.stride)
+    return (_hopper(geometry, dtype, tf32, device) and (geometry.groups == 1 or (dtype == torch.float32 and terms <= 128))
             and bool(_library("cuda").conv_transpose3d_sm90_supports(ctypes.addressof(geometry), device.index)))
 
 
@@ -1998,10 +2001,6 @@ template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(floa
     asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, 1, 1, 1, %118, %118;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b), "n"(kTransposed));
 }
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[120], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n240k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " REGS10("11") "}, %120, %121, 1, 1, 1, %122, %122;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), ACC10(110) : "l"(a), "l"(b), "n"(kTransposed));
-}
 
 #undef REGS10
 #undef ACC10
@@ -2055,10 +2054,12 @@ struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
 // x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
-// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels.
+// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
+// 2 * C, for each group of `split` channels their high halves and then their low ones.
 struct Activation {
     struct Axis { int positions, phases, crop, size; };
     int64_t N, C, phase_channels;
+    int split;                                     // channels of a group, or 0
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
@@ -2067,22 +2068,25 @@ struct Activation {
     HOST_DEVICE int64_t sample() const { return C * axis[0].size * axis[1].size * axis[2].size; }
     HOST_DEVICE int64_t positions() const { return int64_t(axis[0].positions) * axis[1].positions * axis[2].positions; }
     HOST_DEVICE int phases() const { return axis[0].phases * axis[1].phases * axis[2].phases; }
+    HOST_DEVICE int channels() const { return int(split ? C : phase_channels); }    // before the split
     HOST_DEVICE int64_t copied() const { return N * positions() * phases() * phase_channels; }
 };
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
-inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels) {
-    Activation a = {N, C, phase_channels, {}, nullptr, nullptr, nullptr, false};
+inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split) {
+    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
 
 // w -> copy (taps, M_pad, source phases, phase_channels) fp16: the weight of each row, a (channel, phase) of the destination, at
-// each tap (d, h, w) of the stencil; zero where there is none. Rows that belong to no channel stay as they are.
+// each tap (d, h, w) of the stencil; zero where there is none. Rows that belong to no channel stay as they are. Split: phase_channels
+// is 4 * split, of the channel's own group [high, high, low, 0].
 struct Weight {
     Stencil stencil;
     RowMap rows;
     int64_t channels, C, M_pad, phase_channels;    // destination channels, source channels
+    int split;                                     // source channels of a group, or 0
     int64_t groups, group_C_out;                   // of the layer
     bool forward;                                  // the destination is the layer's output
     const void* w;                                 // (C_in, C_out / groups, kernel)
@@ -2100,7 +2104,7 @@ constexpr int kLookElements = 4096;                // of one block's look at a p
 constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one
 constexpr int64_t kSmallSample = 1 << 16;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
-HOST_DEVICE int tile_channels(const Activation& a) { return a.phase_channels <= 32 ? 32 : 64; }
+HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
 
 HOST_DEVICE int64_t look_blocks(const Activation& a) {
@@ -2110,9 +2114,9 @@ HOST_DEVICE int64_t look_blocks(const Activation& a) {
 
 // Blocks of the copies, each kTileElements at most: of a sample, and of the weight.
 HOST_DEVICE int64_t elements_of_channel(const Activation& a) { return a.positions() * a.phases(); }
-HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(elements_of_channel(a), tile_positions(a)) * ceil_div(a.phase_channels, tile_channels(a)); }
+HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(elements_of_channel(a), tile_positions(a)) * ceil_div(a.channels(), tile_channels(a)); }
 constexpr int kWeightChannels = 64;
-HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.channels * ceil_div(p.phase_channels, kWeightChannels); }
+HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.channels * (p.split ? 1 : ceil_div(p.phase_channels, kWeightChannels)); }
 
 // -------------------------------------------------------------------------------------------------------- Kernel
 
@@ -2171,6 +2175,19 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     }
 }
 
+// One destination channel, split.
+template <typename T> __device__ void copy_split_weight(const Weight& p, int channel) {
+    const float scale = power_of_two(shift_of(p.max[channel]));
+    const int taps = p.stencil.taps(), first = channel / int(p.group_C_out) * p.split, columns = 4 * p.split;
+    for (int i = threadIdx.x; i < taps * p.stencil.phases() * columns; i += kThreads) {
+        const int column = i % columns, tap = i / columns % taps, phase = i / columns / taps, part = column / p.split;
+        const int k = kernel_index(p.stencil, tap, phase);
+        const float v = k >= 0 && part < 3 ? to_acc(static_cast<const T*>(p.w)[p.kernel_of(channel, first + column % p.split) + k]) * scale : 0.0f;
+        const __half high = __float2half_rn(v);
+        p.copy[(tap * p.M_pad + p.rows.row(channel, phase)) * p.phase_channels + column] = part < 2 ? high : __float2half_rn(v - __half2float(high));
+    }
+}
+
 // The maxima of the weight's channels, and of parts of every sample, evenly spread.
 template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
     if (blockIdx.x < p.channels) return look_at_channel<T>(p, blockIdx.x);
@@ -2208,14 +2225,14 @@ __device__ __forceinline__ int2 place_of(const Activation& a, unsigned f) {
 }
 
 // Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes.
-template <typename T, int kChannels> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
+template <typename T, int kChannels, bool kSplit> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
     constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
-    const int channel_tiles = ceil_div(a.phase_channels, kChannels), c0 = int(index % channel_tiles) * kChannels;
+    const int channel_tiles = ceil_div(a.channels(), kChannels), c0 = int(index % channel_tiles) * kChannels;
     const int f0 = int(index / channel_tiles) * kPositions, count = int(elements_of_channel(a));
     const int64_t volume = int64_t(a.axis[0].size) * a.axis[1].size * a.axis[2].size;
     const bool plain = a.phases() == 1;    // then the source and the copy have the same order
     const T* source = static_cast<const T*>(a.x) + n * a.C * volume;
-    __shared__ __half2 tile[kPositions][kPairs];
+    __shared__ __half2 tile[kSplit ? 2 : 1][kPositions][kPairs];    // high, low
     __shared__ int2 places[kPositions];    // source element or -1, position and phase of the copy
     if (!plain) {
         if (threadIdx.x < kPositions) places[threadIdx.x] = f0 + int(threadIdx.x) < count ? place_of(a, f0 + threadIdx.x) : make_int2(-1, 0);
@@ -2255,7 +2272,10 @@ template <typename T, int kChannels> __device__ Extremes copy_tile(const Activat
             const float low = to_acc(values[i][0].v[e]), high = to_acc(values[i][1].v[e]);
             max.finite = umax(max.finite, umax(finite_magnitude(low), finite_magnitude(high)));
             max.any = umax(max.any, umax(magnitude(low), magnitude(high)));
-            tile[s][(item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs] = __floats2half2_rn(low * scale, high * scale);
+            const int pair = (item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs;
+            const __half2 half = __floats2half2_rn(low * scale, high * scale);
+            tile[0][s][pair] = half;
+            if (kSplit) tile[kSplit][s][pair] = __floats2half2_rn(low * scale - __low2float(half), high * scale - __high2float(half));
         }
     __syncthreads();
     constexpr int kVectors = kChannels / 8;                    // of 16 bytes per position
@@ -2263,32 +2283,36 @@ template <typename T, int kChannels> __device__ Extremes copy_tile(const Activat
 #pragma unroll
     for (int i = threadIdx.x; i < kPositions * kVectors; i += kThreads) {
         const int s = i / kVectors, v = i % kVectors;
-        if (f0 + s >= count || c0 + v * 8 >= a.phase_channels) continue;
-        __half2 four[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) four[k] = tile[s][(v * 4 + k + rotation<kChannels>(a.vectors, s)) % kPairs];
+        if (f0 + s >= count || c0 + v * 8 >= a.channels()) continue;
         const int64_t place = plain ? f0 + s : places[s].y;
-        *reinterpret_cast<uint4*>(copy + place * a.phase_channels + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
+#pragma unroll
+        for (int part = 0; part <= kSplit; part++) {
+            __half2 four[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) four[k] = tile[part][s][(v * 4 + k + rotation<kChannels>(a.vectors, s)) % kPairs];
+            const int c = c0 + v * 8, channel = kSplit ? c / a.split * 2 * a.split + part * a.split + c % a.split : c;
+            *reinterpret_cast<uint4*>(copy + place * a.phase_channels + channel) = *reinterpret_cast<const uint4*>(four);
+        }
     }
     return max;
 }
 
-template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
-    if (blockIdx.x < tiles_of_weight(p)) return copy_weight_tile<T>(p, blockIdx.x);
+template <typename T, int kChannels, bool kSplit> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
+    if (blockIdx.x < tiles_of_weight(p)) return kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
-    const Extremes extremes = copy_tile<T, kChannels>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
+    const Extremes extremes = copy_tile<T, kChannels, kSplit>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
     const unsigned max = block_max(extremes.finite);
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
 // Copies again the samples whose first copy does not hold: mostly none.
-template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
+template <typename T, int kChannels, bool kSplit> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
         for (int64_t tile = blockIdx.x; tile < tiles_of_sample(a); tile += gridDim.x) {
-            copy_tile<T, kChannels>(a, n, tile, scale);
+            copy_tile<T, kChannels, kSplit>(a, n, tile, scale);
             __syncthreads();
         }
     }
@@ -2296,14 +2320,19 @@ template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads)
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
+template <typename T, int kChannels, bool kSplit> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kSplit>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
+    return launch(copy_again_kernel<T, kChannels, kSplit>, multiprocessors * 2, kThreads, stream, a);
+}
+
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
     const auto& w = a.axis[2];
     const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
     a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
     RETURN_IF_ERROR(launch(look_kernel<T>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
-    const bool narrow = tile_channels(a) == 32;
-    RETURN_IF_ERROR(launch(narrow ? copy_kernel<T, 32> : copy_kernel<T, 64>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
-    return launch(narrow ? copy_again_kernel<T, 32> : copy_again_kernel<T, 64>, multiprocessors * 2, kThreads, stream, a);
+    if constexpr (sizeof(T) == 4)
+        if (a.split) return copy<T, 32, true>(a, p, multiprocessors, stream);
+    return tile_channels(a) == 32 ? copy<T, 32, false>(a, p, multiprocessors, stream) : copy<T, 64, false>(a, p, multiprocessors, stream);
 }
 
 // Copies an activation, and a weight unless it has no channels.
@@ -2346,7 +2375,8 @@ struct Tiling {
     int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
     int split_m;                               // 1: the two warpgroups have the same positions, other rows; 0: the other way round
     int chunk;                                 // source channels of a stage: 16, 32 or 64
-    int phase_channels, C_pad;                 // source channels of the scratch copies: of each phase, of all
+    int phase_channels, C_pad;                 // source channels of GEMM_K: of each phase, of all
+    int split, products, group_tiles;          // channels of a group where operands are split (else 0), products of a tap, row tiles of a group
     bool packed[3];                            // axes
     RowMap rows;
     int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
@@ -2444,15 +2474,22 @@ inline void lay_out_regions(Tiling& t, const Stencil& s) {
 inline int chunk_of(int64_t channels) { return channels <= 16 ? 16 : channels <= 32 ? 32 : 64; }
 inline int padded_channels(int64_t channels) { return round_up(channels, chunk_of(channels)); }
 
-// The tiling of least estimated time, or one of block_n 0 where none fits into shared memory.
-inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, bool fused, int multiprocessors) {
+// With several groups, the operands are split into high and low halves, x = high + low: as accurate as float32. A row tile has rows
+// of one group, GEMM_K is that group's [high, low], and each tap has two products: with the weight's [high, high] and [low, 0].
+inline bool can_split(const Geometry& g) {
+    const int64_t group_in = g.C_in / g.groups;
+    return (group_in == 8 || group_in == 16 || group_in == 32) && g.C_out / g.groups % 8 == 0;
+}
+
+// The tiling of least estimated time, or one of block_n 0 where none fits into shared memory. groups: of the split, or 1.
+inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool fused, int multiprocessors) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     const int halo_w = w.shift[w.taps - 1];
     Tiling best = {};
     double best_time = 0;
     for (int packing = 0; packing < 3; packing++)
     for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {240, 232, 224, 192, 160, 128, 64})
+    for (int block_n : {232, 224, 192, 160, 128, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (int input_stages : {2, 3, 4, 6}) {
@@ -2464,10 +2501,17 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
+        t.products = 1;
         t.chunk = chunk_of(source_channels);
         t.phase_channels = padded_channels(source_channels);
-        t.C_pad = t.phase_channels * s.source_phases();
         t.rows.channel_tiles = ceil_div(channels, t.rows.octets * 8);
+        if (groups > 1) {
+            t.split = source_channels / groups, t.products = 2;
+            t.phase_channels = t.chunk = 2 * t.split;
+            t.group_tiles = channels / groups / (t.rows.octets * 8);
+            if (split_m || t.group_tiles * t.rows.octets * 8 * groups != channels) continue;
+        }
+        t.C_pad = t.phase_channels * s.source_phases();
         t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
         t.M_pad = kRows * t.row_tiles;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
@@ -2501,7 +2545,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         for (const StencilAxis& a : s.axis)
             if (a.source_phases > 1) kernel_taps *= a.kernel;
             else kernel_taps *= a.taps;
-        const double steps = double(kernel_taps) * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
+        const double steps = double(kernel_taps) * t.products * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
         double boxes = t.phase_channels / t.chunk * (taps_per_box == 1 ? h.taps : 1) * w.source_phases * h.source_phases;
         boxes *= d.source_phases > 1 ? d.kernel : d.taps;
         // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
@@ -2564,6 +2608,7 @@ struct Run {
 struct Tile {
     int n, d, w0, columns;    // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
     int h0, part;             // first row of the box's positions; index in the sample
+    int source_channel;       // the first of the copy
     int live_d, live_h;       // bit t: some row has a weight at tap t
     bool empty;               // no tap reads anything
     Run run[2];               // of the warpgroups
@@ -2586,15 +2631,17 @@ struct Cursor {
     const Problem& p;
     int d, h0;
     int tile_live, live = 0;            // bits: taps (h) with weights, from bit 8 on taps (d) of the tile, or taps (w) of the box
-    int td, first, c, th, tw;           // tap (d), first tap (h) of the box, source channel, taps (h, w)
+    int td, first, c, th, tw, product;  // tap (d), first tap (h) of the box, channel of GEMM_K, taps (h, w), product of the tap
     bool box = false;                   // at the first tap of a box
 
     // Before the first tap of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
-        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad), th(first + p.t.taps_per_box), tw(p.s.axis[2].taps) {}
+        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad), th(first + p.t.taps_per_box), tw(p.s.axis[2].taps), product(p.t.products - 1) {}
     // Whether there is another tap, which it then is at.
     HOST_DEVICE bool next() {
         box = false;
+        if (++product < p.t.products) return true;
+        product = 0;
         while (++tw < p.s.axis[2].taps)
             if (live >> (8 + tw) & 1) return true;
         while (++th < first + p.t.taps_per_box)
@@ -2606,6 +2653,7 @@ struct Cursor {
     HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
     HOST_DEVICE int plane() const { return p.s.axis[0].first + d - p.s.axis[0].shift[td]; }    // of the source
     HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
+    HOST_DEVICE int weight_column() const { return c + product * p.t.chunk; }
     HOST_DEVICE int tap() const { return (td * p.s.axis[1].taps + th) * p.s.axis[2].taps + tw; }
     // By how many rows of shared memory the tap is shifted in its box.
     HOST_DEVICE int rows() const {
@@ -2659,6 +2707,7 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     tile.d = index % ad.positions, tile.n = index / ad.positions;
     tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
     tile.h0 = first_run * t.run / t.tile_w;
+    tile.source_channel = t.split ? row_tile % t.rows.channel_tiles / t.group_tiles * t.chunk : 0;
     tile.live_d = tile.live_h = 0;
     for (int i = 0; i < 2; i++) {
         Run& run = tile.run[i];
@@ -2944,12 +2993,12 @@ struct Producer {
                 const bool now = consumer == 0 && at.box && taps > 0;
                 if (now || taps == t.weight_stages) store();
                 if (now || taps == t.weight_stages + 2) free_buffer();
-                const int channel = at.c, tap = at.tap(), info = at.rows() | (at.box ? kOpensBox : 0);
+                const int column = at.weight_column(), tap = at.tap(), info = at.rows() | (at.box ? kOpensBox : 0);
                 if (consumer == 0 && at.box) {
                     mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
                     if (elected()) {
                         mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
-                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, at.c, w_start, at.source_row(), at.plane(), tile.n);
+                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + at.c, w_start, at.source_row(), at.plane(), tile.n);
                     }
                     in.advance(t.input_stages);
                 }
@@ -2959,7 +3008,7 @@ struct Producer {
                     uint64_t* full = head.weight_full + ring + weight.stage;
                     head.taps[ring + weight.stage] = info | (more ? 0 : kLastTap);
                     mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, channel, row, tap);
+                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, column, row, tap);
                 }
                 __syncwarp();
                 weight.advance(t.weight_stages);
@@ -3550,7 +3599,9 @@ static const Plan& plan_of(const Geometry& g, Use use, int device) {
         plan.repairs = g.groups > 1;
         for (const StencilAxis& a : plan.problem.s.axis)
             for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
-        plan.problem.t = choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, use == Use::kFused, plan.multiprocessors);
+        const bool split = forward && g.groups > 1;
+        if (!split || can_split(g))
+            plan.problem.t = choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, use == Use::kFused, plan.multiprocessors);
     }
     return plans[key] = plan;
 }
@@ -3593,8 +3644,8 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
 }
 
 // Takes the memory of the copies of the source and the weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int64_t phase_channels, scaled_half::SampleMax* max, const void* x) {
-    scaled_half::Activation a = scaled_half::make_activation(s, N, channels, phase_channels);
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
+    scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
     a.x = x, a.max = max;
     a.copy = scratch.take<__half>(a.copied());
     return a;
@@ -3608,7 +3659,7 @@ inline void* take_repair(Scratch& scratch, const Plan& plan, const Geometry& g) 
 
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr};
     weight.copy = scratch.take<__half>(weight.copied());
     weight.max = scratch.take<unsigned>(p.C_out);
     return weight;
@@ -3640,13 +3691,12 @@ inline int convolve(const Plan& plan, const scaled_half::Activation& source, con
     const StencilAxis* axis = p.s.axis;
     CUtensorMap x_map, w_map, out_map = {};
     const CUtensorMapSwizzle swizzle = swizzle_of(t.chunk * 2);
-    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {t.C_pad, axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad, t.M_pad, p.s.taps()}, {t.chunk, kRows, 1}));
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, 1}));
     if (t.tensor_store && dtype == kFloat32)
         RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
     const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion};
     switch (t.block_n) {
-        case 240: return launch_conv<240>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
@@ -3685,7 +3735,7 @@ struct Memory {
         const Problem& p = plan.problem;
         auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, p, fused);
-        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.phase_channels, max, x);
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
         weight = take_weight(scratch, plan, g, w);
         repair = take_repair(scratch, plan, g);
     }
@@ -4181,10 +4231,10 @@ struct Memory {
         const dweight_sm90::Parameters& dweight = dweight_plan_of(g, device);
         auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, plan.problem, false);
-        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, padded_channels(g.C_out), dout_max, dout_data);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
         weight = take_weight(scratch, plan, g, w);
         repair = take_repair(scratch, plan, g);
-        x = take_activation(scratch, dweight.s, g.N, g.C_in, padded_channels(g.C_in), x_max, x_data);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
         partial = scratch.take<float>(dweight_sm90::partial_count(dweight.t));
     }
 };

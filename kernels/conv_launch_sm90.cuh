@@ -92,7 +92,9 @@ static const Plan& plan_of(const Geometry& g, Use use, int device) {
         plan.repairs = g.groups > 1;
         for (const StencilAxis& a : plan.problem.s.axis)
             for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
-        plan.problem.t = choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, use == Use::kFused, plan.multiprocessors);
+        const bool split = forward && g.groups > 1;
+        if (!split || can_split(g))
+            plan.problem.t = choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, use == Use::kFused, plan.multiprocessors);
     }
     return plans[key] = plan;
 }
@@ -135,8 +137,8 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
 }
 
 // Takes the memory of the copies of the source and the weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int64_t phase_channels, scaled_half::SampleMax* max, const void* x) {
-    scaled_half::Activation a = scaled_half::make_activation(s, N, channels, phase_channels);
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
+    scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
     a.x = x, a.max = max;
     a.copy = scratch.take<__half>(a.copied());
     return a;
@@ -150,7 +152,7 @@ inline void* take_repair(Scratch& scratch, const Plan& plan, const Geometry& g) 
 
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr};
     weight.copy = scratch.take<__half>(weight.copied());
     weight.max = scratch.take<unsigned>(p.C_out);
     return weight;
@@ -182,8 +184,8 @@ inline int convolve(const Plan& plan, const scaled_half::Activation& source, con
     const StencilAxis* axis = p.s.axis;
     CUtensorMap x_map, w_map, out_map = {};
     const CUtensorMapSwizzle swizzle = swizzle_of(t.chunk * 2);
-    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {t.C_pad, axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad, t.M_pad, p.s.taps()}, {t.chunk, kRows, 1}));
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, 1}));
     if (t.tensor_store && dtype == kFloat32)
         RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
     const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion};

@@ -219,12 +219,12 @@ struct Producer {
                 const bool now = consumer == 0 && at.box && taps > 0;
                 if (now || taps == t.weight_stages) store();
                 if (now || taps == t.weight_stages + 2) free_buffer();
-                const int channel = at.c, tap = at.tap(), info = at.rows() | (at.box ? kOpensBox : 0);
+                const int column = at.weight_column(), tap = at.tap(), info = at.rows() | (at.box ? kOpensBox : 0);
                 if (consumer == 0 && at.box) {
                     mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
                     if (elected()) {
                         mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
-                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, at.c, w_start, at.source_row(), at.plane(), tile.n);
+                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + at.c, w_start, at.source_row(), at.plane(), tile.n);
                     }
                     in.advance(t.input_stages);
                 }
@@ -234,7 +234,7 @@ struct Producer {
                     uint64_t* full = head.weight_full + ring + weight.stage;
                     head.taps[ring + weight.stage] = info | (more ? 0 : kLastTap);
                     mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, channel, row, tap);
+                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, column, row, tap);
                 }
                 __syncwarp();
                 weight.advance(t.weight_stages);

@@ -47,10 +47,10 @@ struct Memory {
         const dweight_sm90::Parameters& dweight = dweight_plan_of(g, device);
         auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, plan.problem, false);
-        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, padded_channels(g.C_out), dout_max, dout_data);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
         weight = take_weight(scratch, plan, g, w);
         repair = take_repair(scratch, plan, g);
-        x = take_activation(scratch, dweight.s, g.N, g.C_in, padded_channels(g.C_in), x_max, x_data);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
         partial = scratch.take<float>(dweight_sm90::partial_count(dweight.t));
     }
 };

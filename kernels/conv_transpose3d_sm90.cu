@@ -23,7 +23,7 @@ struct Memory {
         const Problem& p = plan.problem;
         auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, p, fused);
-        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.phase_channels, max, x);
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
         weight = take_weight(scratch, plan, g, w);
         repair = take_repair(scratch, plan, g);
     }

@@ -43,10 +43,12 @@ struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
 // x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
-// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels.
+// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
+// 2 * C, for each group of `split` channels their high halves and then their low ones.
 struct Activation {
     struct Axis { int positions, phases, crop, size; };
     int64_t N, C, phase_channels;
+    int split;                                     // channels of a group, or 0
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
@@ -55,22 +57,25 @@ struct Activation {
     HOST_DEVICE int64_t sample() const { return C * axis[0].size * axis[1].size * axis[2].size; }
     HOST_DEVICE int64_t positions() const { return int64_t(axis[0].positions) * axis[1].positions * axis[2].positions; }
     HOST_DEVICE int phases() const { return axis[0].phases * axis[1].phases * axis[2].phases; }
+    HOST_DEVICE int channels() const { return int(split ? C : phase_channels); }    // before the split
     HOST_DEVICE int64_t copied() const { return N * positions() * phases() * phase_channels; }
 };
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
-inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels) {
-    Activation a = {N, C, phase_channels, {}, nullptr, nullptr, nullptr, false};
+inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split) {
+    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
 
 // w -> copy (taps, M_pad, source phases, phase_channels) fp16: the weight of each row, a (channel, phase) of the destination, at
-// each tap (d, h, w) of the stencil; zero where there is none. Rows that belong to no channel stay as they are.
+// each tap (d, h, w) of the stencil; zero where there is none. Rows that belong to no channel stay as they are. Split: phase_channels
+// is 4 * split, of the channel's own group [high, high, low, 0].
 struct Weight {
     Stencil stencil;
     RowMap rows;
     int64_t channels, C, M_pad, phase_channels;    // destination channels, source channels
+    int split;                                     // source channels of a group, or 0
     int64_t groups, group_C_out;                   // of the layer
     bool forward;                                  // the destination is the layer's output
     const void* w;                                 // (C_in, C_out / groups, kernel)
@@ -88,7 +93,7 @@ constexpr int kLookElements = 4096;                // of one block's look at a p
 constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one
 constexpr int64_t kSmallSample = 1 << 16;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
-HOST_DEVICE int tile_channels(const Activation& a) { return a.phase_channels <= 32 ? 32 : 64; }
+HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
 
 HOST_DEVICE int64_t look_blocks(const Activation& a) {
@@ -98,9 +103,9 @@ HOST_DEVICE int64_t look_blocks(const Activation& a) {
 
 // Blocks of the copies, each kTileElements at most: of a sample, and of the weight.
 HOST_DEVICE int64_t elements_of_channel(const Activation& a) { return a.positions() * a.phases(); }
-HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(elements_of_channel(a), tile_positions(a)) * ceil_div(a.phase_channels, tile_channels(a)); }
+HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(elements_of_channel(a), tile_positions(a)) * ceil_div(a.channels(), tile_channels(a)); }
 constexpr int kWeightChannels = 64;
-HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.channels * ceil_div(p.phase_channels, kWeightChannels); }
+HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.channels * (p.split ? 1 : ceil_div(p.phase_channels, kWeightChannels)); }
 
 // -------------------------------------------------------------------------------------------------------- Kernel
 
@@ -159,6 +164,19 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     }
 }
 
+// One destination channel, split.
+template <typename T> __device__ void copy_split_weight(const Weight& p, int channel) {
+    const float scale = power_of_two(shift_of(p.max[channel]));
+    const int taps = p.stencil.taps(), first = channel / int(p.group_C_out) * p.split, columns = 4 * p.split;
+    for (int i = threadIdx.x; i < taps * p.stencil.phases() * columns; i += kThreads) {
+        const int column = i % columns, tap = i / columns % taps, phase = i / columns / taps, part = column / p.split;
+        const int k = kernel_index(p.stencil, tap, phase);
+        const float v = k >= 0 && part < 3 ? to_acc(static_cast<const T*>(p.w)[p.kernel_of(channel, first + column % p.split) + k]) * scale : 0.0f;
+        const __half high = __float2half_rn(v);
+        p.copy[(tap * p.M_pad + p.rows.row(channel, phase)) * p.phase_channels + column] = part < 2 ? high : __float2half_rn(v - __half2float(high));
+    }
+}
+
 // The maxima of the weight's channels, and of parts of every sample, evenly spread.
 template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
     if (blockIdx.x < p.channels) return look_at_channel<T>(p, blockIdx.x);
@@ -196,14 +214,14 @@ __device__ __forceinline__ int2 place_of(const Activation& a, unsigned f) {
 }
 
 // Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes.
-template <typename T, int kChannels> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
+template <typename T, int kChannels, bool kSplit> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
     constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
-    const int channel_tiles = ceil_div(a.phase_channels, kChannels), c0 = int(index % channel_tiles) * kChannels;
+    const int channel_tiles = ceil_div(a.channels(), kChannels), c0 = int(index % channel_tiles) * kChannels;
     const int f0 = int(index / channel_tiles) * kPositions, count = int(elements_of_channel(a));
     const int64_t volume = int64_t(a.axis[0].size) * a.axis[1].size * a.axis[2].size;
     const bool plain = a.phases() == 1;    // then the source and the copy have the same order
     const T* source = static_cast<const T*>(a.x) + n * a.C * volume;
-    __shared__ __half2 tile[kPositions][kPairs];
+    __shared__ __half2 tile[kSplit ? 2 : 1][kPositions][kPairs];    // high, low
     __shared__ int2 places[kPositions];    // source element or -1, position and phase of the copy
     if (!plain) {
         if (threadIdx.x < kPositions) places[threadIdx.x] = f0 + int(threadIdx.x) < count ? place_of(a, f0 + threadIdx.x) : make_int2(-1, 0);
@@ -243,7 +261,10 @@ template <typename T, int kChannels> __device__ Extremes copy_tile(const Activat
             const float low = to_acc(values[i][0].v[e]), high = to_acc(values[i][1].v[e]);
             max.finite = umax(max.finite, umax(finite_magnitude(low), finite_magnitude(high)));
             max.any = umax(max.any, umax(magnitude(low), magnitude(high)));
-            tile[s][(item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs] = __floats2half2_rn(low * scale, high * scale);
+            const int pair = (item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs;
+            const __half2 half = __floats2half2_rn(low * scale, high * scale);
+            tile[0][s][pair] = half;
+            if (kSplit) tile[kSplit][s][pair] = __floats2half2_rn(low * scale - __low2float(half), high * scale - __high2float(half));
         }
     __syncthreads();
     constexpr int kVectors = kChannels / 8;                    // of 16 bytes per position
@@ -251,32 +272,36 @@ template <typename T, int kChannels> __device__ Extremes copy_tile(const Activat
 #pragma unroll
     for (int i = threadIdx.x; i < kPositions * kVectors; i += kThreads) {
         const int s = i / kVectors, v = i % kVectors;
-        if (f0 + s >= count || c0 + v * 8 >= a.phase_channels) continue;
-        __half2 four[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) four[k] = tile[s][(v * 4 + k + rotation<kChannels>(a.vectors, s)) % kPairs];
+        if (f0 + s >= count || c0 + v * 8 >= a.channels()) continue;
         const int64_t place = plain ? f0 + s : places[s].y;
-        *reinterpret_cast<uint4*>(copy + place * a.phase_channels + c0 + v * 8) = *reinterpret_cast<const uint4*>(four);
+#pragma unroll
+        for (int part = 0; part <= kSplit; part++) {
+            __half2 four[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) four[k] = tile[part][s][(v * 4 + k + rotation<kChannels>(a.vectors, s)) % kPairs];
+            const int c = c0 + v * 8, channel = kSplit ? c / a.split * 2 * a.split + part * a.split + c % a.split : c;
+            *reinterpret_cast<uint4*>(copy + place * a.phase_channels + channel) = *reinterpret_cast<const uint4*>(four);
+        }
     }
     return max;
 }
 
-template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
-    if (blockIdx.x < tiles_of_weight(p)) return copy_weight_tile<T>(p, blockIdx.x);
+template <typename T, int kChannels, bool kSplit> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
+    if (blockIdx.x < tiles_of_weight(p)) return kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
-    const Extremes extremes = copy_tile<T, kChannels>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
+    const Extremes extremes = copy_tile<T, kChannels, kSplit>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
     const unsigned max = block_max(extremes.finite);
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
 // Copies again the samples whose first copy does not hold: mostly none.
-template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
+template <typename T, int kChannels, bool kSplit> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
         for (int64_t tile = blockIdx.x; tile < tiles_of_sample(a); tile += gridDim.x) {
-            copy_tile<T, kChannels>(a, n, tile, scale);
+            copy_tile<T, kChannels, kSplit>(a, n, tile, scale);
             __syncthreads();
         }
     }
@@ -284,14 +309,19 @@ template <typename T, int kChannels> __global__ void __launch_bounds__(kThreads)
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
+template <typename T, int kChannels, bool kSplit> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kSplit>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
+    return launch(copy_again_kernel<T, kChannels, kSplit>, multiprocessors * 2, kThreads, stream, a);
+}
+
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
     const auto& w = a.axis[2];
     const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
     a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
     RETURN_IF_ERROR(launch(look_kernel<T>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
-    const bool narrow = tile_channels(a) == 32;
-    RETURN_IF_ERROR(launch(narrow ? copy_kernel<T, 32> : copy_kernel<T, 64>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
-    return launch(narrow ? copy_again_kernel<T, 32> : copy_again_kernel<T, 64>, multiprocessors * 2, kThreads, stream, a);
+    if constexpr (sizeof(T) == 4)
+        if (a.split) return copy<T, 32, true>(a, p, multiprocessors, stream);
+    return tile_channels(a) == 32 ? copy<T, 32, false>(a, p, multiprocessors, stream) : copy<T, 64, false>(a, p, multiprocessors, stream);
 }
 
 // Copies an activation, and a weight unless it has no channels.

@@ -33,6 +33,7 @@ struct Run {
 struct Tile {
     int n, d, w0, columns;    // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
     int h0, part;             // first row of the box's positions; index in the sample
+    int source_channel;       // the first of the copy
     int live_d, live_h;       // bit t: some row has a weight at tap t
     bool empty;               // no tap reads anything
     Run run[2];               // of the warpgroups
@@ -55,15 +56,17 @@ struct Cursor {
     const Problem& p;
     int d, h0;
     int tile_live, live = 0;            // bits: taps (h) with weights, from bit 8 on taps (d) of the tile, or taps (w) of the box
-    int td, first, c, th, tw;           // tap (d), first tap (h) of the box, source channel, taps (h, w)
+    int td, first, c, th, tw, product;  // tap (d), first tap (h) of the box, channel of GEMM_K, taps (h, w), product of the tap
     bool box = false;                   // at the first tap of a box
 
     // Before the first tap of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
-        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad), th(first + p.t.taps_per_box), tw(p.s.axis[2].taps) {}
+        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad), th(first + p.t.taps_per_box), tw(p.s.axis[2].taps), product(p.t.products - 1) {}
     // Whether there is another tap, which it then is at.
     HOST_DEVICE bool next() {
         box = false;
+        if (++product < p.t.products) return true;
+        product = 0;
         while (++tw < p.s.axis[2].taps)
             if (live >> (8 + tw) & 1) return true;
         while (++th < first + p.t.taps_per_box)
@@ -75,6 +78,7 @@ struct Cursor {
     HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
     HOST_DEVICE int plane() const { return p.s.axis[0].first + d - p.s.axis[0].shift[td]; }    // of the source
     HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
+    HOST_DEVICE int weight_column() const { return c + product * p.t.chunk; }
     HOST_DEVICE int tap() const { return (td * p.s.axis[1].taps + th) * p.s.axis[2].taps + tw; }
     // By how many rows of shared memory the tap is shifted in its box.
     HOST_DEVICE int rows() const {
@@ -128,6 +132,7 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     tile.d = index % ad.positions, tile.n = index / ad.positions;
     tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
     tile.h0 = first_run * t.run / t.tile_w;
+    tile.source_channel = t.split ? row_tile % t.rows.channel_tiles / t.group_tiles * t.chunk : 0;
     tile.live_d = tile.live_h = 0;
     for (int i = 0; i < 2; i++) {
         Run& run = tile.run[i];

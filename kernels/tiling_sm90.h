@@ -24,7 +24,8 @@ struct Tiling {
     int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
     int split_m;                               // 1: the two warpgroups have the same positions, other rows; 0: the other way round
     int chunk;                                 // source channels of a stage: 16, 32 or 64
-    int phase_channels, C_pad;                 // source channels of the scratch copies: of each phase, of all
+    int phase_channels, C_pad;                 // source channels of GEMM_K: of each phase, of all
+    int split, products, group_tiles;          // channels of a group where operands are split (else 0), products of a tap, row tiles of a group
     bool packed[3];                            // axes
     RowMap rows;
     int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
@@ -122,8 +123,15 @@ inline void lay_out_regions(Tiling& t, const Stencil& s) {
 inline int chunk_of(int64_t channels) { return channels <= 16 ? 16 : channels <= 32 ? 32 : 64; }
 inline int padded_channels(int64_t channels) { return round_up(channels, chunk_of(channels)); }
 
-// The tiling of least estimated time, or one of block_n 0 where none fits into shared memory.
-inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, bool fused, int multiprocessors) {
+// With several groups, the operands are split into high and low halves, x = high + low: as accurate as float32. A row tile has rows
+// of one group, GEMM_K is that group's [high, low], and each tap has two products: with the weight's [high, high] and [low, 0].
+inline bool can_split(const Geometry& g) {
+    const int64_t group_in = g.C_in / g.groups;
+    return (group_in == 8 || group_in == 16 || group_in == 32) && g.C_out / g.groups % 8 == 0;
+}
+
+// The tiling of least estimated time, or one of block_n 0 where none fits into shared memory. groups: of the split, or 1.
+inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool fused, int multiprocessors) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     const int halo_w = w.shift[w.taps - 1];
     Tiling best = {};
@@ -142,10 +150,17 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
+        t.products = 1;
         t.chunk = chunk_of(source_channels);
         t.phase_channels = padded_channels(source_channels);
-        t.C_pad = t.phase_channels * s.source_phases();
         t.rows.channel_tiles = ceil_div(channels, t.rows.octets * 8);
+        if (groups > 1) {
+            t.split = source_channels / groups, t.products = 2;
+            t.phase_channels = t.chunk = 2 * t.split;
+            t.group_tiles = channels / groups / (t.rows.octets * 8);
+            if (split_m || t.group_tiles * t.rows.octets * 8 * groups != channels) continue;
+        }
+        t.C_pad = t.phase_channels * s.source_phases();
         t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
         t.M_pad = kRows * t.row_tiles;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
@@ -179,7 +194,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         for (const StencilAxis& a : s.axis)
             if (a.source_phases > 1) kernel_taps *= a.kernel;
             else kernel_taps *= a.taps;
-        const double steps = double(kernel_taps) * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
+        const double steps = double(kernel_taps) * t.products * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
         double boxes = t.phase_channels / t.chunk * (taps_per_box == 1 ? h.taps : 1) * w.source_phases * h.source_phases;
         boxes *= d.source_phases > 1 ? d.kernel : d.taps;
         // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2

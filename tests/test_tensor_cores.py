@@ -80,6 +80,29 @@ def test_fused(shape, channels, kernel, stride, padding, output_padding, dilatio
     assert torch.equal(y, model_new.conv_transpose3d_relu_group_norm(x, w, bias, gamma, beta, num_groups, 1e-5, *sizes))
 
 
+@pytest.mark.parametrize("shape, channels, groups, kernel, stride, padding, output_padding", [
+    ((2, 32, 8, 16, 32), 32, 4, 3, 2, 1, 0), ((1, 64, 7, 9, 31), 32, 4, 2, 2, 0, 0), ((2, 16, 9, 31, 33), 32, 2, (3, 2, 4), 2, 1, 1), ((1, 64, 6, 17, 20), 128, 2, 1, 1, 0, 0)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_groups_are_float32_accurate(shape, channels, groups, kernel, stride, padding, output_padding, fused):
+    x, w = tensors(shape, channels // groups, kernel)
+    x[0] *= 1e-6
+    sizes = (stride, padding, output_padding, groups, 1)
+    if fused:
+        y = run(model_new.conv_transpose3d_relu_group_norm, x, w, None, None, None, 4, 0.0, *sizes)
+        truth = F.group_norm(F.conv_transpose3d(x.double(), w.double(), None, *sizes).relu(), 4, eps=0.0)
+    else:
+        y, truth = run(model_new.conv_transpose3d, x, w, None, *sizes), F.conv_transpose3d(x.double(), w.double(), None, *sizes)
+    assert worst_relative_error(y, truth, (1, 2, 3, 4)) <= 1e-6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_stay_in_their_group(value):
+    x, w = tensors((2, 32, 10, 12, 16), 8, 3)
+    x[1, 3, 4, 5, 6] = value
+    y, truth = run(model_new.conv_transpose3d, x, w, stride=2, padding=1, groups=4), F.conv_transpose3d(x.double().cpu(), w.double().cpu(), stride=2, padding=1, groups=4).cuda()
+    assert torch.equal(y.isfinite(), truth.isfinite()) and torch.equal(y.isnan(), truth.isnan())
+
+
 def gradients(function, x, w, grad, sizes):
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     return torch.autograd.grad(function(x, w, None, *sizes), (x, w), grad)

@@ -140,7 +140,7 @@ int main(int, char** arguments) {
         }
         if (!valid || out_volume(g) * g.C_out > 400000) continue;
         Problem p = {g.N, g.C_out, out_volume(g), make_stencil(Direction::kForward, g), {}};
-        p.t = choose_tiling(p.s, g.N, g.C_in, g.C_out, below(2), below(4) ? 132 : 1 + below(132));
+        p.t = choose_tiling(p.s, g.N, g.C_in, g.C_out, 1, below(2), below(4) ? 132 : 1 + below(132));
         done++;
         if (p.t.block_n == 0 || (fits(p.t) && emulate(g, p))) continue;
         std::printf("N %d, channels %d -> %d, block_n %d, strips %d", int(g.N), int(g.C_in), int(g.C_out), p.t.block_n, p.t.strips);
