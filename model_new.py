@@ -2361,6 +2361,7 @@ namespace conv_sm90 {
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 constexpr int kMaxStages = 16;                 // of weights, all rings together
 constexpr int kMaxInputStages = 6;
+constexpr int kMaxItems = 64;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kHeadBytes = 2048;               // barriers and the like
 constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
@@ -2390,6 +2391,7 @@ struct Tiling {
     bool tensor_store;                         // one copy of the whole run
     int region_stride;                         // floats of the staged outputs of a channel
     int buffers, table_bytes;                  // how many warpgroups can stage at a time; what tells a warpgroup where to stage
+    int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
     int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages, norm_stages;    // stages of each ring; one ring where both warpgroups have the same rows
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
@@ -2463,7 +2465,8 @@ inline void lay_out_regions(Tiling& t, const Stencil& s) {
     t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
     t.dense = t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
     const int floats = t.contiguous ? (t.whole_rows ? rows * out_w : t.run) + (aligned ? 0 : 4) : rows * t.tile_w * phases_w;
-    t.region_stride = round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts
+    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts; where the neighbours are phases, 4 mod 8 is better.
+    t.region_stride = phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;
     t.tensor_store = t.contiguous && !t.whole_rows && aligned && t.region_stride == t.run;
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
     const int regions = t.rows.octets * 8 * packed_phases(t, s, 0);
@@ -2492,7 +2495,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int block_n : {232, 224, 192, 160, 128, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
-    for (int input_stages : {2, 3, 4, 6}) {
+    for (int input_stages : {2, 3, 4, 6})
+    for (int item_taps : {1, w.taps, h.taps * w.taps}) {
         Tiling t = {};
         t.input_stages = input_stages;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
@@ -2512,6 +2516,9 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
             if (split_m || t.group_tiles * t.rows.octets * 8 * groups != channels) continue;
         }
         t.C_pad = t.phase_channels * s.source_phases();
+        const bool many = item_taps > 1;
+        t.item_taps = item_taps, t.items = many ? item_taps * t.products : 1;
+        if (many && (split_m || t.items > kMaxItems || (item_taps > w.taps && taps_per_box < h.taps) || s.source_phases() > 1)) continue;
         t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
         t.M_pad = kRows * t.row_tiles;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
@@ -2523,16 +2530,16 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         lay_out_regions(t, s);
         const int64_t row_bytes = 2 * t.chunk;
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
-        t.weight_bytes = kRows * row_bytes;
+        t.weight_bytes = t.items * kRows * row_bytes;
         t.weight_rings = split_m ? 2 : 1;
         t.norm_stages = fused ? 4 : 0;
         t.buffers = 2;
-        if (kSharedBytes - shared_bytes(t) < 10 * t.weight_bytes) t.buffers = 1;
+        if (kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
-        if (left_bytes < 6 * t.weight_bytes) continue;
+        if (left_bytes < (many ? 3 : 6) * t.weight_bytes) continue;
         t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
         // With one ring, the stages between the two warpgroups are not there to load weights in advance.
-        const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16)) + 2;
+        const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
         t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
         if (fused) t.norm_stages += (left_bytes - int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes) / kNormBytes;
         if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
@@ -2551,10 +2558,15 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
         // cache; and longer where the stages that are not in use do not cover that one's latency.
         const double weight_cycles = t.weight_rings * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
-        const double lead = (t.weight_stages - (split_m ? 2 : 3)) * step * t.chunk / 16, latency = 1800;
+        const double lead = (t.weight_stages - (split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
         const double box_bytes = double(t.box_rows) * t.pitch * row_bytes, box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
         double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
         products = products > box_time ? products : box_time;
+        // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
+        const double instructions = steps / (t.chunk / 16) * (many ? 100 + 600.0 / t.items : 600) + boxes * 600 + block_n * (t.dense ? 15 : 20);
+        products = products > instructions ? products : instructions;
+        const double loads = (steps * t.weight_rings * kRows * 16 * 2 + boxes * box_bytes) / 21;
+        products = products > loads ? products : loads;
         const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double traffic = out_bytes / 17 + boxes * t.box_rows * t.pitch * row_bytes / 40 + 300;
         // A warp issues the copies of a run's pieces one after another.
@@ -2626,50 +2638,30 @@ HOST_DEVICE int parts_of_sample(const Problem& p) {
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
-// A tile's boxes and taps, in the order in which everyone takes them.
+HOST_DEVICE int lowest_bit(int bits) {
+#ifdef __CUDA_ARCH__
+    return __ffs(bits) - 1;
+#else
+    return __builtin_ctz(bits);
+#endif
+}
+
+// A tile's boxes, in the order in which everyone takes them: of every tap d, some taps h, and a chunk of GEMM_K.
 struct Cursor {
     const Problem& p;
     int d, h0;
-    int tile_live, live = 0;            // bits: taps (h) with weights, from bit 8 on taps (d) of the tile, or taps (w) of the box
-    int td, first, c, th, tw, product;  // tap (d), first tap (h) of the box, channel of GEMM_K, taps (h, w), product of the tap
-    bool box = false;                   // at the first tap of a box
+    int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d)
+    int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
+    int td, first, c;                   // tap (d), first tap (h), channel of GEMM_K
 
-    // Before the first tap of a tile.
+    // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
-        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad), th(first + p.t.taps_per_box), tw(p.s.axis[2].taps), product(p.t.products - 1) {}
-    // Whether there is another tap, which it then is at.
-    HOST_DEVICE bool next() {
-        box = false;
-        if (++product < p.t.products) return true;
-        product = 0;
-        while (++tw < p.s.axis[2].taps)
-            if (live >> (8 + tw) & 1) return true;
-        while (++th < first + p.t.taps_per_box)
-            if (live >> th & 1) return first_column();
-        c += p.t.chunk;
-        return next_box();
-    }
-
-    HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
-    HOST_DEVICE int plane() const { return p.s.axis[0].first + d - p.s.axis[0].shift[td]; }    // of the source
-    HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
-    HOST_DEVICE int weight_column() const { return c + product * p.t.chunk; }
-    HOST_DEVICE int tap() const { return (td * p.s.axis[1].taps + th) * p.s.axis[2].taps + tw; }
-    // By how many rows of shared memory the tap is shifted in its box.
-    HOST_DEVICE int rows() const {
-        const StencilAxis& aw = p.s.axis[2];
-        return (last_shift() - p.s.axis[1].shift[th]) * p.t.pitch + aw.shift[aw.taps - 1] - aw.shift[tw];
-    }
-
-private:
-    HOST_DEVICE bool first_column() {
-        for (tw = 0; !(live >> (8 + tw) & 1);) tw++;
-        return true;
-    }
-    // The first box with live taps from source channel c on.
+        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad) {}
+    // Whether there is another box with live taps, which it then is at.
     HOST_DEVICE bool next_box() {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-        for (;; c += p.t.chunk) {
+        while (true) {
+            c += p.t.chunk;
             if (c >= p.t.C_pad) {
                 first += p.t.taps_per_box;
                 if (first >= ah.taps) {
@@ -2680,18 +2672,54 @@ private:
                 }
                 c = 0;
             }
-            int live_h = tile_live & ((1 << p.t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
+            live_h = tile_live & ((1 << p.t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p.t.phase_channels < p.t.C_pad) {
                 const int phase = c / p.t.phase_channels;    // of the source
                 if (!(ad.live[phase / aw.source_phases / ah.source_phases] >> td & 1)) continue;
                 live_h &= ah.live[phase / aw.source_phases % ah.source_phases], live_w = aw.live[phase % aw.source_phases];
             }
             if (live_h == 0 || live_w == 0) continue;
-            live = live_h | live_w << 8;
-            for (th = first; !(live >> th & 1);) th++;
-            return box = first_column();
+            if (p.t.item_taps > 1) live_w = 1;             // all taps w are one stage,
+            if (p.t.item_taps > aw.taps) live_h = 1;       // all taps h too
+            return true;
         }
     }
+
+    HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
+    HOST_DEVICE int plane() const { return p.s.axis[0].first + d - p.s.axis[0].shift[td]; }    // of the source
+    HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
+};
+
+// The taps of the box that a cursor is at, each with its products.
+struct BoxTaps {
+    const Problem& p;
+    int bits_h, bits_w, live_w;         // still to come; of every tap h
+    int first_tap, last_shift, c;
+    int rows_h = 0, tap_h = 0;          // of the tap h
+    int rows = 0, tap = 0, product;     // by how many rows of shared memory the tap is shifted in its box; the tap (d, h, w)
+
+    // Before the first.
+    HOST_DEVICE BoxTaps(const Cursor& at)
+        : p(at.p), bits_h(at.live_h), bits_w(0), live_w(at.live_w), first_tap(at.td * at.p.s.axis[1].taps * at.p.s.axis[2].taps), last_shift(at.last_shift()), c(at.c), product(products() - 1) {}
+    HOST_DEVICE bool next() {
+        const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+        if (++product < products()) return true;
+        if (bits_w == 0) {
+            if (bits_h == 0) return false;
+            const int th = lowest_bit(bits_h);
+            bits_h &= bits_h - 1, bits_w = live_w;
+            rows_h = (last_shift - ah.shift[th]) * p.t.pitch + aw.shift[aw.taps - 1], tap_h = first_tap + th * aw.taps;
+        }
+        const int tw = lowest_bit(bits_w);
+        bits_w &= bits_w - 1;
+        rows = rows_h - aw.shift[tw], tap = tap_h + tw, product = 0;
+        return true;
+    }
+    HOST_DEVICE bool last() const { return bits_h == 0 && bits_w == 0 && product == products() - 1; }
+    HOST_DEVICE int weight_column() const { return c + product * p.t.chunk; }
+
+private:
+    HOST_DEVICE int products() const { return p.t.items > 1 ? 1 : p.t.products; }    // that have a stage of their own
 };
 
 HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
@@ -2727,7 +2755,14 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
         run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
         run.first = t.whole_rows ? 0 : run.q0;
     }
-    tile.empty = !Cursor(p, tile).next();
+    tile.empty = !Cursor(p, tile).next_box();
+}
+
+// Item i of a stage of weights is tap i % item_taps and product i / item_taps: by how many rows it is shifted against the first.
+HOST_DEVICE int rows_of_item(const Problem& p, int i) {
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int tap = i % p.t.item_taps;
+    return (ah.shift[0] - ah.shift[tap / aw.taps]) * p.t.pitch + aw.shift[0] - aw.shift[tap % aw.taps];
 }
 
 // -------------------------------------------------------------------------------------------------- Staged outputs
@@ -2851,6 +2886,7 @@ struct SharedHead {
     uint64_t norm_full[kMaxNormStages], norm_empty[kMaxNormStages];
     uint64_t buffer_free[2], staged[2];    // by the consumer that used it
     int taps[kMaxStages];                  // of the weights' stages
+    int item_rows[kMaxItems];              // of a stage's items, where there are several
     Tile tiles[kTileSlots];
     NormPiece pieces[kMaxNormStages];
 };
@@ -2987,14 +3023,11 @@ struct Producer {
             const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
             int taps = 0;
             Cursor at(a.p, tile);
-            bool more = !last && at.next();
+            bool more = !last && at.next_box();
             while (more) {
                 // The consumer stages the tile before, and then frees the next stage. The other one may need the buffer before it frees a box.
-                const bool now = consumer == 0 && at.box && taps > 0;
-                if (now || taps == t.weight_stages) store();
-                if (now || taps == t.weight_stages + 2) free_buffer();
-                const int column = at.weight_column(), tap = at.tap(), info = at.rows() | (at.box ? kOpensBox : 0);
-                if (consumer == 0 && at.box) {
+                if (consumer == 0) {
+                    if (taps > 0) store(), free_buffer();
                     mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
                     if (elected()) {
                         mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
@@ -3002,17 +3035,24 @@ struct Producer {
                     }
                     in.advance(t.input_stages);
                 }
-                more = at.next();
-                mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
-                if (elected()) {
-                    uint64_t* full = head.weight_full + ring + weight.stage;
-                    head.taps[ring + weight.stage] = info | (more ? 0 : kLastTap);
-                    mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, column, row, tap);
+                BoxTaps tap(at);
+                more = at.next_box();
+                for (int flags = kOpensBox; tap.next(); flags = 0) {
+                    if (taps == t.weight_stages) store();
+                    if (taps == t.weight_stages + 2) free_buffer();
+                    mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
+                    if (elected()) {
+                        uint64_t* full = head.weight_full + ring + weight.stage;
+                        uint8_t* stage = shared.weights + (ring + weight.stage) * t.weight_bytes;
+                        head.taps[ring + weight.stage] = tap.rows | flags | (tap.last() && !more ? kLastTap : 0);
+                        mbarrier_arrive_expect_tx(full, t.weight_bytes);
+                        tma_load_3d(stage, w_map, full, tap.weight_column(), row, tap.tap);
+                        if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, full, tap.c + t.chunk, row, tap.tap);
+                    }
+                    __syncwarp();
+                    weight.advance(t.weight_stages);
+                    taps++;
                 }
-                __syncwarp();
-                weight.advance(t.weight_stages);
-                taps++;
             }
             store();
             free_buffer();
@@ -3102,13 +3142,13 @@ struct Consumer {
     }
 };
 
-// The sums of one tile: d (64 rows, kBlockN positions) of this warpgroup. kSteps: chunk / 16; known to the compiler, or it
-// would wait for each wgmma by itself.
+// The sums of one tile: d (64 rows, kBlockN positions) of this warpgroup. kSteps: chunk / 16 where a stage has one item, known to the
+// compiler, which keeps the wgmmas closer together; or 0: any chunk, any number of items.
 template <int kBlockN, int kSteps>
 __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (&d)[kBlockN / 2]) {
     const Tiling& t = me.a.p.t;
     SharedHead& head = me.shared.head;
-    constexpr int row_bytes = kSteps * 32;
+    const int row_bytes = kSteps > 0 ? kSteps * 32 : t.chunk * 2;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
     const int b_row = tile.run[me.warpgroup].b_row, ring = t.weight_rings == 2 ? me.warpgroup * t.weight_stages : 0;
 #pragma unroll
@@ -3133,11 +3173,20 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             open_input = me.in.stage;
             me.in.advance(t.input_stages);
         }
-        const uint32_t b = box + (info & kTapRows) * row_bytes;
-        const uint32_t w = shared_address(me.shared.weights + (ring + me.weight.stage) * t.weight_bytes);
+        uint32_t b = box + (info & kTapRows) * row_bytes, w = shared_address(me.shared.weights + (ring + me.weight.stage) * t.weight_bytes);
         wgmma_fence();
+        if constexpr (kSteps > 0) {
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+            for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < t.items; i++) {
+                if (t.items > 1) b = box + ((info & kTapRows) + head.item_rows[i]) * row_bytes;
+#pragma unroll 1
+                for (int at = 0; at < row_bytes; at += 32) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + at), wgmma_descriptor(descriptor, b + at));
+                w += kRows * row_bytes;
+            }
+        }
         wgmma_commit_group();
         ++taps;
         if (taps == 1) me.load_constants(tile);
@@ -3249,22 +3298,16 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         }
         me.sync();
     }
-    const bool fill = !t.whole_rows && !t.dense;    // the first position is an output: its value takes the place of those that are none
-    uint32_t valid[2][(kBlockN + 127) / 128] = {};    // bit j * 2 + e: position j * 8 + lane % 4 * 2 + e is an output
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
-        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row, lowest); };
-        const float filling = __shfl_sync(~0u, value_of(v[half * 2], me.first_scale, row, lowest), lane & ~3);
         if (!row.live) continue;
+        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row, lowest); };
         float* region = staged_region(me, tile, row);
         if (t.dense) {    // position q is float q of its region
             float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);
 #pragma unroll
             for (int j = 0; j < kBlockN / 8; j++) at[j * 4] = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
-            const int live = run.count - lane % 4 * 2, bits = max(0, live) / 8 * 2 + min(max(0, live) % 8, 2);
-#pragma unroll
-            for (int i = 0; i < (kBlockN + 127) / 128; i++) valid[half][i] = bits >= i * 32 + 32 ? ~0u : bits <= i * 32 ? 0u : (1u << (bits - i * 32)) - 1;
         } else {
             const int* table = me.table() + row.table + lane % 4 * 2;
 #pragma unroll
@@ -3272,10 +3315,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
                 const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
                 const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
                 if (place.x >= 0) region[place.x] = low;
-                else if (fill) v[j * 4 + half * 2] = filling;
                 if (place.y >= 0) region[place.y] = high;
-                else if (fill) v[j * 4 + half * 2 + 1] = filling;
-                valid[half][j / 16] |= (place.x >= 0 ? 1u << j * 2 % 32 : 0u) | (place.y >= 0 ? 2u << j * 2 % 32 : 0u);
             }
         }
     }
@@ -3287,7 +3327,31 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
             for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[place + k]);
         });
     }
-    if (a.fusion.num_groups > 0) leave_moments<kBlockN>(me, tile, valid, v);
+    if (a.fusion.num_groups > 0) {
+        uint32_t valid[2][(kBlockN + 127) / 128] = {};    // bit j * 2 + e: position j * 8 + lane % 4 * 2 + e is an output
+        const bool fill = !t.whole_rows && !t.dense;      // the first position is one: its value takes the place of those that are none
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const LaneRow& row = me.rows[half];
+            const float filling = __shfl_sync(~0u, v[half * 2], lane & ~3);
+            if (!row.live) continue;
+            if (t.dense) {
+                const int live = run.count - lane % 4 * 2, bits = max(0, live) / 8 * 2 + min(max(0, live) % 8, 2);
+#pragma unroll
+                for (int i = 0; i < (kBlockN + 127) / 128; i++) valid[half][i] = bits >= i * 32 + 32 ? ~0u : bits <= i * 32 ? 0u : (1u << (bits - i * 32)) - 1;
+            } else {
+                const int* table = me.table() + row.table + lane % 4 * 2;
+#pragma unroll
+                for (int j = 0; j < kBlockN / 8; j++) {
+                    const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
+                    if (place.x < 0 && fill) v[j * 4 + half * 2] = filling;
+                    if (place.y < 0 && fill) v[j * 4 + half * 2 + 1] = filling;
+                    valid[half][j / 16] |= (place.x >= 0 ? 1u << j * 2 % 32 : 0u) | (place.y >= 0 ? 2u << j * 2 % 32 : 0u);
+                }
+            }
+        }
+        leave_moments<kBlockN>(me, tile, valid, v);
+    }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(me.shared.head.staged + me.warpgroup);
 }
@@ -3302,11 +3366,8 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         const Tile& tile = head.tiles[me.slot.stage];
         if (tile.n < 0) break;
         if (me.first && me.warpgroup == 1) named_barrier(3, 256);
-        switch (a.p.t.chunk) {
-            case 64: multiply<kBlockN, 4>(me, tile, d); break;
-            case 32: multiply<kBlockN, 2>(me, tile, d); break;
-            default: multiply<kBlockN, 1>(me, tile, d); break;
-        }
+        if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4>(me, tile, d);
+        else multiply<kBlockN, 0>(me, tile, d);
         finish<kBlockN>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);
@@ -3539,6 +3600,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
         fence_mbarrier_init();
     }
+    if (t.items > 1 && threadIdx.x < t.items) head.item_rows[threadIdx.x] = rows_of_item(a.p, threadIdx.x);
     const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
     for (int stage = 0; stage < t.input_stages; stage++)
         for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
@@ -3692,7 +3754,7 @@ inline int convolve(const Plan& plan, const scaled_half::Activation& source, con
     CUtensorMap x_map, w_map, out_map = {};
     const CUtensorMapSwizzle swizzle = swizzle_of(t.chunk * 2);
     RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
     if (t.tensor_store && dtype == kFloat32)
         RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
     const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion};

@@ -32,6 +32,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
         fence_mbarrier_init();
     }
+    if (t.items > 1 && threadIdx.x < t.items) head.item_rows[threadIdx.x] = rows_of_item(a.p, threadIdx.x);
     const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
     for (int stage = 0; stage < t.input_stages; stage++)
         for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
@@ -185,7 +186,7 @@ inline int convolve(const Plan& plan, const scaled_half::Activation& source, con
     CUtensorMap x_map, w_map, out_map = {};
     const CUtensorMapSwizzle swizzle = swizzle_of(t.chunk * 2);
     RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
     if (t.tensor_store && dtype == kFloat32)
         RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
     const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion};

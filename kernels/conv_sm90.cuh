@@ -77,6 +77,7 @@ struct SharedHead {
     uint64_t norm_full[kMaxNormStages], norm_empty[kMaxNormStages];
     uint64_t buffer_free[2], staged[2];    // by the consumer that used it
     int taps[kMaxStages];                  // of the weights' stages
+    int item_rows[kMaxItems];              // of a stage's items, where there are several
     Tile tiles[kTileSlots];
     NormPiece pieces[kMaxNormStages];
 };
@@ -213,14 +214,11 @@ struct Producer {
             const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
             int taps = 0;
             Cursor at(a.p, tile);
-            bool more = !last && at.next();
+            bool more = !last && at.next_box();
             while (more) {
                 // The consumer stages the tile before, and then frees the next stage. The other one may need the buffer before it frees a box.
-                const bool now = consumer == 0 && at.box && taps > 0;
-                if (now || taps == t.weight_stages) store();
-                if (now || taps == t.weight_stages + 2) free_buffer();
-                const int column = at.weight_column(), tap = at.tap(), info = at.rows() | (at.box ? kOpensBox : 0);
-                if (consumer == 0 && at.box) {
+                if (consumer == 0) {
+                    if (taps > 0) store(), free_buffer();
                     mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
                     if (elected()) {
                         mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
@@ -228,17 +226,24 @@ struct Producer {
                     }
                     in.advance(t.input_stages);
                 }
-                more = at.next();
-                mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
-                if (elected()) {
-                    uint64_t* full = head.weight_full + ring + weight.stage;
-                    head.taps[ring + weight.stage] = info | (more ? 0 : kLastTap);
-                    mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                    tma_load_3d(shared.weights + (ring + weight.stage) * t.weight_bytes, w_map, full, column, row, tap);
+                BoxTaps tap(at);
+                more = at.next_box();
+                for (int flags = kOpensBox; tap.next(); flags = 0) {
+                    if (taps == t.weight_stages) store();
+                    if (taps == t.weight_stages + 2) free_buffer();
+                    mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
+                    if (elected()) {
+                        uint64_t* full = head.weight_full + ring + weight.stage;
+                        uint8_t* stage = shared.weights + (ring + weight.stage) * t.weight_bytes;
+                        head.taps[ring + weight.stage] = tap.rows | flags | (tap.last() && !more ? kLastTap : 0);
+                        mbarrier_arrive_expect_tx(full, t.weight_bytes);
+                        tma_load_3d(stage, w_map, full, tap.weight_column(), row, tap.tap);
+                        if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, full, tap.c + t.chunk, row, tap.tap);
+                    }
+                    __syncwarp();
+                    weight.advance(t.weight_stages);
+                    taps++;
                 }
-                __syncwarp();
-                weight.advance(t.weight_stages);
-                taps++;
             }
             store();
             free_buffer();
@@ -328,13 +333,13 @@ struct Consumer {
     }
 };
 
-// The sums of one tile: d (64 rows, kBlockN positions) of this warpgroup. kSteps: chunk / 16; known to the compiler, or it
-// would wait for each wgmma by itself.
+// The sums of one tile: d (64 rows, kBlockN positions) of this warpgroup. kSteps: chunk / 16 where a stage has one item, known to the
+// compiler, which keeps the wgmmas closer together; or 0: any chunk, any number of items.
 template <int kBlockN, int kSteps>
 __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (&d)[kBlockN / 2]) {
     const Tiling& t = me.a.p.t;
     SharedHead& head = me.shared.head;
-    constexpr int row_bytes = kSteps * 32;
+    const int row_bytes = kSteps > 0 ? kSteps * 32 : t.chunk * 2;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
     const int b_row = tile.run[me.warpgroup].b_row, ring = t.weight_rings == 2 ? me.warpgroup * t.weight_stages : 0;
 #pragma unroll
@@ -359,11 +364,20 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             open_input = me.in.stage;
             me.in.advance(t.input_stages);
         }
-        const uint32_t b = box + (info & kTapRows) * row_bytes;
-        const uint32_t w = shared_address(me.shared.weights + (ring + me.weight.stage) * t.weight_bytes);
+        uint32_t b = box + (info & kTapRows) * row_bytes, w = shared_address(me.shared.weights + (ring + me.weight.stage) * t.weight_bytes);
         wgmma_fence();
+        if constexpr (kSteps > 0) {
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+            for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < t.items; i++) {
+                if (t.items > 1) b = box + ((info & kTapRows) + head.item_rows[i]) * row_bytes;
+#pragma unroll 1
+                for (int at = 0; at < row_bytes; at += 32) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + at), wgmma_descriptor(descriptor, b + at));
+                w += kRows * row_bytes;
+            }
+        }
         wgmma_commit_group();
         ++taps;
         if (taps == 1) me.load_constants(tile);
@@ -475,22 +489,16 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         }
         me.sync();
     }
-    const bool fill = !t.whole_rows && !t.dense;    // the first position is an output: its value takes the place of those that are none
-    uint32_t valid[2][(kBlockN + 127) / 128] = {};    // bit j * 2 + e: position j * 8 + lane % 4 * 2 + e is an output
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
-        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row, lowest); };
-        const float filling = __shfl_sync(~0u, value_of(v[half * 2], me.first_scale, row, lowest), lane & ~3);
         if (!row.live) continue;
+        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row, lowest); };
         float* region = staged_region(me, tile, row);
         if (t.dense) {    // position q is float q of its region
             float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);
 #pragma unroll
             for (int j = 0; j < kBlockN / 8; j++) at[j * 4] = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
-            const int live = run.count - lane % 4 * 2, bits = max(0, live) / 8 * 2 + min(max(0, live) % 8, 2);
-#pragma unroll
-            for (int i = 0; i < (kBlockN + 127) / 128; i++) valid[half][i] = bits >= i * 32 + 32 ? ~0u : bits <= i * 32 ? 0u : (1u << (bits - i * 32)) - 1;
         } else {
             const int* table = me.table() + row.table + lane % 4 * 2;
 #pragma unroll
@@ -498,10 +506,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
                 const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
                 const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
                 if (place.x >= 0) region[place.x] = low;
-                else if (fill) v[j * 4 + half * 2] = filling;
                 if (place.y >= 0) region[place.y] = high;
-                else if (fill) v[j * 4 + half * 2 + 1] = filling;
-                valid[half][j / 16] |= (place.x >= 0 ? 1u << j * 2 % 32 : 0u) | (place.y >= 0 ? 2u << j * 2 % 32 : 0u);
             }
         }
     }
@@ -513,7 +518,31 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
             for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[place + k]);
         });
     }
-    if (a.fusion.num_groups > 0) leave_moments<kBlockN>(me, tile, valid, v);
+    if (a.fusion.num_groups > 0) {
+        uint32_t valid[2][(kBlockN + 127) / 128] = {};    // bit j * 2 + e: position j * 8 + lane % 4 * 2 + e is an output
+        const bool fill = !t.whole_rows && !t.dense;      // the first position is one: its value takes the place of those that are none
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const LaneRow& row = me.rows[half];
+            const float filling = __shfl_sync(~0u, v[half * 2], lane & ~3);
+            if (!row.live) continue;
+            if (t.dense) {
+                const int live = run.count - lane % 4 * 2, bits = max(0, live) / 8 * 2 + min(max(0, live) % 8, 2);
+#pragma unroll
+                for (int i = 0; i < (kBlockN + 127) / 128; i++) valid[half][i] = bits >= i * 32 + 32 ? ~0u : bits <= i * 32 ? 0u : (1u << (bits - i * 32)) - 1;
+            } else {
+                const int* table = me.table() + row.table + lane % 4 * 2;
+#pragma unroll
+                for (int j = 0; j < kBlockN / 8; j++) {
+                    const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
+                    if (place.x < 0 && fill) v[j * 4 + half * 2] = filling;
+                    if (place.y < 0 && fill) v[j * 4 + half * 2 + 1] = filling;
+                    valid[half][j / 16] |= (place.x >= 0 ? 1u << j * 2 % 32 : 0u) | (place.y >= 0 ? 2u << j * 2 % 32 : 0u);
+                }
+            }
+        }
+        leave_moments<kBlockN>(me, tile, valid, v);
+    }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(me.shared.head.staged + me.warpgroup);
 }
@@ -528,11 +557,8 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         const Tile& tile = head.tiles[me.slot.stage];
         if (tile.n < 0) break;
         if (me.first && me.warpgroup == 1) named_barrier(3, 256);
-        switch (a.p.t.chunk) {
-            case 64: multiply<kBlockN, 4>(me, tile, d); break;
-            case 32: multiply<kBlockN, 2>(me, tile, d); break;
-            default: multiply<kBlockN, 1>(me, tile, d); break;
-        }
+        if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4>(me, tile, d);
+        else multiply<kBlockN, 0>(me, tile, d);
         finish<kBlockN>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);

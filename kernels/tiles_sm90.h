@@ -51,50 +51,30 @@ HOST_DEVICE int parts_of_sample(const Problem& p) {
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
-// A tile's boxes and taps, in the order in which everyone takes them.
+HOST_DEVICE int lowest_bit(int bits) {
+#ifdef __CUDA_ARCH__
+    return __ffs(bits) - 1;
+#else
+    return __builtin_ctz(bits);
+#endif
+}
+
+// A tile's boxes, in the order in which everyone takes them: of every tap d, some taps h, and a chunk of GEMM_K.
 struct Cursor {
     const Problem& p;
     int d, h0;
-    int tile_live, live = 0;            // bits: taps (h) with weights, from bit 8 on taps (d) of the tile, or taps (w) of the box
-    int td, first, c, th, tw, product;  // tap (d), first tap (h) of the box, channel of GEMM_K, taps (h, w), product of the tap
-    bool box = false;                   // at the first tap of a box
+    int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d)
+    int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
+    int td, first, c;                   // tap (d), first tap (h), channel of GEMM_K
 
-    // Before the first tap of a tile.
+    // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
-        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad), th(first + p.t.taps_per_box), tw(p.s.axis[2].taps), product(p.t.products - 1) {}
-    // Whether there is another tap, which it then is at.
-    HOST_DEVICE bool next() {
-        box = false;
-        if (++product < p.t.products) return true;
-        product = 0;
-        while (++tw < p.s.axis[2].taps)
-            if (live >> (8 + tw) & 1) return true;
-        while (++th < first + p.t.taps_per_box)
-            if (live >> th & 1) return first_column();
-        c += p.t.chunk;
-        return next_box();
-    }
-
-    HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
-    HOST_DEVICE int plane() const { return p.s.axis[0].first + d - p.s.axis[0].shift[td]; }    // of the source
-    HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
-    HOST_DEVICE int weight_column() const { return c + product * p.t.chunk; }
-    HOST_DEVICE int tap() const { return (td * p.s.axis[1].taps + th) * p.s.axis[2].taps + tw; }
-    // By how many rows of shared memory the tap is shifted in its box.
-    HOST_DEVICE int rows() const {
-        const StencilAxis& aw = p.s.axis[2];
-        return (last_shift() - p.s.axis[1].shift[th]) * p.t.pitch + aw.shift[aw.taps - 1] - aw.shift[tw];
-    }
-
-private:
-    HOST_DEVICE bool first_column() {
-        for (tw = 0; !(live >> (8 + tw) & 1);) tw++;
-        return true;
-    }
-    // The first box with live taps from source channel c on.
+        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad) {}
+    // Whether there is another box with live taps, which it then is at.
     HOST_DEVICE bool next_box() {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-        for (;; c += p.t.chunk) {
+        while (true) {
+            c += p.t.chunk;
             if (c >= p.t.C_pad) {
                 first += p.t.taps_per_box;
                 if (first >= ah.taps) {
@@ -105,18 +85,54 @@ private:
                 }
                 c = 0;
             }
-            int live_h = tile_live & ((1 << p.t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
+            live_h = tile_live & ((1 << p.t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p.t.phase_channels < p.t.C_pad) {
                 const int phase = c / p.t.phase_channels;    // of the source
                 if (!(ad.live[phase / aw.source_phases / ah.source_phases] >> td & 1)) continue;
                 live_h &= ah.live[phase / aw.source_phases % ah.source_phases], live_w = aw.live[phase % aw.source_phases];
             }
             if (live_h == 0 || live_w == 0) continue;
-            live = live_h | live_w << 8;
-            for (th = first; !(live >> th & 1);) th++;
-            return box = first_column();
+            if (p.t.item_taps > 1) live_w = 1;             // all taps w are one stage,
+            if (p.t.item_taps > aw.taps) live_h = 1;       // all taps h too
+            return true;
         }
     }
+
+    HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
+    HOST_DEVICE int plane() const { return p.s.axis[0].first + d - p.s.axis[0].shift[td]; }    // of the source
+    HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
+};
+
+// The taps of the box that a cursor is at, each with its products.
+struct BoxTaps {
+    const Problem& p;
+    int bits_h, bits_w, live_w;         // still to come; of every tap h
+    int first_tap, last_shift, c;
+    int rows_h = 0, tap_h = 0;          // of the tap h
+    int rows = 0, tap = 0, product;     // by how many rows of shared memory the tap is shifted in its box; the tap (d, h, w)
+
+    // Before the first.
+    HOST_DEVICE BoxTaps(const Cursor& at)
+        : p(at.p), bits_h(at.live_h), bits_w(0), live_w(at.live_w), first_tap(at.td * at.p.s.axis[1].taps * at.p.s.axis[2].taps), last_shift(at.last_shift()), c(at.c), product(products() - 1) {}
+    HOST_DEVICE bool next() {
+        const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+        if (++product < products()) return true;
+        if (bits_w == 0) {
+            if (bits_h == 0) return false;
+            const int th = lowest_bit(bits_h);
+            bits_h &= bits_h - 1, bits_w = live_w;
+            rows_h = (last_shift - ah.shift[th]) * p.t.pitch + aw.shift[aw.taps - 1], tap_h = first_tap + th * aw.taps;
+        }
+        const int tw = lowest_bit(bits_w);
+        bits_w &= bits_w - 1;
+        rows = rows_h - aw.shift[tw], tap = tap_h + tw, product = 0;
+        return true;
+    }
+    HOST_DEVICE bool last() const { return bits_h == 0 && bits_w == 0 && product == products() - 1; }
+    HOST_DEVICE int weight_column() const { return c + product * p.t.chunk; }
+
+private:
+    HOST_DEVICE int products() const { return p.t.items > 1 ? 1 : p.t.products; }    // that have a stage of their own
 };
 
 HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
@@ -152,7 +168,14 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
         run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
         run.first = t.whole_rows ? 0 : run.q0;
     }
-    tile.empty = !Cursor(p, tile).next();
+    tile.empty = !Cursor(p, tile).next_box();
+}
+
+// Item i of a stage of weights is tap i % item_taps and product i / item_taps: by how many rows it is shifted against the first.
+HOST_DEVICE int rows_of_item(const Problem& p, int i) {
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int tap = i % p.t.item_taps;
+    return (ah.shift[0] - ah.shift[tap / aw.taps]) * p.t.pitch + aw.shift[0] - aw.shift[tap % aw.taps];
 }
 
 // -------------------------------------------------------------------------------------------------- Staged outputs

@@ -10,6 +10,7 @@ namespace conv_sm90 {
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 constexpr int kMaxStages = 16;                 // of weights, all rings together
 constexpr int kMaxInputStages = 6;
+constexpr int kMaxItems = 64;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kHeadBytes = 2048;               // barriers and the like
 constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
@@ -39,6 +40,7 @@ struct Tiling {
     bool tensor_store;                         // one copy of the whole run
     int region_stride;                         // floats of the staged outputs of a channel
     int buffers, table_bytes;                  // how many warpgroups can stage at a time; what tells a warpgroup where to stage
+    int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
     int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages, norm_stages;    // stages of each ring; one ring where both warpgroups have the same rows
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
@@ -112,7 +114,8 @@ inline void lay_out_regions(Tiling& t, const Stencil& s) {
     t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
     t.dense = t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
     const int floats = t.contiguous ? (t.whole_rows ? rows * out_w : t.run) + (aligned ? 0 : 4) : rows * t.tile_w * phases_w;
-    t.region_stride = round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts
+    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts; where the neighbours are phases, 4 mod 8 is better.
+    t.region_stride = phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;
     t.tensor_store = t.contiguous && !t.whole_rows && aligned && t.region_stride == t.run;
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
     const int regions = t.rows.octets * 8 * packed_phases(t, s, 0);
@@ -141,7 +144,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int block_n : {232, 224, 192, 160, 128, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
-    for (int input_stages : {2, 3, 4, 6}) {
+    for (int input_stages : {2, 3, 4, 6})
+    for (int item_taps : {1, w.taps, h.taps * w.taps}) {
         Tiling t = {};
         t.input_stages = input_stages;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
@@ -161,6 +165,9 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
             if (split_m || t.group_tiles * t.rows.octets * 8 * groups != channels) continue;
         }
         t.C_pad = t.phase_channels * s.source_phases();
+        const bool many = item_taps > 1;
+        t.item_taps = item_taps, t.items = many ? item_taps * t.products : 1;
+        if (many && (split_m || t.items > kMaxItems || (item_taps > w.taps && taps_per_box < h.taps) || s.source_phases() > 1)) continue;
         t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
         t.M_pad = kRows * t.row_tiles;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
@@ -172,16 +179,16 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         lay_out_regions(t, s);
         const int64_t row_bytes = 2 * t.chunk;
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
-        t.weight_bytes = kRows * row_bytes;
+        t.weight_bytes = t.items * kRows * row_bytes;
         t.weight_rings = split_m ? 2 : 1;
         t.norm_stages = fused ? 4 : 0;
         t.buffers = 2;
-        if (kSharedBytes - shared_bytes(t) < 10 * t.weight_bytes) t.buffers = 1;
+        if (kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
-        if (left_bytes < 6 * t.weight_bytes) continue;
+        if (left_bytes < (many ? 3 : 6) * t.weight_bytes) continue;
         t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
         // With one ring, the stages between the two warpgroups are not there to load weights in advance.
-        const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16)) + 2;
+        const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
         t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
         if (fused) t.norm_stages += (left_bytes - int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes) / kNormBytes;
         if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
@@ -200,10 +207,15 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
         // cache; and longer where the stages that are not in use do not cover that one's latency.
         const double weight_cycles = t.weight_rings * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
-        const double lead = (t.weight_stages - (split_m ? 2 : 3)) * step * t.chunk / 16, latency = 1800;
+        const double lead = (t.weight_stages - (split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
         const double box_bytes = double(t.box_rows) * t.pitch * row_bytes, box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
         double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
         products = products > box_time ? products : box_time;
+        // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
+        const double instructions = steps / (t.chunk / 16) * (many ? 100 + 600.0 / t.items : 600) + boxes * 600 + block_n * (t.dense ? 15 : 20);
+        products = products > instructions ? products : instructions;
+        const double loads = (steps * t.weight_rings * kRows * 16 * 2 + boxes * box_bytes) / 21;
+        products = products > loads ? products : loads;
         const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double traffic = out_bytes / 17 + boxes * t.box_rows * t.pitch * row_bytes / 40 + 300;
         // A warp issues the copies of a run's pieces one after another.

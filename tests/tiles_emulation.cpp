@@ -73,16 +73,17 @@ static bool emulate(const Geometry& g, const Problem& p) {
         const Run& run = tile.run[warpgroup];
         std::vector<float> sums(size_t(kRows) * t.block_n, 0), source(C), buffer(t.buffer_bytes / 4, -12345.0f);
         Cursor at(p, tile);
-        while (at.next()) {
+        while (at.next_box()) for (BoxTaps tap(at); tap.next();) {
             if (at.c > 0) continue;    // C_in fits into the first chunk
+            for (int item = 0; item < t.items; item++)
             for (int q = 0; q < t.block_n; q++) {
-                const int row = run.b_row + q + at.rows();    // of shared memory
+                const int row = run.b_row + q + tap.rows + rows_of_item(p, item);    // of shared memory
                 const int h = at.source_row() + row / t.pitch, v = aw->first + tile.w0 - aw->shift[aw->taps - 1] + row % t.pitch;
                 const bool loaded = row < t.box_rows * t.pitch, inside = loaded && h >= 0 && h < ah->sources && v >= 0 && v < aw->sources;
                 const bool margin = !loaded && int64_t(row + 1) * t.chunk * 2 <= t.input_bytes;
                 for (int c = 0; c < C; c++) source[c] = inside ? x.at(tile.n, c, at.plane(), h, v) : loaded || margin ? 0.0f : NAN;
                 for (int r = 0; r < kRows; r++)
-                    for (int c = 0; c < C; c++) sums[r * t.block_n + q] += source[c] * weights[(size_t(at.tap()) * t.M_pad + run.row_tile * kRows + r) * C + c];
+                    for (int c = 0; c < C; c++) sums[r * t.block_n + q] += source[c] * weights[(size_t(tap.tap + item) * t.M_pad + run.row_tile * kRows + r) * C + c];
             }
         }
         for (int r = 0; r < kRows; r++) {
