@@ -127,6 +127,8 @@ def _batched(input):
 
 def _autocast(*tensors):
     """Autocast's cast of a convolution's arguments: every floating-point tensor but float64."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -386,7 +388,7 @@ def _launch(operation, shape, dtypes, device, inputs, outputs):
 
 
 def _pointers(arguments):
-    return [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    return [a if a is None or type(a) in (int, float) else a.data_ptr() for a in arguments]
 
 
 def _launch_cpu(function, first, inputs, outputs):
