@@ -274,7 +274,8 @@ struct LaneRow {
     int region;                                  // first float of its region
     int table;                                   // first entry of its phase in the table of staged places
     bool used;
-    float scale, bias;                           // of the tile
+    unsigned weight_max;                         // of the tile's channel
+    float scale, bias;
     bool live;                                   // there is such an output plane and channel
 };
 
@@ -285,7 +286,8 @@ struct Consumer {
     int warpgroup;                 // 0 or 1
     RingPosition in, weight, slot;
     LaneRow rows[2];
-    float first_scale;             // of the tile's sample
+    scaled_half::SampleMax activation_max;    // of the tile's sample
+    float first_scale;
     int staged = 0;                // how often this one staged outputs
     int4 table_key = {-1, 0, 0, 0};    // what the table was made for
     bool first = true;
@@ -318,18 +320,23 @@ struct Consumer {
         staged++;
     }
 
-    // What the epilogue will need of global memory.
+    // Loads what the epilogue will need of global memory; prepare_rows makes use of it, many cycles later.
     __device__ __forceinline__ void load_constants(const Tile& tile) {
-        first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
+        activation_max = a.activation_max[tile.n];
         const Run& run = tile.run[warpgroup];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             LaneRow& row = rows[half];
             const int channel = run.channel0 + row.channel, od = run.od0 + row.packed_d;
             row.live = row.used && run.outer < outer_phases(a.p) && channel < a.p.C_out && od >= 0 && od < a.p.s.axis[0].out;
-            row.scale = row.live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])) : 0.0f;
+            row.weight_max = row.live ? a.weight_max[channel] : 0;
             row.bias = row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
         }
+    }
+    __device__ __forceinline__ void prepare_rows() {
+        first_scale = scaled_half::power_of_two(-scaled_half::shift_of(activation_max));
+#pragma unroll
+        for (int half = 0; half < 2; half++) rows[half].scale = scaled_half::power_of_two(-scaled_half::shift_of(rows[half].weight_max));
     }
 };
 
@@ -351,6 +358,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
         me.first = false;
     };
+    me.load_constants(tile);
     for (int info = tile.empty ? kLastTap : 0; !(info & kLastTap);) {
         mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
         info = head.taps[ring + me.weight.stage];
@@ -380,7 +388,6 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         }
         wgmma_commit_group();
         ++taps;
-        if (taps == 1) me.load_constants(tile);
         if (taps == t.lag) let_the_other_begin();
         wgmma_wait_group<1>();
         if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
@@ -395,7 +402,6 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
     if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
     if (me.elected() && open_input >= 0) mbarrier_arrive(head.input_empty + open_input);
     let_the_other_begin();
-    if (taps == 0) me.load_constants(tile);
 }
 
 // ------------------------------------------------------------------------------------------------------- Epilogue
@@ -477,6 +483,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
     const float lowest = a.apply_relu ? 0.0f : -INFINITY;
+    me.prepare_rows();
     me.wait_for_buffer();
     if (!t.dense) {
         // Runs of the same form, all but those at the edges, have the same table.

@@ -168,7 +168,9 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
         run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
         run.first = t.whole_rows ? 0 : run.q0;
     }
-    tile.empty = !Cursor(p, tile).next_box();
+    tile.empty = true;
+    for (int td = 0; td < ad.taps && tile.live_h != 0; td++)
+        if (tile.live_d >> td & 1 && unsigned(ad.first + tile.d - ad.shift[td]) < unsigned(ad.sources)) tile.empty = false;
 }
 
 // Item i of a stage of weights is tap i % item_taps and product i / item_taps: by how many rows it is shifted against the first.
