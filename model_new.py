@@ -300,6 +300,7 @@ _PATHS = {
     "conv_transpose3d_forward": (("sm90", _sm90_forward), ("generic", _always)),
     "conv_transpose3d_relu_group_norm_forward": (("sm90", _sm90_forward), ("composed", _always)),    # composed: of other operations of this table
     "conv_transpose3d_gradients": (("sm90", _sm90_gradients), ("composed", _always)),
+    "conv_transpose3d_relu_group_norm_gradients": (("sm90", _sm90_gradients), ("composed", _always)),
     "conv_transpose3d_dinput": (("generic", _always),),
     "conv_transpose3d_dweight": (("generic", _always),),
     "conv_transpose3d_dbias": (("generic", _always),),
@@ -312,6 +313,7 @@ _SIGNATURES = {
     "conv_transpose3d_forward": "pppip",            # x, weight, bias, relu; out
     "conv_transpose3d_relu_group_norm_forward": "pppppidppp",    # x, weight, bias, gamma, beta, num_groups, eps; activation, y, statistics
     "conv_transpose3d_gradients": "ppppp",          # dout, x, weight; dx, dweight
+    "conv_transpose3d_relu_group_norm_gradients": "ppppipppppp",    # dy, r, statistics, gamma, num_groups, x, weight; dx, dweight, dgamma, dbeta
     "conv_transpose3d_dinput": "ppp",               # dout, weight; dx
     "conv_transpose3d_dweight": "ppp",              # x, dout; dweight
     "conv_transpose3d_dbias": "pp",                 # dout; dbias
@@ -505,8 +507,16 @@ def _fused_backward(grad, activation, statistics, input, weight, gn_weight, inpu
                                    stride, padding, output_padding, groups, dilation, needs)
     if grad.numel() == 0:
         return tuple(t.zero_() for t in outputs)
-    dz = torch.empty_like(activation) if any(conv_needs) else None
     dgamma, dbeta = outputs[3:]
+    geometry, _ = _geometry(tuple(input_shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
+    need_dx, need_dweight, need_dbias = conv_needs
+    if ((need_dx or need_dweight) and not need_dbias and grad.dtype == activation.dtype
+            and select_path("conv_transpose3d_relu_group_norm_gradients", geometry, grad.dtype, grad.device) != "composed"):
+        _launch("conv_transpose3d_relu_group_norm_gradients", geometry, (grad.dtype,), grad.device,
+                (grad.contiguous(), activation, statistics, _parameter(gn_weight, activation), num_groups, input.contiguous() if need_dweight else None, weight.contiguous() if need_dx else None),
+                (outputs[0] if need_dx else None, outputs[1] if need_dweight else None, dgamma if need_gamma else None, dbeta if need_beta else None))
+        return outputs
+    dz = torch.empty_like(activation) if any(conv_needs) else None
     _launch("relu_group_norm_backward", _norm_shape(tuple(activation.shape), num_groups), (activation.dtype, grad.dtype), grad.device,
             (grad.contiguous(), activation, statistics, _parameter(gn_weight, activation)), (dz, dgamma if need_gamma else None, dbeta if need_beta else None))
     if dz is None:
@@ -1592,24 +1602,19 @@ int normalize(const Shape& s, void* stream, const void* r, const double* mean, c
 }  // namespace group_norm
 '''
 
-_SOURCES['relu_group_norm_generic.cu'] = r'''
-// GroupNorm of an activation r = relu(z), and the backward of both, for any shape and dtype.
+_SOURCES['group_norm_backward.cuh'] = r'''
+// The sums that the backward of ReLU and GroupNorm needs, and its elementwise half:
 //
-//   forward   y = (r - mean) * rstd * gamma + beta, mean and variance (biased) over each (n, group)
-//   backward  dr = rstd * (gamma * dy - m1 - xhat * m2), xhat = (r - mean) * rstd,
-//             m1, m2 = mean over the group of gamma * dy and of gamma * dy * xhat;   dz = dr where r > 0 (or NaN), else 0
-//             dgamma[c] = sum over n, s of dy * xhat,   dbeta[c] = sum over n, s of dy
+//   dr = rstd * (gamma * dy - m1 - xhat * m2), xhat = (r - mean) * rstd,
+//   m1, m2 = mean over the group of gamma * dy and of gamma * dy * xhat;   dz = dr where r > 0 (or NaN), else 0
+//   dgamma[c] = sum over n, s of dy * xhat,   dbeta[c] = sum over n, s of dy
 //
-//   r, dz (N, C, S) of type T   y, dy (N, C, S) of type Y   statistics (2, N, num_groups) float64: mean, rstd   gamma, beta, dgamma, dbeta (C) Acc<T>
-//
-// Sums are taken in float64, of values shifted by the group's first element, so neither a large mean nor a large range
-// cancels; they are added in a fixed order. Formula: torch.nn.GroupNorm.
+// Sums are taken in float64 and added in a fixed order. Formula: torch.nn.GroupNorm.
+#pragma once
 
 #include "group_norm.cuh"
 
-namespace relu_group_norm_generic {
-
-using namespace group_norm;
+namespace group_norm {
 
 constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
 
@@ -1630,44 +1635,6 @@ __device__ __forceinline__ Pair block_sum(Pair v) {
     __syncthreads();
     return sums[0];
 }
-
-// ------------------------------------------------------------------------------------------------------ Forward
-
-// partial (N * num_groups, splits): sum and sum of squares of r - r[first of the group]
-template <typename T>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(Shape s, int64_t splits, const T* __restrict__ r, Pair* __restrict__ partial) {
-    const T* group = r + blockIdx.x / splits * s.group_count();
-    const int64_t begin = blockIdx.x % splits * kSplitElements;
-    const int64_t end = begin + kSplitElements < s.group_count() ? begin + kSplitElements : s.group_count();
-    const double shift = to_acc(group[0]);
-    Pair sum = {0, 0};
-#pragma unroll 4
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-        const double v = to_acc(group[i]) - shift;
-        sum.a += v;
-        sum.b += v * v;
-    }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-finish_statistics_kernel(Shape s, int64_t splits, double eps, const T* __restrict__ r, const Pair* __restrict__ partial, double* __restrict__ mean, double* __restrict__ rstd) {
-    Pair sum = {0, 0};
-    for (int64_t i = threadIdx.x; i < splits; i += kThreads) {
-        sum.a += partial[blockIdx.x * splits + i].a;
-        sum.b += partial[blockIdx.x * splits + i].b;
-    }
-    sum = block_sum(sum);
-    if (threadIdx.x > 0) return;
-    const double count = s.group_count(), shifted_mean = sum.a / count;
-    const double variance = sum.b / count - shifted_mean * shifted_mean;
-    mean[blockIdx.x] = to_acc(r[blockIdx.x * s.group_count()]) + shifted_mean;
-    rstd[blockIdx.x] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
-}
-
-// ----------------------------------------------------------------------------------------------------- Backward
 
 // partial (N * C, splits): sums of dy and of dy * xhat
 template <typename T, typename Y>
@@ -1724,22 +1691,109 @@ __global__ void parameter_gradients_kernel(Shape s, const Pair* __restrict__ cha
     if (dgamma) dgamma[c] = A(sum.b);
 }
 
+// dz of one (n, channel).
+template <typename A> struct ChannelGradient {
+    Mean<A> m;
+    A inv, weight, mean1, mean2;
+    __device__ __forceinline__ ChannelGradient(double mean, double rstd, A weight, Pair group_means) : m(mean), inv(A(rstd)), weight(weight), mean1(A(group_means.a)), mean2(A(group_means.b)) {}
+    __device__ __forceinline__ A dz(A dy, A r) const {
+        const A dr = inv * (weight * dy - mean1 - m.center(r) * inv * mean2);
+        return r <= A(0) ? A(0) : dr;    // NaN keeps its gradient, as in torch
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------- Launcher
+
+// What the sums leave for dz.
+struct GradientSums {
+    Pair *partial, *channel_sums, *group_means;    // (N * C, splits), (N, C), (N, num_groups)
+    static int64_t splits(const Shape& s) { return ceil_div(s.S, kSplitElements); }
+    static int64_t count(const Shape& s) { return s.N * s.C * (splits(s) + 1) + s.N * s.num_groups; }
+    GradientSums(const Shape& s, void* memory) : partial(static_cast<Pair*>(memory)), channel_sums(partial + s.N * s.C * splits(s)), group_means(channel_sums + s.N * s.C) {}
+};
+
+// dgamma and dbeta may be null: not wanted.
+template <typename T, typename Y>
+int sum_gradients(const Shape& s, void* stream, const void* dy, const void* r, const double* statistics, const void* gamma, const GradientSums& sums, void* dgamma, void* dbeta) {
+    using A = Acc<T>;
+    const int64_t splits = GradientSums::splits(s);
+    const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
+    RETURN_IF_ERROR(launch(gradient_sums_kernel<T, Y>, s.N * s.C * splits, kThreads, stream, s, splits, static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd, sums.partial));
+    RETURN_IF_ERROR(launch(finish_gradient_sums_kernel<A>, s.N * s.num_groups, kThreads, stream, s, splits, static_cast<const A*>(gamma), static_cast<const Pair*>(sums.partial), sums.channel_sums, sums.group_means));
+    if (!dgamma && !dbeta) return cudaSuccess;
+    return launch(parameter_gradients_kernel<A>, ceil_div(s.C, 256), 256, stream, s, static_cast<const Pair*>(sums.channel_sums), static_cast<A*>(dgamma), static_cast<A*>(dbeta));
+}
+
+}  // namespace group_norm
+'''
+
+_SOURCES['relu_group_norm_generic.cu'] = r'''
+// GroupNorm of an activation r = relu(z), and the backward of both, for any shape and dtype.
+//
+//   forward   y = (r - mean) * rstd * gamma + beta, mean and variance (biased) over each (n, group)
+//   backward  group_norm_backward.cuh
+//
+//   r, dz (N, C, S) of type T   y, dy (N, C, S) of type Y   statistics (2, N, num_groups) float64: mean, rstd   gamma, beta, dgamma, dbeta (C) Acc<T>
+//
+// Sums are taken in float64, of values shifted by the group's first element, so neither a large mean nor a large range
+// cancels; they are added in a fixed order. Formula: torch.nn.GroupNorm.
+
+#include "group_norm_backward.cuh"
+
+namespace relu_group_norm_generic {
+
+using namespace group_norm;
+
+// ------------------------------------------------------------------------------------------------------ Forward
+
+// partial (N * num_groups, splits): sum and sum of squares of r - r[first of the group]
+template <typename T>
+__global__ void __launch_bounds__(kThreads) statistics_kernel(Shape s, int64_t splits, const T* __restrict__ r, Pair* __restrict__ partial) {
+    const T* group = r + blockIdx.x / splits * s.group_count();
+    const int64_t begin = blockIdx.x % splits * kSplitElements;
+    const int64_t end = begin + kSplitElements < s.group_count() ? begin + kSplitElements : s.group_count();
+    const double shift = to_acc(group[0]);
+    Pair sum = {0, 0};
+#pragma unroll 4
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+        const double v = to_acc(group[i]) - shift;
+        sum.a += v;
+        sum.b += v * v;
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+finish_statistics_kernel(Shape s, int64_t splits, double eps, const T* __restrict__ r, const Pair* __restrict__ partial, double* __restrict__ mean, double* __restrict__ rstd) {
+    Pair sum = {0, 0};
+    for (int64_t i = threadIdx.x; i < splits; i += kThreads) {
+        sum.a += partial[blockIdx.x * splits + i].a;
+        sum.b += partial[blockIdx.x * splits + i].b;
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x > 0) return;
+    const double count = s.group_count(), shifted_mean = sum.a / count;
+    const double variance = sum.b / count - shifted_mean * shifted_mean;
+    mean[blockIdx.x] = to_acc(r[blockIdx.x * s.group_count()]) + shifted_mean;
+    rstd[blockIdx.x] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+}
+
+// ----------------------------------------------------------------------------------------------------- Backward
+
 template <typename T, typename Y>
 __global__ void __launch_bounds__(kThreads)
 dz_kernel(Shape s, int64_t tiles, const Y* __restrict__ dy, const T* __restrict__ r, const double* __restrict__ mean, const double* __restrict__ rstd,
           const Acc<T>* __restrict__ gamma, const Pair* __restrict__ group_means, T* __restrict__ dz) {
     using A = Acc<T>;
     const int64_t row = blockIdx.x / tiles, c = row % s.C, group = row / s.group_channels();
-    const Mean<A> m(mean[group]);
-    const A inv = rstd[group], weight = gamma ? gamma[c] : A(1), mean1 = group_means[group].a, mean2 = group_means[group].b;
+    const ChannelGradient<A> gradient(mean[group], rstd[group], gamma ? gamma[c] : A(1), group_means[group]);
     const int64_t begin = blockIdx.x % tiles * (kThreads * kApplyElements) + threadIdx.x;
 #pragma unroll
     for (int e = 0; e < kApplyElements; e++) {
         const int64_t i = begin + e * kThreads;
-        if (i >= s.S) break;
-        const A v = to_acc(r[row * s.S + i]);
-        const A dr = inv * (weight * to_acc(dy[row * s.S + i]) - mean1 - m.center(v) * inv * mean2);
-        dz[row * s.S + i] = from_acc<T>(v <= A(0) ? A(0) : dr);    // NaN keeps its gradient, as in torch
+        if (i < s.S) dz[row * s.S + i] = from_acc<T>(gradient.dz(to_acc(dy[row * s.S + i]), to_acc(r[row * s.S + i])));
     }
 }
 
@@ -1773,8 +1827,7 @@ extern "C" int group_norm_forward_generic(const Shape* shape, int r_dtype, int y
 }
 
 extern "C" int64_t relu_group_norm_backward_generic_workspace(const Shape* s, int, int) {
-    using namespace relu_group_norm_generic;
-    return (s->N * s->C * (ceil_div(s->S, kSplitElements) + 1) + s->N * s->num_groups) * int64_t(sizeof(Pair));
+    return group_norm::GradientSums::count(*s) * int64_t(sizeof(group_norm::Pair));
 }
 
 // dz, or dgamma and dbeta, may be null: not wanted.
@@ -1787,18 +1840,12 @@ extern "C" int relu_group_norm_backward_generic(const Shape* shape, int r_dtype,
         using T = decltype(r_element);
         using Y = decltype(y_element);
         using A = Acc<T>;
-        const int64_t splits = ceil_div(s.S, kSplitElements);
         const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
-        Pair* partial = static_cast<Pair*>(workspace);                      // (N * C, splits)
-        Pair* channel_sums = partial + s.N * s.C * splits;                  // (N, C)
-        Pair* group_means = channel_sums + s.N * s.C;                       // (N, num_groups)
-        RETURN_IF_ERROR(launch(gradient_sums_kernel<T, Y>, s.N * s.C * splits, kThreads, stream, s, splits, static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd, partial));
-        RETURN_IF_ERROR(launch(finish_gradient_sums_kernel<A>, s.N * s.num_groups, kThreads, stream, s, splits, static_cast<const A*>(gamma), static_cast<const Pair*>(partial), channel_sums, group_means));
-        if (dgamma || dbeta)
-            RETURN_IF_ERROR(launch(parameter_gradients_kernel<A>, ceil_div(s.C, 256), 256, stream, s, static_cast<const Pair*>(channel_sums), static_cast<A*>(dgamma), static_cast<A*>(dbeta)));
+        const GradientSums sums(s, workspace);
+        RETURN_IF_ERROR((sum_gradients<T, Y>(s, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
         if (!dz) return int(cudaSuccess);
         return launch(dz_kernel<T, Y>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd,
-                      static_cast<const A*>(gamma), static_cast<const Pair*>(group_means), static_cast<T*>(dz));
+                      static_cast<const A*>(gamma), static_cast<const Pair*>(sums.group_means), static_cast<T*>(dz));
     });
 }
 
@@ -2023,7 +2070,7 @@ _SOURCES['scaled_half.cuh'] = r'''
 // The maxima live in device memory: nothing synchronises with the host.
 #pragma once
 
-#include "launch.cuh"
+#include "group_norm_backward.cuh"
 #include "stencil.h"
 
 namespace scaled_half {
@@ -2058,6 +2105,20 @@ struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the 
 // x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
 // u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
 // 2 * C, for each group of `split` channels their high halves and then their low ones.
+//
+// Where norm.r is not null, x is the gradient of group_norm(relu(z)), and what is copied is the gradient of z.
+struct NormGradient {
+    const void* r;                                 // relu(z), of x's shape and dtype
+    group_norm::Shape shape;
+    const double *mean, *rstd;                     // (N, num_groups)
+    const float* gamma;                            // (C), or null
+    const group_norm::Pair* group_means;           // (N, num_groups)
+    __device__ __forceinline__ group_norm::ChannelGradient<float> channel(int64_t n, int64_t c) const {
+        const int64_t group = n * shape.num_groups + c / int(shape.group_channels());
+        return {mean[group], rstd[group], gamma ? gamma[c] : 1.0f, group_means[group]};
+    }
+};
+
 struct Activation {
     struct Axis { int positions, phases, crop, size; };
     int64_t N, C, phase_channels;
@@ -2067,6 +2128,7 @@ struct Activation {
     __half* copy;
     SampleMax* max;                                // (N), starts at zero
     bool vectors;                                  // rows and the address are multiples of four elements
+    NormGradient norm;
     HOST_DEVICE int64_t sample() const { return C * axis[0].size * axis[1].size * axis[2].size; }
     HOST_DEVICE int64_t positions() const { return int64_t(axis[0].positions) * axis[1].positions * axis[2].positions; }
     HOST_DEVICE int phases() const { return axis[0].phases * axis[1].phases * axis[2].phases; }
@@ -2076,7 +2138,7 @@ struct Activation {
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split) {
-    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false};
+    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false, {}};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
@@ -2191,7 +2253,7 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
 }
 
 // The maxima of the weight's channels, and of parts of every sample, evenly spread.
-template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
+template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
     if (blockIdx.x < p.channels) return look_at_channel<T>(p, blockIdx.x);
     const int64_t blocks = look_blocks(a), elements = a.sample();
     const int64_t n = (blockIdx.x - p.channels) / blocks, block = (blockIdx.x - p.channels) % blocks;
@@ -2201,12 +2263,18 @@ template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Ac
     const int count = elements < kLookElements ? elements : kLookElements;
     unsigned max = 0;
 #pragma unroll 16
-    for (int i = threadIdx.x; i < count; i += kThreads) max = umax(max, finite_magnitude(to_acc(part[i])));
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+        float v = to_acc(part[i]);
+        if (kNorm) v = a.norm.channel(n, (begin + i) / a.norm.shape.S).dz(v, to_acc(static_cast<const T*>(a.norm.r)[n * elements + begin + i]));
+        max = umax(max, finite_magnitude(v));
+    }
     max = block_max(max);
     if (threadIdx.x == 0) atomicMax(&a.max[n].part, max);
 }
 
 template <typename T> struct alignas(4 * sizeof(T)) Four { T v[4]; };
+
+enum class Kind { kPlain, kSplit, kNorm };
 
 // Where shared memory has the pair of channels p of position s: at pair p + rotation, which keeps threads off each other's banks.
 template <int kChannels> __device__ __forceinline__ int rotation(bool vectors, int s) {
@@ -2227,8 +2295,9 @@ __device__ __forceinline__ int2 place_of(const Activation& a, unsigned f) {
 }
 
 // Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes.
-template <typename T, int kChannels, bool kSplit> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
+template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
     constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
+    constexpr bool kSplit = kKind == Kind::kSplit;
     const int channel_tiles = ceil_div(a.channels(), kChannels), c0 = int(index % channel_tiles) * kChannels;
     const int f0 = int(index / channel_tiles) * kPositions, count = int(elements_of_channel(a));
     const int64_t volume = int64_t(a.axis[0].size) * a.axis[1].size * a.axis[2].size;
@@ -2251,27 +2320,42 @@ template <typename T, int kChannels, bool kSplit> __device__ Extremes copy_tile(
         const int s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
         from[e] = plain ? (f0 + s < count ? f0 + s : -1) : places[s].x;
     }
-    Four<T> values[kCount][2];
+    Four<T> values[kCount][2], activations[kKind == Kind::kNorm ? kCount : 1][2];
 #pragma unroll
     for (int i = 0; i < kCount; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int64_t c = c0 + (warp + i * (kThreads / 32)) / kParts * 2 + half;
-            if (a.vectors) {
-                if (c < a.C && from[0] >= 0) values[i][half] = *reinterpret_cast<const Four<T>*>(source + c * volume + from[0]);
-                else values[i][half] = {};
-            } else {
+            auto load = [&](const T* source, Four<T>& four) {
+                if (a.vectors) {
+                    if (c < a.C && from[0] >= 0) four = *reinterpret_cast<const Four<T>*>(source + c * volume + from[0]);
+                    else four = {};
+                } else {
 #pragma unroll
-                for (int e = 0; e < 4; e++) values[i][half].v[e] = c < a.C && from[e] >= 0 ? source[c * volume + from[e]] : from_acc<T>(0.0f);
-            }
+                    for (int e = 0; e < 4; e++) four.v[e] = c < a.C && from[e] >= 0 ? source[c * volume + from[e]] : from_acc<T>(0.0f);
+                }
+            };
+            load(source, values[i][half]);
+            if constexpr (kKind == Kind::kNorm) load(static_cast<const T*>(a.norm.r) + n * a.C * volume, activations[i][half]);
         }
     Extremes max = {0, 0};
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
+    for (int i = 0; i < kCount; i++) {
+        const int item = warp + i * (kThreads / 32);
+        float gradients[2][4];
+        if constexpr (kKind == Kind::kNorm) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int64_t c = c0 + item / kParts * 2 + half;
+                const group_norm::ChannelGradient<float> channel = a.norm.channel(n, c < a.C ? c : 0);
+#pragma unroll
+                for (int e = 0; e < 4; e++) gradients[half][e] = channel.dz(to_acc(values[i][half].v[e]), to_acc(activations[i][half].v[e]));    // zero where r is zero: outside too
+            }
+        }
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const int item = warp + i * (kThreads / 32), s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
-            const float low = to_acc(values[i][0].v[e]), high = to_acc(values[i][1].v[e]);
+            const int s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
+            const float low = kKind == Kind::kNorm ? gradients[0][e] : to_acc(values[i][0].v[e]), high = kKind == Kind::kNorm ? gradients[1][e] : to_acc(values[i][1].v[e]);
             max.finite = umax(max.finite, umax(finite_magnitude(low), finite_magnitude(high)));
             max.any = umax(max.any, umax(magnitude(low), magnitude(high)));
             const int pair = (item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs;
@@ -2279,6 +2363,7 @@ template <typename T, int kChannels, bool kSplit> __device__ Extremes copy_tile(
             tile[0][s][pair] = half;
             if (kSplit) tile[kSplit][s][pair] = __floats2half2_rn(low * scale - __low2float(half), high * scale - __high2float(half));
         }
+    }
     __syncthreads();
     constexpr int kVectors = kChannels / 8;                    // of 16 bytes per position
     __half* copy = a.copy + n * count * a.phase_channels;
@@ -2299,22 +2384,22 @@ template <typename T, int kChannels, bool kSplit> __device__ Extremes copy_tile(
     return max;
 }
 
-template <typename T, int kChannels, bool kSplit> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
-    if (blockIdx.x < tiles_of_weight(p)) return kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
+    if (blockIdx.x < tiles_of_weight(p)) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
-    const Extremes extremes = copy_tile<T, kChannels, kSplit>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
+    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
     const unsigned max = block_max(extremes.finite);
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
 // Copies again the samples whose first copy does not hold: mostly none.
-template <typename T, int kChannels, bool kSplit> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
         for (int64_t tile = blockIdx.x; tile < tiles_of_sample(a); tile += gridDim.x) {
-            copy_tile<T, kChannels, kSplit>(a, n, tile, scale);
+            copy_tile<T, kChannels, kKind>(a, n, tile, scale);
             __syncthreads();
         }
     }
@@ -2322,19 +2407,21 @@ template <typename T, int kChannels, bool kSplit> __global__ void __launch_bound
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
-template <typename T, int kChannels, bool kSplit> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kSplit>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
-    return launch(copy_again_kernel<T, kChannels, kSplit>, multiprocessors * 2, kThreads, stream, a);
+template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
+    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
+    return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a);
 }
 
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
     const auto& w = a.axis[2];
     const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
-    a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
-    RETURN_IF_ERROR(launch(look_kernel<T>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
+    a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0 && reinterpret_cast<uintptr_t>(a.norm.r) % sizeof(Four<T>) == 0;
+    const bool narrow = tile_channels(a) == 32;
     if constexpr (sizeof(T) == 4)
-        if (a.split) return copy<T, 32, true>(a, p, multiprocessors, stream);
-    return tile_channels(a) == 32 ? copy<T, 32, false>(a, p, multiprocessors, stream) : copy<T, 64, false>(a, p, multiprocessors, stream);
+        if (a.split) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
+    if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, multiprocessors, stream);
+    return narrow ? copy<T, 32, Kind::kPlain>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, multiprocessors, stream);
 }
 
 // Copies an activation, and a weight unless it has no channels.
@@ -3044,14 +3131,15 @@ struct Producer {
                 for (int flags = kOpensBox; tap.next(); flags = 0) {
                     if (taps == t.weight_stages) store();
                     if (taps == t.weight_stages + 2) free_buffer();
+                    const int info = tap.rows | flags | (tap.last() && !more ? kLastTap : 0), column = tap.weight_column();
                     mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
                     if (elected()) {
                         uint64_t* full = head.weight_full + ring + weight.stage;
                         uint8_t* stage = shared.weights + (ring + weight.stage) * t.weight_bytes;
-                        head.taps[ring + weight.stage] = tap.rows | flags | (tap.last() && !more ? kLastTap : 0);
+                        head.taps[ring + weight.stage] = info;
                         mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                        tma_load_3d(stage, w_map, full, tap.weight_column(), row, tap.tap);
-                        if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, full, tap.c + t.chunk, row, tap.tap);
+                        tma_load_3d(stage, w_map, full, column, row, tap.tap);
+                        if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, full, column + t.chunk, row, tap.tap);
                     }
                     __syncwarp();
                     weight.advance(t.weight_stages);
@@ -3171,7 +3259,6 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
         me.first = false;
     };
-    me.load_constants(tile);
     for (int info = tile.empty ? kLastTap : 0; !(info & kLastTap);) {
         mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
         info = head.taps[ring + me.weight.stage];
@@ -3208,6 +3295,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         done_input = -1, done_weight = me.weight.stage;
         me.weight.advance(t.weight_stages);
     }
+    me.load_constants(tile);
     wgmma_wait_group<0>();
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
@@ -4325,26 +4413,53 @@ extern "C" int64_t conv_transpose3d_gradients_sm90_workspace(const Geometry* g, 
     return gradients_sm90::Memory(*g, device, nullptr, nullptr, nullptr, nullptr).scratch.bytes();
 }
 
+namespace gradients_sm90 {
+
 // dx (and w) or dweight (and x) may be null: not wanted.
-extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int device, void* stream_pointer, void* workspace,
-                                               const void* dout, const void* x, const void* w, void* dx, void* dweight) {
-    DeviceGuard guard(device);
-    const auto stream = static_cast<cudaStream_t>(stream_pointer);
-    const conv_sm90::Plan& plan = conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device);
-    const gradients_sm90::Memory memory(*g, device, workspace, dout, x, w);
+static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
+    const Plan& plan = plan_of(g, Use::kDInput, device);
+    Memory memory(g, device, workspace, dout, x, w);
+    memory.dout.norm = norm;
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
-    if (dx) {
-        RETURN_IF_ERROR(conv_sm90::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, conv_sm90::Fusion{}, stream));
-        RETURN_IF_ERROR(conv_sm90::repair<Direction::kDInput>(plan, *g, dtype, memory.dout.max, dout, w, nullptr, false, dx, memory.repair, stream));
-    }
+    if (dx) RETURN_IF_ERROR(convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, Fusion{}, stream));
+    if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, memory.repair, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
-    dweight_sm90::Parameters a = gradients_sm90::dweight_plan_of(*g, device);
+    dweight_sm90::Parameters a = dweight_plan_of(g, device);
     a.x_max = memory.x.max, a.dout_max = memory.dout.max, a.partial = memory.partial;
     return dweight_sm90::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
+}
+
+}  // namespace gradients_sm90
+
+extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
+                                               const void* dout, const void* x, const void* w, void* dx, void* dweight) {
+    DeviceGuard guard(device);
+    return gradients_sm90::run(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dout, {}, x, w, dx, dweight);
+}
+
+// The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
+// (2, N, num_groups) in place of dout.
+extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_sm90_workspace(const Geometry* g, int dtype, int device) {
+    const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), g->C_out};    // the largest, whatever num_groups is
+    return conv_transpose3d_gradients_sm90_workspace(g, dtype, device) + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
+}
+
+extern "C" int conv_transpose3d_relu_group_norm_gradients_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
+                                                               const void* dy, const void* r, const double* statistics, const void* gamma, int num_groups, const void* x, const void* w,
+                                                               void* dx, void* dweight, void* dgamma, void* dbeta) {
+    DeviceGuard guard(device);
+    const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
+    const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + conv_transpose3d_gradients_sm90_workspace(g, dtype, device));
+    RETURN_IF_ERROR(with_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        return group_norm::sum_gradients<T, T>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta);
+    }));
+    const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
+    return gradients_sm90::run(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, norm, x, w, dx, dweight);
 }
 '''
 

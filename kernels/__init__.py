@@ -18,6 +18,7 @@ SOURCES = (
     "conv_transpose3d_generic.cu",
     "conv_transpose3d_dweight_generic.cu",
     "group_norm.cuh",
+    "group_norm_backward.cuh",
     "relu_group_norm_generic.cu",
     "ptx_sm90.cuh",
     "scaled_half.cuh",

@@ -231,14 +231,15 @@ struct Producer {
                 for (int flags = kOpensBox; tap.next(); flags = 0) {
                     if (taps == t.weight_stages) store();
                     if (taps == t.weight_stages + 2) free_buffer();
+                    const int info = tap.rows | flags | (tap.last() && !more ? kLastTap : 0), column = tap.weight_column();
                     mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
                     if (elected()) {
                         uint64_t* full = head.weight_full + ring + weight.stage;
                         uint8_t* stage = shared.weights + (ring + weight.stage) * t.weight_bytes;
-                        head.taps[ring + weight.stage] = tap.rows | flags | (tap.last() && !more ? kLastTap : 0);
+                        head.taps[ring + weight.stage] = info;
                         mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                        tma_load_3d(stage, w_map, full, tap.weight_column(), row, tap.tap);
-                        if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, full, tap.c + t.chunk, row, tap.tap);
+                        tma_load_3d(stage, w_map, full, column, row, tap.tap);
+                        if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, full, column + t.chunk, row, tap.tap);
                     }
                     __syncwarp();
                     weight.advance(t.weight_stages);
@@ -358,7 +359,6 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
         me.first = false;
     };
-    me.load_constants(tile);
     for (int info = tile.empty ? kLastTap : 0; !(info & kLastTap);) {
         mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
         info = head.taps[ring + me.weight.stage];
@@ -395,6 +395,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         done_input = -1, done_weight = me.weight.stage;
         me.weight.advance(t.weight_stages);
     }
+    me.load_constants(tile);
     wgmma_wait_group<0>();
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas

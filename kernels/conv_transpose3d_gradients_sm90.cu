@@ -68,24 +68,51 @@ extern "C" int64_t conv_transpose3d_gradients_sm90_workspace(const Geometry* g, 
     return gradients_sm90::Memory(*g, device, nullptr, nullptr, nullptr, nullptr).scratch.bytes();
 }
 
+namespace gradients_sm90 {
+
 // dx (and w) or dweight (and x) may be null: not wanted.
-extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int device, void* stream_pointer, void* workspace,
-                                               const void* dout, const void* x, const void* w, void* dx, void* dweight) {
-    DeviceGuard guard(device);
-    const auto stream = static_cast<cudaStream_t>(stream_pointer);
-    const conv_sm90::Plan& plan = conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device);
-    const gradients_sm90::Memory memory(*g, device, workspace, dout, x, w);
+static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
+    const Plan& plan = plan_of(g, Use::kDInput, device);
+    Memory memory(g, device, workspace, dout, x, w);
+    memory.dout.norm = norm;
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
-    if (dx) {
-        RETURN_IF_ERROR(conv_sm90::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, conv_sm90::Fusion{}, stream));
-        RETURN_IF_ERROR(conv_sm90::repair<Direction::kDInput>(plan, *g, dtype, memory.dout.max, dout, w, nullptr, false, dx, memory.repair, stream));
-    }
+    if (dx) RETURN_IF_ERROR(convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, Fusion{}, stream));
+    if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, memory.repair, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
-    dweight_sm90::Parameters a = gradients_sm90::dweight_plan_of(*g, device);
+    dweight_sm90::Parameters a = dweight_plan_of(g, device);
     a.x_max = memory.x.max, a.dout_max = memory.dout.max, a.partial = memory.partial;
     return dweight_sm90::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
+}
+
+}  // namespace gradients_sm90
+
+extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
+                                               const void* dout, const void* x, const void* w, void* dx, void* dweight) {
+    DeviceGuard guard(device);
+    return gradients_sm90::run(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dout, {}, x, w, dx, dweight);
+}
+
+// The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
+// (2, N, num_groups) in place of dout.
+extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_sm90_workspace(const Geometry* g, int dtype, int device) {
+    const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), g->C_out};    // the largest, whatever num_groups is
+    return conv_transpose3d_gradients_sm90_workspace(g, dtype, device) + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
+}
+
+extern "C" int conv_transpose3d_relu_group_norm_gradients_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
+                                                               const void* dy, const void* r, const double* statistics, const void* gamma, int num_groups, const void* x, const void* w,
+                                                               void* dx, void* dweight, void* dgamma, void* dbeta) {
+    DeviceGuard guard(device);
+    const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
+    const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + conv_transpose3d_gradients_sm90_workspace(g, dtype, device));
+    RETURN_IF_ERROR(with_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        return group_norm::sum_gradients<T, T>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta);
+    }));
+    const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
+    return gradients_sm90::run(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, norm, x, w, dx, dweight);
 }

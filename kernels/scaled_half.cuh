@@ -10,7 +10,7 @@
 // The maxima live in device memory: nothing synchronises with the host.
 #pragma once
 
-#include "launch.cuh"
+#include "group_norm_backward.cuh"
 #include "stencil.h"
 
 namespace scaled_half {
@@ -45,6 +45,20 @@ struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the 
 // x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
 // u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
 // 2 * C, for each group of `split` channels their high halves and then their low ones.
+//
+// Where norm.r is not null, x is the gradient of group_norm(relu(z)), and what is copied is the gradient of z.
+struct NormGradient {
+    const void* r;                                 // relu(z), of x's shape and dtype
+    group_norm::Shape shape;
+    const double *mean, *rstd;                     // (N, num_groups)
+    const float* gamma;                            // (C), or null
+    const group_norm::Pair* group_means;           // (N, num_groups)
+    __device__ __forceinline__ group_norm::ChannelGradient<float> channel(int64_t n, int64_t c) const {
+        const int64_t group = n * shape.num_groups + c / int(shape.group_channels());
+        return {mean[group], rstd[group], gamma ? gamma[c] : 1.0f, group_means[group]};
+    }
+};
+
 struct Activation {
     struct Axis { int positions, phases, crop, size; };
     int64_t N, C, phase_channels;
@@ -54,6 +68,7 @@ struct Activation {
     __half* copy;
     SampleMax* max;                                // (N), starts at zero
     bool vectors;                                  // rows and the address are multiples of four elements
+    NormGradient norm;
     HOST_DEVICE int64_t sample() const { return C * axis[0].size * axis[1].size * axis[2].size; }
     HOST_DEVICE int64_t positions() const { return int64_t(axis[0].positions) * axis[1].positions * axis[2].positions; }
     HOST_DEVICE int phases() const { return axis[0].phases * axis[1].phases * axis[2].phases; }
@@ -63,7 +78,7 @@ struct Activation {
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split) {
-    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false};
+    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false, {}};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
@@ -178,7 +193,7 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
 }
 
 // The maxima of the weight's channels, and of parts of every sample, evenly spread.
-template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
+template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
     if (blockIdx.x < p.channels) return look_at_channel<T>(p, blockIdx.x);
     const int64_t blocks = look_blocks(a), elements = a.sample();
     const int64_t n = (blockIdx.x - p.channels) / blocks, block = (blockIdx.x - p.channels) % blocks;
@@ -188,12 +203,18 @@ template <typename T> __global__ void __launch_bounds__(kThreads) look_kernel(Ac
     const int count = elements < kLookElements ? elements : kLookElements;
     unsigned max = 0;
 #pragma unroll 16
-    for (int i = threadIdx.x; i < count; i += kThreads) max = umax(max, finite_magnitude(to_acc(part[i])));
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+        float v = to_acc(part[i]);
+        if (kNorm) v = a.norm.channel(n, (begin + i) / a.norm.shape.S).dz(v, to_acc(static_cast<const T*>(a.norm.r)[n * elements + begin + i]));
+        max = umax(max, finite_magnitude(v));
+    }
     max = block_max(max);
     if (threadIdx.x == 0) atomicMax(&a.max[n].part, max);
 }
 
 template <typename T> struct alignas(4 * sizeof(T)) Four { T v[4]; };
+
+enum class Kind { kPlain, kSplit, kNorm };
 
 // Where shared memory has the pair of channels p of position s: at pair p + rotation, which keeps threads off each other's banks.
 template <int kChannels> __device__ __forceinline__ int rotation(bool vectors, int s) {
@@ -214,8 +235,9 @@ __device__ __forceinline__ int2 place_of(const Activation& a, unsigned f) {
 }
 
 // Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes.
-template <typename T, int kChannels, bool kSplit> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
+template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
     constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
+    constexpr bool kSplit = kKind == Kind::kSplit;
     const int channel_tiles = ceil_div(a.channels(), kChannels), c0 = int(index % channel_tiles) * kChannels;
     const int f0 = int(index / channel_tiles) * kPositions, count = int(elements_of_channel(a));
     const int64_t volume = int64_t(a.axis[0].size) * a.axis[1].size * a.axis[2].size;
@@ -238,27 +260,42 @@ template <typename T, int kChannels, bool kSplit> __device__ Extremes copy_tile(
         const int s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
         from[e] = plain ? (f0 + s < count ? f0 + s : -1) : places[s].x;
     }
-    Four<T> values[kCount][2];
+    Four<T> values[kCount][2], activations[kKind == Kind::kNorm ? kCount : 1][2];
 #pragma unroll
     for (int i = 0; i < kCount; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int64_t c = c0 + (warp + i * (kThreads / 32)) / kParts * 2 + half;
-            if (a.vectors) {
-                if (c < a.C && from[0] >= 0) values[i][half] = *reinterpret_cast<const Four<T>*>(source + c * volume + from[0]);
-                else values[i][half] = {};
-            } else {
+            auto load = [&](const T* source, Four<T>& four) {
+                if (a.vectors) {
+                    if (c < a.C && from[0] >= 0) four = *reinterpret_cast<const Four<T>*>(source + c * volume + from[0]);
+                    else four = {};
+                } else {
 #pragma unroll
-                for (int e = 0; e < 4; e++) values[i][half].v[e] = c < a.C && from[e] >= 0 ? source[c * volume + from[e]] : from_acc<T>(0.0f);
-            }
+                    for (int e = 0; e < 4; e++) four.v[e] = c < a.C && from[e] >= 0 ? source[c * volume + from[e]] : from_acc<T>(0.0f);
+                }
+            };
+            load(source, values[i][half]);
+            if constexpr (kKind == Kind::kNorm) load(static_cast<const T*>(a.norm.r) + n * a.C * volume, activations[i][half]);
         }
     Extremes max = {0, 0};
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
+    for (int i = 0; i < kCount; i++) {
+        const int item = warp + i * (kThreads / 32);
+        float gradients[2][4];
+        if constexpr (kKind == Kind::kNorm) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int64_t c = c0 + item / kParts * 2 + half;
+                const group_norm::ChannelGradient<float> channel = a.norm.channel(n, c < a.C ? c : 0);
+#pragma unroll
+                for (int e = 0; e < 4; e++) gradients[half][e] = channel.dz(to_acc(values[i][half].v[e]), to_acc(activations[i][half].v[e]));    // zero where r is zero: outside too
+            }
+        }
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const int item = warp + i * (kThreads / 32), s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
-            const float low = to_acc(values[i][0].v[e]), high = to_acc(values[i][1].v[e]);
+            const int s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
+            const float low = kKind == Kind::kNorm ? gradients[0][e] : to_acc(values[i][0].v[e]), high = kKind == Kind::kNorm ? gradients[1][e] : to_acc(values[i][1].v[e]);
             max.finite = umax(max.finite, umax(finite_magnitude(low), finite_magnitude(high)));
             max.any = umax(max.any, umax(magnitude(low), magnitude(high)));
             const int pair = (item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs;
@@ -266,6 +303,7 @@ template <typename T, int kChannels, bool kSplit> __device__ Extremes copy_tile(
             tile[0][s][pair] = half;
             if (kSplit) tile[kSplit][s][pair] = __floats2half2_rn(low * scale - __low2float(half), high * scale - __high2float(half));
         }
+    }
     __syncthreads();
     constexpr int kVectors = kChannels / 8;                    // of 16 bytes per position
     __half* copy = a.copy + n * count * a.phase_channels;
@@ -286,22 +324,22 @@ template <typename T, int kChannels, bool kSplit> __device__ Extremes copy_tile(
     return max;
 }
 
-template <typename T, int kChannels, bool kSplit> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
-    if (blockIdx.x < tiles_of_weight(p)) return kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
+    if (blockIdx.x < tiles_of_weight(p)) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
-    const Extremes extremes = copy_tile<T, kChannels, kSplit>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
+    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
     const unsigned max = block_max(extremes.finite);
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
 // Copies again the samples whose first copy does not hold: mostly none.
-template <typename T, int kChannels, bool kSplit> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
         for (int64_t tile = blockIdx.x; tile < tiles_of_sample(a); tile += gridDim.x) {
-            copy_tile<T, kChannels, kSplit>(a, n, tile, scale);
+            copy_tile<T, kChannels, kKind>(a, n, tile, scale);
             __syncthreads();
         }
     }
@@ -309,19 +347,21 @@ template <typename T, int kChannels, bool kSplit> __global__ void __launch_bound
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
-template <typename T, int kChannels, bool kSplit> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kSplit>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
-    return launch(copy_again_kernel<T, kChannels, kSplit>, multiprocessors * 2, kThreads, stream, a);
+template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
+    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
+    return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a);
 }
 
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
     const auto& w = a.axis[2];
     const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
-    a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0;
-    RETURN_IF_ERROR(launch(look_kernel<T>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
+    a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0 && reinterpret_cast<uintptr_t>(a.norm.r) % sizeof(Four<T>) == 0;
+    const bool narrow = tile_channels(a) == 32;
     if constexpr (sizeof(T) == 4)
-        if (a.split) return copy<T, 32, true>(a, p, multiprocessors, stream);
-    return tile_channels(a) == 32 ? copy<T, 32, false>(a, p, multiprocessors, stream) : copy<T, 64, false>(a, p, multiprocessors, stream);
+        if (a.split) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
+    if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, multiprocessors, stream);
+    return narrow ? copy<T, 32, Kind::kPlain>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, multiprocessors, stream);
 }
 
 // Copies an activation, and a weight unless it has no channels.

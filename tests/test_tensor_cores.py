@@ -133,6 +133,32 @@ def test_gradients_of_groups(arguments):
     check_gradients(*arguments, torch.float32)
 
 
+@pytest.mark.parametrize("arguments", [((2, 64, 8, 32, 32), 128, 3, 1, 0, 0, 1), ((2, 20, 9, 31, 33), 36, 3, 1, 1, 0, 1), ((2, 64, 7, 9, 11), 40, 3, 2, 1, 1, 1)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_fused_gradients(arguments, biased):
+    shape, channels, kernel, *sizes = arguments
+    sizes.insert(3, 1)
+    x, w = tensors(shape, channels, kernel)
+    leaves = [x, w, *(torch.randn(channels, device="cuda") for _ in range(3))]
+    grad = torch.randn_like(F.conv_transpose3d(x, w, None, *sizes))
+
+    def differentiate(function, dtype):
+        t = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        wanted = t if biased else t[:2] + t[3:]
+        return torch.autograd.grad(function(t[0], t[1], t[2] if biased else None, *t[3:]), wanted, grad.to(dtype))
+
+    def reference(x, w, bias, gamma, beta):
+        return F.group_norm(F.conv_transpose3d(x, w, bias, *sizes).relu(), 4, gamma, beta)
+
+    truth = differentiate(reference, torch.float64)
+    with model_new.record_launches() as launched:
+        ours = differentiate(lambda x, w, bias, gamma, beta: model_new.conv_transpose3d_relu_group_norm(x, w, bias, gamma, beta, 4, 1e-5, *sizes), torch.float32)
+    assert launched[1].endswith("relu_group_norm_backward_generic" if biased else "relu_group_norm_gradients_sm90")
+    for result, theirs, exact in zip(ours, differentiate(reference, torch.float32), truth):
+        # The mask of ReLU flips where z is nearly zero, in other places for each of the two.
+        assert relative_error(result, exact) <= 1.3 * relative_error(theirs, exact) + 1e-5
+
+
 @pytest.mark.parametrize("spread", ["channel", "sample", "space", "opposite"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_over_twelve_decades(spread, stride):
