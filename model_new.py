@@ -288,6 +288,10 @@ def _sm90_gradients(geometry, dtype, tf32, device):
             and bool(_library("cuda").conv_transpose3d_gradients_sm90_supports(ctypes.addressof(geometry), device.index)))
 
 
+def _sm90_norm_gradients(geometry, dtype, tf32, device):
+    return dtype == torch.float32 and _sm90_gradients(geometry, dtype, tf32, device)
+
+
 def _multiply_adds(geometry):
     count = geometry.N * geometry.C_in * geometry.C_out // geometry.groups
     for axis in geometry.axis:
@@ -300,7 +304,7 @@ _PATHS = {
     "conv_transpose3d_forward": (("sm90", _sm90_forward), ("generic", _always)),
     "conv_transpose3d_relu_group_norm_forward": (("sm90", _sm90_forward), ("composed", _always)),    # composed: of other operations of this table
     "conv_transpose3d_gradients": (("sm90", _sm90_gradients), ("composed", _always)),
-    "conv_transpose3d_relu_group_norm_gradients": (("sm90", _sm90_gradients), ("composed", _always)),
+    "conv_transpose3d_relu_group_norm_gradients": (("sm90", _sm90_norm_gradients), ("composed", _always)),
     "conv_transpose3d_dinput": (("generic", _always),),
     "conv_transpose3d_dweight": (("generic", _always),),
     "conv_transpose3d_dbias": (("generic", _always),),
@@ -2106,7 +2110,7 @@ struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the 
 // u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
 // 2 * C, for each group of `split` channels their high halves and then their low ones.
 //
-// Where norm.r is not null, x is the gradient of group_norm(relu(z)), and what is copied is the gradient of z.
+// float32 only: where norm.r is not null, x is the gradient of group_norm(relu(z)), and what is copied is the gradient of z.
 struct NormGradient {
     const void* r;                                 // relu(z), of x's shape and dtype
     group_norm::Shape shape;
@@ -2384,23 +2388,20 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
     return max;
 }
 
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
-    if (blockIdx.x < tiles_of_weight(p)) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
-    const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
-    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
-    const unsigned max = block_max(extremes.finite);
-    if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
-    if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
-}
-
-// Copies again the samples whose first copy does not hold: mostly none.
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
-    for (int64_t n = 0; n < a.N; n++) {
-        if (first_copy_holds(a.max[n])) continue;
-        const float scale = power_of_two(shift_of(a.max[n]));
-        for (int64_t tile = blockIdx.x; tile < tiles_of_sample(a); tile += gridDim.x) {
-            copy_tile<T, kChannels, kKind>(a, n, tile, scale);
-            __syncthreads();
+// The weight, and every sample: a block for each tile. Again: those samples whose first copy does not hold, mostly none, by any
+// number of blocks.
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, bool again) {
+    const int64_t weight_tiles = again ? 0 : tiles_of_weight(p), tiles = tiles_of_sample(a);
+    if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
+    const int64_t block = blockIdx.x - weight_tiles, first_n = again ? 0 : block / tiles, end_n = again ? a.N : first_n + 1;
+    for (int64_t n = first_n; n < end_n; n++) {
+        if (again && first_copy_holds(a.max[n])) continue;
+        const float scale = power_of_two(again ? shift_of(a.max[n]) : first_shift_of(a.max[n]));
+        for (int64_t tile = again ? block : block % tiles; tile < tiles; tile += again ? gridDim.x : tiles) {
+            const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, tile, scale);
+            const unsigned max = block_max(extremes.finite);
+            if (!again && threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
+            if (!again && extremes.any >= kInfinity) a.max[n].non_finite = 1;
         }
     }
 }
@@ -2409,8 +2410,8 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
     RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
-    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
-    return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a);
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p, false));
+    return launch(copy_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a, p, true);
 }
 
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
@@ -2418,9 +2419,11 @@ template <typename T> int pack(Activation a, const Weight& p, int multiprocessor
     const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
     a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0 && reinterpret_cast<uintptr_t>(a.norm.r) % sizeof(Four<T>) == 0;
     const bool narrow = tile_channels(a) == 32;
-    if constexpr (sizeof(T) == 4)
+    if constexpr (sizeof(T) == 4) {
         if (a.split) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
-    if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, multiprocessors, stream);
+        if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, multiprocessors, stream);
+    }
+    if (a.split || a.norm.r) return cudaErrorNotSupported;
     return narrow ? copy<T, 32, Kind::kPlain>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, multiprocessors, stream);
 }
 
@@ -4454,10 +4457,8 @@ extern "C" int conv_transpose3d_relu_group_norm_gradients_sm90(const Geometry* g
     DeviceGuard guard(device);
     const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
     const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + conv_transpose3d_gradients_sm90_workspace(g, dtype, device));
-    RETURN_IF_ERROR(with_dtype(dtype, [&](auto element) {
-        using T = decltype(element);
-        return group_norm::sum_gradients<T, T>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta);
-    }));
+    if (dtype != kFloat32) return cudaErrorNotSupported;
+    RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
     const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
     return gradients_sm90::run(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, norm, x, w, dx, dweight);
 }

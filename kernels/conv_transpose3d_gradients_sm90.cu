@@ -109,10 +109,8 @@ extern "C" int conv_transpose3d_relu_group_norm_gradients_sm90(const Geometry* g
     DeviceGuard guard(device);
     const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
     const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + conv_transpose3d_gradients_sm90_workspace(g, dtype, device));
-    RETURN_IF_ERROR(with_dtype(dtype, [&](auto element) {
-        using T = decltype(element);
-        return group_norm::sum_gradients<T, T>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta);
-    }));
+    if (dtype != kFloat32) return cudaErrorNotSupported;
+    RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
     const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
     return gradients_sm90::run(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, norm, x, w, dx, dweight);
 }
