@@ -5,6 +5,7 @@
     python bench.py --quick              without the compiled competitors
     python bench.py --problem fused      one problem (several with commas)
     python bench.py --compare A.json B.json
+    python bench.py --tables A.json B.json    the tables of earlier runs, of some problems each, in one
 
 Each competitor runs in a process of its own, cudnn.benchmark set before its first call; ours runs first and again last,
 and the two must agree. Times are medians of CUDA events with a cold L2. "% of floor" is the time that the measured copy
@@ -37,6 +38,7 @@ def parse(arguments):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE", help="write the results here too")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two files of --json; nothing is run")
+    parser.add_argument("--tables", nargs="+", metavar="FILE.json", help="the tables of files of --json; nothing is run")
     parser.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
     parser.add_argument("--update-readme", action="store_true", help="write the table into README.md")
     return parser.parse_args(arguments)
@@ -92,6 +94,9 @@ def main(arguments=None):
         if args.compare:
             print(report.compare(*(json.load(open(path)) for path in args.compare)))
             return 0
+        if args.tables:
+            publish(args, *load(args.tables))
+            return 0
         device = torch.device(args.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("--device: there is no GPU that torch can use; try --device cpu")
@@ -116,23 +121,30 @@ def main(arguments=None):
         print("WRONG: " + "\nWRONG: ".join(wrong))
     if any("ours" not in times for times in results.values()):
         return 1
-    publish(args, problems, results, limits, device)
+    publish(args, problems, results, limits, environment.describe(device))
     return 1 if wrong else 0
 
 
-def publish(args, problems, results, limits, device):
+def load(paths):
+    """publish's arguments from files of --json: where two have the same problem, the later one's results."""
+    runs = [json.load(open(path)) for path in paths]
+    results = {name: times for run in runs for name, times in run["results"].items()}
+    return [p for p in reference.PROBLEMS if p.name in results], results, runs[0]["ceilings"], runs[0]["environment"]
+
+
+def publish(args, problems, results, limits, described):
     table = report.rows(problems, results, limits)
     text = report.markdown(table) + "\n\n" + report.geometric_means(table)
     print(text + "\n\n" + report.peers_table(problems, results))
-    if device.type == "cpu":
+    if limits is None:
         print("\nThis is the CPU backend at batch 1, beside torch's: it shows that the package works here. The kernels' speed needs a GPU.")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"environment": environment.describe(device), "ceilings": limits, "results": results}, file, indent=1, default=str)
+            json.dump({"environment": described, "ceilings": limits, "results": results}, file, indent=1, default=str)
     if args.plot:
         report.plot(args.plot, problems, results)
     if args.update_readme:
-        report.update_readme("README.md", "\n".join(f"{name}: {value}  " for name, value in environment.describe(device).items()) + "\n\n" + text)
+        report.update_readme("README.md", "\n".join(f"{name}: {value}  " for name, value in dict(described).items()) + "\n\n" + text)
 
 
 if __name__ == "__main__":
