@@ -2388,20 +2388,24 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
     return max;
 }
 
-// The weight, and every sample: a block for each tile. Again: those samples whose first copy does not hold, mostly none, by any
-// number of blocks.
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, bool again) {
-    const int64_t weight_tiles = again ? 0 : tiles_of_weight(p), tiles = tiles_of_sample(a);
-    if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
-    const int64_t block = blockIdx.x - weight_tiles, first_n = again ? 0 : block / tiles, end_n = again ? a.N : first_n + 1;
-    for (int64_t n = first_n; n < end_n; n++) {
-        if (again && first_copy_holds(a.max[n])) continue;
-        const float scale = power_of_two(again ? shift_of(a.max[n]) : first_shift_of(a.max[n]));
-        for (int64_t tile = again ? block : block % tiles; tile < tiles; tile += again ? gridDim.x : tiles) {
-            const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, tile, scale);
-            const unsigned max = block_max(extremes.finite);
-            if (!again && threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
-            if (!again && extremes.any >= kInfinity) a.max[n].non_finite = 1;
+// The weight, and every sample.
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
+    if (blockIdx.x < tiles_of_weight(p)) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
+    const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
+    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
+    const unsigned max = block_max(extremes.finite);
+    if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
+    if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
+}
+
+// Copies again the samples whose first copy does not hold: mostly none.
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
+    for (int64_t n = 0; n < a.N; n++) {
+        if (first_copy_holds(a.max[n])) continue;
+        const float scale = power_of_two(shift_of(a.max[n]));
+        for (int64_t tile = blockIdx.x; tile < tiles_of_sample(a); tile += gridDim.x) {
+            copy_tile<T, kChannels, kKind>(a, n, tile, scale);
+            __syncthreads();
         }
     }
 }
@@ -2410,8 +2414,8 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
     RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
-    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p, false));
-    return launch(copy_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a, p, true);
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
+    return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a);
 }
 
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
@@ -3058,8 +3062,7 @@ struct Producer {
     __device__ __forceinline__ void free_buffer() {
         if (storing == nullptr) return;
         bulk_wait_group_read<0>();
-        __syncwarp();
-        if (elected()) mbarrier_arrive(shared.head.buffer_free + consumer);
+        mbarrier_arrive(shared.head.buffer_free + consumer);
         if (elected()) mbarrier_arrive(shared.head.tile_empty + (storing - shared.head.tiles));
         storing = nullptr;
     }
@@ -3454,8 +3457,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         }
         leave_moments<kBlockN>(me, tile, valid, v);
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(me.shared.head.staged + me.warpgroup);
+    mbarrier_arrive(me.shared.head.staged + me.warpgroup);
 }
 
 template <int kBlockN>
@@ -3698,7 +3700,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 8);
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 8);
         for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2);
-        for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 1), mbarrier_init(head.staged + i, 4);
+        for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged + i, 128);
         for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
         fence_mbarrier_init();
     }

@@ -155,8 +155,7 @@ struct Producer {
     __device__ __forceinline__ void free_buffer() {
         if (storing == nullptr) return;
         bulk_wait_group_read<0>();
-        __syncwarp();
-        if (elected()) mbarrier_arrive(shared.head.buffer_free + consumer);
+        mbarrier_arrive(shared.head.buffer_free + consumer);
         if (elected()) mbarrier_arrive(shared.head.tile_empty + (storing - shared.head.tiles));
         storing = nullptr;
     }
@@ -551,8 +550,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         }
         leave_moments<kBlockN>(me, tile, valid, v);
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(me.shared.head.staged + me.warpgroup);
+    mbarrier_arrive(me.shared.head.staged + me.warpgroup);
 }
 
 template <int kBlockN>
