@@ -156,6 +156,7 @@ struct Producer {
         if (storing == nullptr) return;
         bulk_wait_group_read<0>();
         mbarrier_arrive(shared.head.buffer_free + consumer);
+        __syncwarp();
         if (elected()) mbarrier_arrive(shared.head.tile_empty + (storing - shared.head.tiles));
         storing = nullptr;
     }

@@ -91,3 +91,13 @@ def test_work_on_another_stream_is_noticed():
 
     with pytest.raises(RuntimeError, match="another stream"):
         timing.measure(cheat, lambda: None, torch.device("cuda", 0))
+
+
+def test_tables_of_earlier_runs_in_one(tmp_path, capsys):
+    times = {"ms": 1.0, "p20": 0.9, "p80": 1.1}
+    entry = {"forward": times, "forward_recording": times, "forward_backward": times, "peak_memory_gib": 0.0, "errors": {"output": 0.0}}
+    for name in ("fused", "dense"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"environment": {"GPU": "some"}, "ceilings": None, "results": {name: {"ours": entry, "eager": entry}}}))
+    assert bench.main(["--tables", str(tmp_path / "dense.json"), str(tmp_path / "fused.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.index("| fused | forward |") < out.index("| dense | forward |")
