@@ -137,9 +137,7 @@ inline Tiling choose_tiling(const Parameters& problem, int64_t phase_channels_x,
     for (int rows = 1; rows <= h.positions && rows <= 64; rows++) {
         t.strips = strips, t.rows = rows;
         t.tile_w = int(ceil_div(w.positions, strips));
-        const int left = halo_w - w.first, right = w.first + w.positions - w.sources;
-        t.pitch = t.tile_w + halo_w;    // as in the forward's boxes (tiling_sm90.h)
-        if (strips == 1 && left > 0 && right > 0) t.pitch -= left < right ? left : right;
+        t.pitch = conv_sm90::box_pitch(w, t.tile_w, strips);
         t.row_groups = int(ceil_div(h.positions, rows));
         t.steps = int(ceil_div(int64_t(rows) * t.pitch, 16));
         t.box_rows = rows + halo_h;

@@ -62,6 +62,15 @@ inline int span_of(const Tiling& t, int64_t begin, int64_t count) {
     return int(((begin + count - 1) / t.tile_w - begin / t.tile_w) * t.pitch + (begin + count - 1) % t.tile_w - begin % t.tile_w) + 1;
 }
 
+// Rows of a box, of `tile_w` positions and their halo. Where a strip is the whole width, rows share their zeros: those right of one
+// row are those left of the next.
+inline int box_pitch(const StencilAxis& w, int tile_w, int strips) {
+    const int halo = w.shift[w.taps - 1], left = halo - w.first, right = w.first + w.positions - w.sources;
+    int shared = left < right ? left : right;
+    shared = strips > 1 || shared < 0 ? 0 : shared < halo ? shared : halo;
+    return tile_w + halo - shared;
+}
+
 inline bool runs_fit(const Tiling& t, int64_t strip, int64_t run) {
     for (int64_t begin = 0; begin < strip; begin += run)
         if (span_of(t, begin, run < strip - begin ? run : strip - begin) > t.block_n) return false;
@@ -171,10 +180,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
         t.M_pad = kRows * t.row_tiles;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
-        // Rows share their zeros: those right of one row are those left of the next.
-        const int left = halo_w - w.first, right = w.first + w.positions - w.sources;
-        t.pitch = t.tile_w + halo_w;
-        if (strips == 1 && left > 0 && right > 0) t.pitch -= left < right ? left : right;
+        t.pitch = box_pitch(w, t.tile_w, strips);
         if (t.pitch > 256 || !cut_runs(t, s)) continue;
         lay_out_regions(t, s);
         const int64_t row_bytes = 2 * t.chunk;
