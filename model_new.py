@@ -3968,37 +3968,20 @@ extern "C" int conv_transpose3d_relu_group_norm_forward_sm90(const Geometry* g, 
 }
 '''
 
-_SOURCES['dweight_sm90.cuh'] = r'''
-// Gradient of a transposed convolution's weight on Hopper's tensor cores, any stride as in stencil.h.
-//
-//   dweight[ci, co, k] = sum over n, p of dout[n, p, (phase, co)] * x[n, first + p - shift, ci],   k = kernel_index(shift, phase)
-//
-// A matrix product on the scaled fp16 copies that dx and the forward read (scaled_half.cuh), channels-last: GEMM_M = (phase, output
-// channel), GEMM_N = (neighbouring taps w, input channel), GEMM_K = positions p. Both operands are transposed ones, a row of shared
-// memory for each position; a tap is a shift of x by whole rows. Where there is one tap w, GEMM_N is several chunks of channels.
-//
-// A block is 1 producer and 3 consumer warpgroups. The consumers share x and dout and have neighbouring taps h, or, where there
-// is one tap h, neighbouring 64 rows of GEMM_M. A block of the grid is one group of taps and channels and one part of GEMM_K; the
-// parts' sums go to scratch memory and are added in a fixed order. dout has zeros between its rows, where x has its halo.
-//
-// Samples have scales of their own: where the scale changes, and after kChain positions, which keeps the tensor cores' chains of
-// additions short, the sums are scaled back and added to those in scratch memory.
+_SOURCES['dweight_tiles_sm90.h'] = r'''
+// How the Hopper kernel for dweight cuts its work, and which element is where: for host and device. dweight_sm90.cuh tells the method.
 #pragma once
 
-#include "conv_launch_sm90.cuh"
+#include "tiling_sm90.h"
 
 namespace dweight_sm90 {
 
 using conv_sm90::kSharedBytes;
-using conv_sm90::round_up;
 
-constexpr int kConsumers = 3, kThreads = 128 * (1 + kConsumers);
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 152;
-static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+constexpr int kConsumers = 3;
 constexpr int kRows = 64;              // GEMM_M of a consumer
 constexpr int kMaxStages = 6;
 constexpr int kHeadBytes = 1024;
-constexpr int64_t kChain = 32768;
 
 // --------------------------------------------------------------------------------------------------------- Tiling
 
@@ -4014,12 +3997,10 @@ struct Tiling {
     int groups_m, groups_n, groups_h, groups_w, groups, splits;
 };
 
-struct Parameters {
-    Stencil s;
+struct Problem {
+    Stencil s;                         // the forward's
     Tiling t;
     int64_t N, C_in, C_out, groups, dout_phase_channels;
-    const scaled_half::SampleMax *x_max, *dout_max;    // (N)
-    float* partial;                    // (splits, groups, kConsumers, block_n / 8, 128, 4): a thread's sums, four by four
 };
 
 // What a group has, by its index.
@@ -4045,7 +4026,7 @@ HOST_DEVICE int last_tap_w(const Tiling& t, const Stencil& s, const Group& g) {
 }
 
 // Whether some row of the consumer's block has a weight at its taps (d, h).
-HOST_DEVICE bool is_live(const Parameters& a, const Group& g, int consumer) {
+HOST_DEVICE bool is_live(const Problem& a, const Group& g, int consumer) {
     const StencilAxis &ad = a.s.axis[0], &ah = a.s.axis[1], &aw = a.s.axis[2];
     const int th = tap_h(a.t, g, consumer), block = row_block(a.t, g, consumer);
     if (th >= ah.taps || block >= a.t.row_blocks) return false;
@@ -4055,7 +4036,7 @@ HOST_DEVICE bool is_live(const Parameters& a, const Group& g, int consumer) {
     }
     return false;
 }
-HOST_DEVICE bool is_live(const Parameters& a, const Group& g) {
+HOST_DEVICE bool is_live(const Problem& a, const Group& g) {
     for (int consumer = 0; consumer < kConsumers; consumer++)
         if (is_live(a, g, consumer)) return true;
     return false;
@@ -4064,18 +4045,18 @@ HOST_DEVICE bool is_live(const Parameters& a, const Group& g) {
 // The boxes of GEMM_K: (sample, plane, strip, rows), for the planes of dout that a tap d connects with one of x.
 struct Boxes {
     int begin_d, planes;
-    int64_t count;
-    HOST_DEVICE Boxes(const Parameters& a, int td) {
+    int count;
+    HOST_DEVICE Boxes(const Problem& a, int td) {
         const StencilAxis& ad = a.s.axis[0];
         const int offset = ad.shift[td] - ad.first, end = ad.sources + offset < ad.positions ? ad.sources + offset : ad.positions;
         begin_d = offset > 0 ? offset : 0;
         planes = end > begin_d ? end - begin_d : 0;
-        count = a.N * planes * a.t.strips * a.t.row_groups;
+        count = int(a.N) * planes * a.t.strips * a.t.row_groups;    // each has many positions
     }
 };
 
 // The tiling of least estimated time; block_n 0 where none fits.
-inline Tiling choose_tiling(const Parameters& problem, int64_t phase_channels_x, int multiprocessors) {
+inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, int multiprocessors) {
     const Stencil& s = problem.s;
     const StencilAxis &h = s.axis[1], &w = s.axis[2];
     Tiling best = {};
@@ -4128,7 +4109,7 @@ inline Tiling choose_tiling(const Parameters& problem, int64_t phase_channels_x,
     }
     if (best.block_n == 0) return best;
     // Parts of GEMM_K that make full waves of blocks, as few as that takes.
-    Parameters a = problem;
+    Problem a = problem;
     a.t = best;
     int64_t live = 0, boxes = 0;
     for (int group = 0; group < best.groups; group++) {
@@ -4147,6 +4128,79 @@ inline Tiling choose_tiling(const Parameters& problem, int64_t phase_channels_x,
     return best;
 }
 
+// --------------------------------------------------------------------------------------------------------- Places
+
+struct Box { int n, d, w0, h0; };
+
+HOST_DEVICE Box box_of(const Problem& a, const Boxes& boxes, int index) {
+    Box b;
+    b.h0 = index % a.t.row_groups * a.t.rows, index /= a.t.row_groups;
+    b.w0 = index % a.t.strips * a.t.tile_w, index /= a.t.strips;
+    b.d = boxes.begin_d + index % boxes.planes, b.n = index / boxes.planes;
+    return b;
+}
+
+// Row and column of x that the first row of a group's box has, and the row of the box that a consumer's first block of columns begins with.
+HOST_DEVICE int last_tap_h(const Problem& a, const Group& g) {    // of the group
+    const int last = tap_h(a.t, g, kConsumers - 1);
+    return last < a.s.axis[1].taps ? last : a.s.axis[1].taps - 1;
+}
+HOST_DEVICE int first_row(const Problem& a, const Group& g) { return a.s.axis[1].first - a.s.axis[1].shift[last_tap_h(a, g)]; }
+HOST_DEVICE int first_column(const Problem& a) { return a.s.axis[2].first - a.s.axis[2].shift[a.s.axis[2].taps - 1]; }
+HOST_DEVICE int first_shift(const Problem& a, const Group& g, int consumer) {
+    const StencilAxis &ah = a.s.axis[1], &aw = a.s.axis[2];
+    return (ah.shift[last_tap_h(a, g)] - ah.shift[tap_h(a.t, g, consumer)]) * a.t.pitch + aw.shift[aw.taps - 1] - aw.shift[last_tap_w(a.t, a.s, g)];
+}
+// Rows of x from one block of columns to the next, where they are taps.
+HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
+
+// The element of dweight (C_in, C_out / groups, kernel) that a row and a column of a consumer have the sum of, or -1.
+HOST_DEVICE int64_t element_of(const Problem& a, const Group& g, int consumer, int row, int column) {
+    const Tiling& t = a.t;
+    const int m = row_block(t, g, consumer) * kRows + row, phase = m / int(a.dout_phase_channels), co = m % int(a.dout_phase_channels), block = column / t.chunk;
+    const int tw = t.n_over_taps ? last_tap_w(t, a.s, g) - block : 0, ci = (g.n + (t.n_over_taps ? 0 : block)) * t.chunk + column % t.chunk;
+    if (phase >= a.s.phases() || co >= a.C_out || ci >= a.C_in || tw < g.tw || block >= t.blocks) return -1;
+    const int k = kernel_index(a.s, (g.td * a.s.axis[1].taps + tap_h(t, g, consumer)) * a.s.axis[2].taps + tw, phase);
+    const int group_in = int(a.C_in / a.groups), group_out = int(a.C_out / a.groups);
+    return k >= 0 && ci / group_in == co / group_out ? (int64_t(ci) * group_out + co % group_out) * kernel_volume(a.s) + k : -1;
+}
+
+}  // namespace dweight_sm90
+'''
+
+_SOURCES['dweight_sm90.cuh'] = r'''
+// Gradient of a transposed convolution's weight on Hopper's tensor cores, any stride as in stencil.h.
+//
+//   dweight[ci, co, k] = sum over n, p of dout[n, p, (phase, co)] * x[n, first + p - shift, ci],   k = kernel_index(shift, phase)
+//
+// A matrix product on the scaled fp16 copies that dx and the forward read (scaled_half.cuh), channels-last: GEMM_M = (phase, output
+// channel), GEMM_N = (neighbouring taps w, input channel), GEMM_K = positions p. Both operands are transposed ones, a row of shared
+// memory for each position; a tap is a shift of x by whole rows. Where there is one tap w, GEMM_N is several chunks of channels.
+//
+// A block is 1 producer and 3 consumer warpgroups. The consumers share x and dout and have neighbouring taps h, or, where there
+// is one tap h, neighbouring 64 rows of GEMM_M. A block of the grid is one group of taps and channels and one part of GEMM_K; the
+// parts' sums go to scratch memory and are added in a fixed order. dout has zeros between its rows, where x has its halo.
+//
+// Samples have scales of their own: where the scale changes, and after kChain positions, which keeps the tensor cores' chains of
+// additions short, the sums are scaled back and added to those in scratch memory.
+#pragma once
+
+#include "conv_launch_sm90.cuh"
+#include "dweight_tiles_sm90.h"
+
+namespace dweight_sm90 {
+
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 152;
+static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+constexpr int kChain = 32768;
+
+struct Parameters {
+    Problem p;
+    const scaled_half::SampleMax *x_max, *dout_max;    // (N)
+    float* partial;                    // (splits, groups, kConsumers, block_n / 8, 128, 4): a thread's sums, four by four
+};
+
 inline int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * kConsumers * kRows * t.block_n; }
 
 // --------------------------------------------------------------------------------------------------------- Kernel
@@ -4155,33 +4209,22 @@ struct SharedHead { uint64_t full[kMaxStages], empty[kMaxStages]; };
 
 #ifdef HAS_SM90A
 
-struct Box { int n, d, w0, h0; };
-
-__device__ __forceinline__ Box box_of(const Parameters& a, const Boxes& boxes, int64_t index) {
-    Box b;
-    b.h0 = int(index % a.t.row_groups) * a.t.rows, index /= a.t.row_groups;
-    b.w0 = int(index % a.t.strips) * a.t.tile_w, index /= a.t.strips;
-    b.d = boxes.begin_d + int(index % boxes.planes), b.n = int(index / boxes.planes);
-    return b;
-}
-
 // One thread: loads the boxes from `begin` to `end`.
-__device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& x_map, const CUtensorMap& dout_map, SharedHead& head, uint8_t* stages, const Group& g, const Boxes& boxes, int64_t begin, int64_t end) {
-    const Tiling& t = a.t;
-    const StencilAxis &ad = a.s.axis[0], &ah = a.s.axis[1], &aw = a.s.axis[2];
-    const int last_h = tap_h(t, g, kConsumers - 1) < ah.taps ? tap_h(t, g, kConsumers - 1) : ah.taps - 1;    // of the group
-    const int first_row = ah.first - ah.shift[last_h], first_column = aw.first - aw.shift[aw.taps - 1];
+__device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& x_map, const CUtensorMap& dout_map, SharedHead& head, uint8_t* stages, const Group& g, const Boxes& boxes, int begin, int end) {
+    const Tiling& t = a.p.t;
+    const StencilAxis& ad = a.p.s.axis[0];
+    const int row0 = first_row(a.p, g), column0 = first_column(a.p);
     const int dout_boxes = min(t.dout_boxes, t.row_blocks - g.m), x_boxes = t.n_over_taps ? 1 : min(t.blocks, t.chunks - g.n);
     const int bytes = dout_boxes * t.rows * t.tile_w * kRows * 2 + x_boxes * t.box_rows * t.pitch * t.chunk * 2;
     RingPosition stage;
-    for (int64_t i = begin; i < end; i++) {
-        const Box b = box_of(a, boxes, i);
+    for (int i = begin; i < end; i++) {
+        const Box b = box_of(a.p, boxes, i);
         uint8_t* base = stages + stage.stage * t.stage_bytes;
         uint64_t* full = head.full + stage.stage;
         mbarrier_wait(head.empty + stage.stage, stage.phase ^ 1);
         mbarrier_arrive_expect_tx(full, bytes);
         for (int j = 0; j < x_boxes; j++)
-            tma_load_5d(base + t.dout_boxes * t.dout_bytes + j * t.x_bytes, &x_map, full, (g.n + j) * t.chunk, first_column + b.w0, first_row + b.h0, ad.first + b.d - ad.shift[g.td], b.n);
+            tma_load_5d(base + t.dout_boxes * t.dout_bytes + j * t.x_bytes, &x_map, full, (g.n + j) * t.chunk, column0 + b.w0, row0 + b.h0, ad.first + b.d - ad.shift[g.td], b.n);
         for (int j = 0; j < dout_boxes; j++)
             for (int row = 0; row < t.rows; row++)
                 tma_load_5d(base + j * t.dout_bytes + row * t.pitch * kRows * 2, &dout_map, full, (g.m + j) * kRows, b.w0, b.h0 + row, b.d, b.n);
@@ -4202,22 +4245,20 @@ template <int kBlockN> __device__ __forceinline__ void flush(float (&d)[kBlockN 
 }
 
 template <int kBlockN>
-__device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, uint8_t* stages, const Group& g, const Boxes& boxes, int64_t begin, int64_t end, float4* partial, int consumer) {
-    const Tiling& t = a.t;
-    const StencilAxis &ah = a.s.axis[1], &aw = a.s.axis[2];
-    const bool live = is_live(a, g, consumer);
-    const int th = tap_h(t, g, consumer), last_h = min(tap_h(t, g, kConsumers - 1), ah.taps - 1), row_bytes = t.chunk * 2;
-    const int step_w = aw.taps > 1 ? aw.shift[1] - aw.shift[0] : 0;
-    const uint64_t dout_descriptor = wgmma_descriptor_base(kRows * 2), x_descriptor = wgmma_descriptor_base(row_bytes, t.n_over_taps ? step_w * row_bytes : t.x_bytes);
+__device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, uint8_t* stages, const Group& g, const Boxes& boxes, int begin, int end, float4* partial, int consumer) {
+    const Tiling& t = a.p.t;
+    const bool live = is_live(a.p, g, consumer);
+    const int row_bytes = t.chunk * 2;
+    const uint64_t dout_descriptor = wgmma_descriptor_base(kRows * 2), x_descriptor = wgmma_descriptor_base(row_bytes, t.n_over_taps ? step_w(a.p.s) * row_bytes : t.x_bytes);
     const uint32_t dout_base = shared_address(stages) + (t.m_over_taps ? 0 : consumer) * t.dout_bytes;
-    const uint32_t x_base = live ? shared_address(stages) + t.dout_boxes * t.dout_bytes + ((ah.shift[last_h] - ah.shift[th]) * t.pitch + aw.shift[aw.taps - 1] - aw.shift[last_tap_w(t, a.s, g)]) * row_bytes : 0;
+    const uint32_t x_base = live ? shared_address(stages) + t.dout_boxes * t.dout_bytes + first_shift(a.p, g, consumer) * row_bytes : 0;
     const bool elected = threadIdx.x % 32 == 0;
     float d[kBlockN / 2];
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
     RingPosition stage;
     int sample = -1, shift_x = 0, shift_dout = 0, reading = -1;    // the stage that wgmma groups in flight read
-    int64_t chain = 0;
+    int chain = 0;
     bool first = true;
     auto finish = [&] {
         wgmma_wait_group<0>();
@@ -4228,8 +4269,8 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, u
         flush<kBlockN>(d, partial, first, shift_x, shift_dout);
         first = false, chain = 0;
     };
-    for (int64_t i = begin; i < end; i++) {
-        const int n = box_of(a, boxes, i).n;
+    for (int i = begin; i < end; i++) {
+        const int n = box_of(a.p, boxes, i).n;
         if (n != sample) {
             const int next_x = scaled_half::shift_of(a.x_max[n]), next_dout = scaled_half::shift_of(a.dout_max[n]);
             if (sample >= 0 && (next_x != shift_x || next_dout != shift_dout)) finish();
@@ -4264,10 +4305,10 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
     extern __shared__ __align__(1024) uint8_t base[];
     SharedHead& head = *reinterpret_cast<SharedHead*>(base);
     uint8_t* stages = base + kHeadBytes;
-    const Tiling& t = a.t;
+    const Tiling& t = a.p.t;
     const int index = blockIdx.x % t.groups, split = blockIdx.x / t.groups;
-    const Group g(t, a.s, index);
-    if (!is_live(a, g)) return;
+    const Group g(t, a.p.s, index);
+    if (!is_live(a.p, g)) return;
 
     // Prologue: barriers, and zeros wherever the copies leave gaps.
     if (threadIdx.x == 0) {
@@ -4278,8 +4319,8 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
     fence_proxy_async();
     __syncthreads();
 
-    const Boxes boxes(a, g.td);
-    const int64_t begin = boxes.count * split / t.splits, end = boxes.count * (split + 1) / t.splits;
+    const Boxes boxes(a.p, g.td);
+    const int begin = int(int64_t(boxes.count) * split / t.splits), end = int(int64_t(boxes.count) * (split + 1) / t.splits);
     if (threadIdx.x < 128) {
         setmaxnreg_dec<kProducerRegisters>();
         if (threadIdx.x == 0) produce(a, x_map, dout_map, head, stages, g, boxes, begin, end);
@@ -4294,10 +4335,10 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 
 // dweight (C_in, C_out / groups, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
 template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(const __grid_constant__ Parameters a, T* __restrict__ dweight) {
-    const Tiling& t = a.t;
+    const Tiling& t = a.p.t;
     const int quads = t.block_n / 8, quad = blockIdx.x % quads, consumer = blockIdx.x / quads % kConsumers, index = blockIdx.x / quads / kConsumers;
-    const Group g(t, a.s, index);
-    if (!is_live(a, g, consumer)) return;
+    const Group g(t, a.p.s, index);
+    if (!is_live(a.p, g, consumer)) return;
     const float4* partial = reinterpret_cast<const float4*>(a.partial) + ((int64_t(index) * kConsumers + consumer) * quads + quad) * 128 + threadIdx.x;
     const int64_t stride = int64_t(t.groups) * kConsumers * quads * 128;
     double sums[4] = {};
@@ -4306,35 +4347,30 @@ template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(co
         const float4 v = partial[split * stride];
         sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
     }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, volume = kernel_volume(a.s);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-        const int row = row_block(t, g, consumer) * kRows + warp * 16 + lane / 4 + e / 2 * 8, column = quad * 8 + lane % 4 * 2 + e % 2;
-        const int phase = row / int(a.dout_phase_channels), co = row % int(a.dout_phase_channels), block = column / t.chunk;
-        const int tw = t.n_over_taps ? last_tap_w(t, a.s, g) - block : 0, ci = (g.n + (t.n_over_taps ? 0 : block)) * t.chunk + column % t.chunk;
-        if (phase >= a.s.phases() || co >= a.C_out || ci >= a.C_in || tw < g.tw || block >= t.blocks) continue;
-        const int k = kernel_index(a.s, (g.td * a.s.axis[1].taps + tap_h(t, g, consumer)) * a.s.axis[2].taps + tw, phase);
-        const int group_in = int(a.C_in / a.groups), group_out = int(a.C_out / a.groups);
-        if (k >= 0 && ci / group_in == co / group_out) dweight[(int64_t(ci) * group_out + co % group_out) * volume + k] = from_acc<T>(float(sums[e]));
+        const int64_t element = element_of(a.p, g, consumer, warp * 16 + lane / 4 + e / 2 * 8, quad * 8 + lane % 4 * 2 + e % 2);
+        if (element >= 0) dweight[element] = from_acc<T>(float(sums[e]));
     }
 }
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
 template <int kBlockN> int launch_dweight(const CUtensorMap& x_map, const CUtensorMap& dout_map, const Parameters& a, cudaStream_t stream) {
-    const int shared = kHeadBytes + a.t.stages * a.t.stage_bytes;
+    const int shared = kHeadBytes + a.p.t.stages * a.p.t.stage_bytes;
     RETURN_IF_ERROR(cudaFuncSetAttribute(dweight_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    dweight_kernel<kBlockN><<<unsigned(a.t.groups * a.t.splits), kThreads, shared, stream>>>(x_map, dout_map, a);
+    dweight_kernel<kBlockN><<<unsigned(a.p.t.groups * a.p.t.splits), kThreads, shared, stream>>>(x_map, dout_map, a);
     return cudaGetLastError();
 }
 
 // dweight from packed x and dout.
 inline int differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
-    const Tiling& t = a.t;
-    const StencilAxis* axis = a.s.axis;
+    const Tiling& t = a.p.t;
+    const StencilAxis* axis = a.p.s.axis;
     CUtensorMap x_map, dout_map;
-    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(t.chunk * 2), x.copy, {x.phase_channels, axis[2].sources, axis[1].sources, axis[0].sources, a.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<5>(&dout_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(kRows * 2), dout.copy, {dout.phase_channels * dout.phases(), axis[2].positions, axis[1].positions, axis[0].positions, a.N}, {kRows, t.tile_w, 1, 1, 1}));
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(t.chunk * 2), x.copy, {x.phase_channels, axis[2].sources, axis[1].sources, axis[0].sources, a.p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+    RETURN_IF_ERROR(make_tensor_map<5>(&dout_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(kRows * 2), dout.copy, {dout.phase_channels * dout.phases(), axis[2].positions, axis[1].positions, axis[0].positions, a.p.N}, {kRows, t.tile_w, 1, 1, 1}));
     switch (t.block_n) {
         case 64: RETURN_IF_ERROR(launch_dweight<64>(x_map, dout_map, a, stream)); break;
         case 128: RETURN_IF_ERROR(launch_dweight<128>(x_map, dout_map, a, stream)); break;
@@ -4368,20 +4404,20 @@ namespace gradients_sm90 {
 using namespace conv_sm90;
 
 // What a call does, found once; static for the same reason as plan_of.
-static const dweight_sm90::Parameters& dweight_plan_of(const Geometry& g, int device) {
+static const dweight_sm90::Problem& dweight_plan_of(const Geometry& g, int device) {
     struct Key {
         Geometry g;
         int64_t device;
         bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
     };
     static std::mutex mutex;
-    static std::map<Key, dweight_sm90::Parameters> plans;
+    static std::map<Key, dweight_sm90::Problem> plans;
     const Plan& dinput = plan_of(g, Use::kDInput, device);
     std::lock_guard<std::mutex> lock(mutex);
     const Key key = {g, device};
     const auto found = plans.find(key);
     if (found != plans.end()) return found->second;
-    dweight_sm90::Parameters a = {};
+    dweight_sm90::Problem a = {};
     if (has_stencil(g)) {
         a.s = make_stencil(Direction::kForward, g);
         a.N = g.N, a.C_in = g.C_in, a.C_out = g.C_out, a.groups = g.groups, a.dout_phase_channels = padded_channels(g.C_out);
@@ -4399,7 +4435,7 @@ struct Memory {
     void* repair;
     Memory(const Geometry& g, int device, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
         const Plan& plan = plan_of(g, Use::kDInput, device);
-        const dweight_sm90::Parameters& dweight = dweight_plan_of(g, device);
+        const dweight_sm90::Problem& dweight = dweight_plan_of(g, device);
         auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, plan.problem, false);
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
@@ -4438,8 +4474,7 @@ static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, vo
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, memory.repair, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
-    dweight_sm90::Parameters a = dweight_plan_of(g, device);
-    a.x_max = memory.x.max, a.dout_max = memory.dout.max, a.partial = memory.partial;
+    const dweight_sm90::Parameters a = {dweight_plan_of(g, device), memory.x.max, memory.dout.max, memory.partial};
     return dweight_sm90::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
 }
 

@@ -28,6 +28,7 @@ SOURCES = (
     "normalizer_sm90.cuh",
     "conv_launch_sm90.cuh",
     "conv_transpose3d_sm90.cu",
+    "dweight_tiles_sm90.h",
     "dweight_sm90.cuh",
     "conv_transpose3d_gradients_sm90.cu",
     "cpu_backend.cpp",

@@ -13,20 +13,20 @@ namespace gradients_sm90 {
 using namespace conv_sm90;
 
 // What a call does, found once; static for the same reason as plan_of.
-static const dweight_sm90::Parameters& dweight_plan_of(const Geometry& g, int device) {
+static const dweight_sm90::Problem& dweight_plan_of(const Geometry& g, int device) {
     struct Key {
         Geometry g;
         int64_t device;
         bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
     };
     static std::mutex mutex;
-    static std::map<Key, dweight_sm90::Parameters> plans;
+    static std::map<Key, dweight_sm90::Problem> plans;
     const Plan& dinput = plan_of(g, Use::kDInput, device);
     std::lock_guard<std::mutex> lock(mutex);
     const Key key = {g, device};
     const auto found = plans.find(key);
     if (found != plans.end()) return found->second;
-    dweight_sm90::Parameters a = {};
+    dweight_sm90::Problem a = {};
     if (has_stencil(g)) {
         a.s = make_stencil(Direction::kForward, g);
         a.N = g.N, a.C_in = g.C_in, a.C_out = g.C_out, a.groups = g.groups, a.dout_phase_channels = padded_channels(g.C_out);
@@ -44,7 +44,7 @@ struct Memory {
     void* repair;
     Memory(const Geometry& g, int device, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
         const Plan& plan = plan_of(g, Use::kDInput, device);
-        const dweight_sm90::Parameters& dweight = dweight_plan_of(g, device);
+        const dweight_sm90::Problem& dweight = dweight_plan_of(g, device);
         auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, plan.problem, false);
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
@@ -83,8 +83,7 @@ static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, vo
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, memory.repair, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
-    dweight_sm90::Parameters a = dweight_plan_of(g, device);
-    a.x_max = memory.x.max, a.dout_max = memory.dout.max, a.partial = memory.partial;
+    const dweight_sm90::Parameters a = {dweight_plan_of(g, device), memory.x.max, memory.dout.max, memory.partial};
     return dweight_sm90::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
 }
 

@@ -1,13 +1,15 @@
-"""The Hopper convolution's index arithmetic, carried out on the host for random shapes: it needs no GPU."""
+"""The Hopper kernels' index arithmetic, carried out on the host for random shapes: it needs no GPU."""
 
 import os
 import subprocess
 from pathlib import Path
 
+import pytest
 
-def test_tiles_cover_every_output_once(tmp_path):
-    program = tmp_path / "tiles_emulation"
-    source = Path(__file__).with_name("tiles_emulation.cpp")
+
+@pytest.mark.parametrize("name, shapes", [("tiles_emulation", 1000), ("dweight_emulation", 1500)])
+def test_every_element_is_written_once_and_right(name, shapes, tmp_path):
+    program, source = tmp_path / name, Path(__file__).with_name(f"{name}.cpp")
     subprocess.run([os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-Wall", "-Werror", "-o", program, source], check=True)
-    done = subprocess.run([program, "1000", "1"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([program, str(shapes), "1"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout

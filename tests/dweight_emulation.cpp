@@ -1,0 +1,118 @@
+// Carries out the Hopper kernel's dweight on the host, with the kernel's own index arithmetic: random shapes, small integers.
+// Usage: dweight_emulation SHAPES SEED; exit code 1 where an element is wrong, written twice or not at all.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../kernels/dweight_tiles_sm90.h"
+
+using namespace dweight_sm90;
+
+#define REQUIRE(rule)                                                      \
+    do {                                                                   \
+        if (!(rule)) { std::printf("does not hold: %s\n", #rule); return false; } \
+    } while (0)
+
+static bool emulate(const Geometry& g, const Problem& p) {
+    const Tiling& t = p.t;
+    const StencilAxis *ad = &p.s.axis[0], *ah = &p.s.axis[1], *aw = &p.s.axis[2];
+    const Axis* axis = g.axis;
+    const int64_t in = in_volume(g), out = out_volume(g), volume = kernel_volume(g), group_in = g.C_in / g.groups, group_out = g.C_out / g.groups;
+    std::mt19937 random(1);
+    std::vector<float> x(g.N * g.C_in * in), dout(g.N * g.C_out * out), truth(g.C_in * group_out * volume, 0), result(truth.size(), NAN);
+    for (float& v : x) v = int(random() % 7) - 3;
+    for (float& v : dout) v = int(random() % 7) - 3;
+    for (int n = 0; n < g.N; n++)
+    for (int d = 0; d < axis[0].in; d++) for (int h = 0; h < axis[1].in; h++) for (int w = 0; w < axis[2].in; w++)
+    for (int kd = 0; kd < axis[0].kernel; kd++) for (int kh = 0; kh < axis[1].kernel; kh++) for (int kw = 0; kw < axis[2].kernel; kw++) {
+        const int64_t od = d * axis[0].stride - axis[0].padding + kd * axis[0].dilation, oh = h * axis[1].stride - axis[1].padding + kh * axis[1].dilation, ow = w * axis[2].stride - axis[2].padding + kw * axis[2].dilation;
+        if (od < 0 || od >= axis[0].out || oh < 0 || oh >= axis[1].out || ow < 0 || ow >= axis[2].out) continue;
+        const int64_t i = (int64_t(d) * axis[1].in + h) * axis[2].in + w, o = (od * axis[1].out + oh) * axis[2].out + ow, k = (int64_t(kd) * axis[1].kernel + kh) * axis[2].kernel + kw;
+        for (int ci = 0; ci < g.C_in; ci++) for (int c = 0; c < group_out; c++)
+            truth[(ci * group_out + c) * volume + k] += x[(n * g.C_in + ci) * in + i] * dout[(n * g.C_out + ci / group_in * group_out + c) * out + o];
+    }
+    std::vector<int> written(truth.size(), 0);
+    for (int index = 0; index < t.groups; index++)
+    for (int consumer = 0; consumer < kConsumers; consumer++) {
+        const Group group(t, p.s, index);
+        if (!is_live(p, group, consumer)) continue;
+        std::vector<float> sums(kRows * t.block_n, 0);
+        const Boxes boxes(p, group.td);
+        for (int i = 0; i < boxes.count; i++) {
+            const Box b = box_of(p, boxes, i);
+            REQUIRE(b.n < g.N && b.d >= 0 && b.d < ad->positions);
+            const int plane = ad->first + b.d - ad->shift[group.td];
+            REQUIRE(plane >= 0 && plane < ad->sources);
+            for (int q = 0; q < t.steps * 16; q++) {
+                // dout's position, and zeros behind and between its rows.
+                const int row = q / t.pitch, column = q % t.pitch, ph = b.h0 + row, pw = b.w0 + column;
+                const bool position = row < t.rows && column < t.tile_w && ph < ah->positions && pw < aw->positions;
+                float a[kRows];
+                for (int r = 0; r < kRows; r++) {
+                    const int m = row_block(t, group, consumer) * kRows + r, phase = m / int(p.dout_phase_channels), co = m % int(p.dout_phase_channels);
+                    const int od = b.d * ad->phases + phase / aw->phases / ah->phases - ad->crop, oh = ph * ah->phases + phase / aw->phases % ah->phases - ah->crop, ow = pw * aw->phases + phase % aw->phases - aw->crop;
+                    const bool inside = position && phase < p.s.phases() && co < g.C_out && od >= 0 && od < ad->out && oh >= 0 && oh < ah->out && ow >= 0 && ow < aw->out;
+                    a[r] = inside ? dout[(b.n * g.C_out + co) * out + (int64_t(od) * ah->out + oh) * aw->out + ow] : 0;
+                }
+                for (int n = 0; n < t.block_n; n++) {
+                    const int block = n / t.chunk, ci = (group.n + (t.n_over_taps ? 0 : block)) * t.chunk + n % t.chunk;
+                    const int at = q + first_shift(p, group, consumer) + (t.n_over_taps ? block * step_w(p.s) : 0);    // row of shared memory
+                    REQUIRE(int64_t(at + 1) * t.chunk * 2 <= t.x_bytes);
+                    if (block >= t.blocks || ci >= g.C_in || at >= t.box_rows * t.pitch) continue;    // columns that are not used, channels and rows that are zero
+                    const int h = first_row(p, group) + b.h0 + at / t.pitch, w = first_column(p) + b.w0 + at % t.pitch;
+                    if (h < 0 || h >= ah->sources || w < 0 || w >= aw->sources) continue;
+                    const float value = x[(b.n * g.C_in + ci) * in + (int64_t(plane) * ah->sources + h) * aw->sources + w];
+                    for (int r = 0; r < kRows; r++) sums[r * t.block_n + n] += a[r] * value;
+                }
+            }
+        }
+        for (int r = 0; r < kRows; r++)
+            for (int n = 0; n < t.block_n; n++) {
+                const int64_t element = element_of(p, group, consumer, r, n);
+                if (element >= 0) result[element] = sums[r * t.block_n + n], written[element]++;
+            }
+    }
+    for (size_t i = 0; i < written.size(); i++) REQUIRE(written[i] == 1 && result[i] == truth[i]);
+    return true;
+}
+
+static bool fits(const Tiling& t) {
+    REQUIRE(kHeadBytes + t.stages * t.stage_bytes <= kSharedBytes && t.stages >= 2 && t.stages <= kMaxStages);
+    REQUIRE(t.dout_bytes % 1024 == 0 && t.x_bytes % 1024 == 0 && t.pitch <= 256 && t.tile_w <= 256 && t.box_rows <= 256 && t.pitch >= t.tile_w);
+    REQUIRE(t.stage_bytes == t.dout_boxes * t.dout_bytes + t.x_boxes * t.x_bytes && t.blocks * t.chunk <= t.block_n);
+    return true;
+}
+
+int main(int, char** arguments) {
+    std::mt19937 random(std::atoi(arguments[2]));
+    auto below = [&](int n) { return int(random() % n); };
+    int done = 0;
+    while (done < std::atoi(arguments[1])) {
+        const int groups = below(4) ? 1 : 2;
+        Geometry g = {1 + below(2), groups * (1 + below(below(3) ? 3 : 80)), groups * (1 + below(below(3) ? 3 : 80)), groups, {}};
+        const int same = below(3), stride = 1 + below(kMaxStride);    // stride 1, the same everywhere, any
+        bool valid = true;
+        double products = double(g.N) * g.C_in * g.C_out;
+        for (int i = 0; i < 3; i++) {
+            Axis& a = g.axis[i];
+            a.kernel = 1 + below(i == 0 ? 3 : 5), a.stride = same == 0 ? 1 : same == 1 ? stride : 1 + below(kMaxStride), a.dilation = below(3) ? 1 : 1 + below(4);
+            a.in = 1 + below(i == 0 ? 3 : i == 1 ? 9 : below(6) ? 12 : 300), a.padding = below(3) ? below(3) : 0;
+            const int output_padding = below(2) ? below(int(a.stride > a.dilation ? a.stride : a.dilation)) : 0;
+            a.out = (a.in - 1) * a.stride - 2 * a.padding + a.dilation * (a.kernel - 1) + output_padding + 1;
+            valid = valid && a.out > 0;
+            products *= double(a.in) * a.kernel;
+        }
+        if (!valid || products > 1e6) continue;
+        Problem p = {make_stencil(Direction::kForward, g), {}, g.N, g.C_in, g.C_out, g.groups, conv_sm90::padded_channels(g.C_out)};
+        p.t = choose_tiling(p, conv_sm90::padded_channels(g.C_in), below(4) ? 132 : 1 + below(132));
+        done++;
+        if (p.t.block_n == 0 || (fits(p.t) && emulate(g, p))) continue;
+        std::printf("N %d, channels %d -> %d, groups %d, block_n %d, strips %d, rows %d", int(g.N), int(g.C_in), int(g.C_out), groups, p.t.block_n, p.t.strips, p.t.rows);
+        for (const Axis& a : g.axis) std::printf(", (in %d, out %d, kernel %d, stride %d, padding %d, dilation %d)", int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation));
+        std::printf("\n");
+        return 1;
+    }
+    return 0;
+}
