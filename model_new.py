@@ -137,6 +137,8 @@ def _autocast(*tensors):
 
 
 def _triple(name, value):
+    if type(value) is int:    # first, since a small layer's time is made of such lines
+        return (value, value, value)
     if isinstance(value, tuple) and len(value) == 3:
         return value
     if isinstance(value, (int, torch.SymInt)):
@@ -343,9 +345,12 @@ def _tf32_allowed(dtype):
     """Whether torch lets cuDNN's convolutions round float32 to TF32."""
     if dtype != torch.float32:
         return False
-    if hasattr(torch._C, "_get_fp32_precision_getter"):    # torch 2.9 and later, where the older flag cannot always be read
-        return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+    if _fp32_precision:    # torch 2.9 and later, where the older flag cannot always be read
+        return _fp32_precision("cuda", "conv") == "tf32"
     return torch.backends.cudnn.allow_tf32
+
+
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 @functools.lru_cache(maxsize=None)
