@@ -144,7 +144,7 @@ def publish(args, problems, results, limits, described):
     if args.plot:
         report.plot(args.plot, problems, results)
     if args.update_readme:
-        report.update_readme("README.md", "\n".join(f"{name}: {value}  " for name, value in dict(described).items()) + "\n\n" + text)
+        report.update_readme("README.md", "\n".join(f"{name}: {value}  " for name, value in described.items()) + "\n\n" + text)
 
 
 if __name__ == "__main__":

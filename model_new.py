@@ -1551,7 +1551,7 @@ extern "C" int conv_transpose3d_dbias_generic(const Geometry* g, int dtype, int 
 '''
 
 _SOURCES['group_norm.cuh'] = r'''
-// GroupNorm's elementwise half, which every path shares: y = (r - mean) * rstd * gamma + beta.
+// What every path of GroupNorm shares: reductions, and the elementwise half y = (r - mean) * rstd * gamma + beta.
 #pragma once
 
 #include "launch.cuh"
@@ -1574,6 +1574,26 @@ template <typename A> struct Mean {
     __device__ explicit Mean(double mean) : high(A(mean)), low(A(mean - double(A(mean)))) {}
     __device__ __forceinline__ A center(A r) const { return (r - high) - low; }
 };
+
+constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
+
+struct Pair { double a, b; };
+
+// The sum over the block, in a fixed order, in every thread.
+__device__ __forceinline__ Pair block_sum(Pair v) {
+    __shared__ Pair sums[kThreads];
+    __syncthreads();
+    sums[threadIdx.x] = v;
+    for (int half = kThreads / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) {
+            sums[threadIdx.x].a += sums[threadIdx.x + half].a;
+            sums[threadIdx.x].b += sums[threadIdx.x + half].b;
+        }
+    }
+    __syncthreads();
+    return sums[0];
+}
 
 // gamma, beta may be null (1, 0). y may be r. Grid: (n, c, tile).
 template <typename T, typename Y>
@@ -1625,26 +1645,6 @@ _SOURCES['group_norm_backward.cuh'] = r'''
 #include "group_norm.cuh"
 
 namespace group_norm {
-
-constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
-
-struct Pair { double a, b; };
-
-// The sum over the block, in a fixed order, in every thread.
-__device__ __forceinline__ Pair block_sum(Pair v) {
-    __shared__ Pair sums[kThreads];
-    __syncthreads();
-    sums[threadIdx.x] = v;
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) {
-            sums[threadIdx.x].a += sums[threadIdx.x + half].a;
-            sums[threadIdx.x].b += sums[threadIdx.x + half].b;
-        }
-    }
-    __syncthreads();
-    return sums[0];
-}
 
 // partial (N * C, splits): sums of dy and of dy * xhat
 template <typename T, typename Y>
@@ -2112,11 +2112,7 @@ struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the 
 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
-// x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
-// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
-// 2 * C, for each group of `split` channels their high halves and then their low ones.
-//
-// float32 only: where norm.r is not null, x is the gradient of group_norm(relu(z)), and what is copied is the gradient of z.
+// float32 only: where r is not null, an activation's x is the gradient of group_norm(relu(z)), and what is copied is the gradient of z.
 struct NormGradient {
     const void* r;                                 // relu(z), of x's shape and dtype
     group_norm::Shape shape;
@@ -2129,6 +2125,9 @@ struct NormGradient {
     }
 };
 
+// x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
+// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
+// 2 * C, for each group of `split` channels their high halves and then their low ones.
 struct Activation {
     struct Axis { int positions, phases, crop, size; };
     int64_t N, C, phase_channels;
@@ -2498,6 +2497,7 @@ struct Tiling {
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
     int row_pairs, sample_tiles, tiles;        // row tiles of a block
+    HOST_DEVICE int box_bytes() const { return box_rows * pitch * chunk * 2; }
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
 
@@ -2667,7 +2667,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         // cache; and longer where the stages that are not in use do not cover that one's latency.
         const double weight_cycles = t.weight_rings * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
         const double lead = (t.weight_stages - (split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
-        const double box_bytes = double(t.box_rows) * t.pitch * row_bytes, box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
+        const double box_bytes = t.box_bytes(), box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
         double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
         products = products > box_time ? products : box_time;
         // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
@@ -2676,7 +2676,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const double loads = (steps * t.weight_rings * kRows * 16 * 2 + boxes * box_bytes) / 21;
         products = products > loads ? products : loads;
         const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
-        const double traffic = out_bytes / 17 + boxes * t.box_rows * t.pitch * row_bytes / 40 + 300;
+        const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
         // A warp issues the copies of a run's pieces one after another.
         const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
         const double store_time = t.bulk ? pieces * 50 * (split_m ? 1 : 2) : 0;
@@ -3113,7 +3113,7 @@ struct Producer {
         const int ring = consumer * t.weight_stages;
         const StencilAxis& aw = a.p.s.axis[2];
         SharedHead& head = shared.head;
-        const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
+        const int box_bytes = t.box_bytes();
         unsigned next = consumer == 0 && elected() ? atomicAdd(a.workspace.tile_ticket, 1u) : 0;
         while (true) {
             Tile& tile = head.tiles[slot.stage];
@@ -3345,11 +3345,10 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     const Parameters& a = me.a;
     const Problem& p = a.p;
     const Tiling& t = p.t;
-    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
     const int64_t part = (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : me.warpgroup);
-    const int phases = p.s.axis[0].phases * ah.phases * aw.phases;
+    const int phases = p.s.phases();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
@@ -3609,7 +3608,8 @@ __device__ __forceinline__ void load_rows(const Parameters& a, const SharedParts
             if (own < end_item) {
                 const int channel = own / row_items;
                 const GroupStatistics statistics = group_statistics(a, n, channel / group_channels);
-                prepared.high = float(statistics.mean), prepared.low = float(statistics.mean - double(prepared.high));    // r - mean without losing the mean's low bits
+                const group_norm::Mean<float> mean(statistics.mean);
+                prepared.high = mean.high, prepared.low = mean.low;
                 prepared.scale = float(statistics.rstd) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
                 prepared.offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
             }
@@ -3718,7 +3718,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         fence_mbarrier_init();
     }
     if (t.items > 1 && threadIdx.x < t.items) head.item_rows[threadIdx.x] = rows_of_item(a.p, threadIdx.x);
-    const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
+    const int box_bytes = t.box_bytes();
     for (int stage = 0; stage < t.input_stages; stage++)
         for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
@@ -3745,8 +3745,28 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
 enum class Use { kForward, kFused, kDInput };
 
-// How the convolution of some shape is done, found once. (Static: an inline function's static variables would be shared with other
-// builds of this file in the same process.)
+// What was found for a shape, a use and a device, once. (To be held by static functions: an inline function's static variables would
+// be shared with other builds of this file in the same process.)
+template <typename T> class Memo {
+public:
+    template <typename F> const T& get(const Geometry& g, int64_t use, int device, F find) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const Key key = {g, use, device};
+        const auto found = values_.find(key);
+        return found != values_.end() ? found->second : values_[key] = find();
+    }
+
+private:
+    struct Key {
+        Geometry g;
+        int64_t use, device;
+        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
+    };
+    std::mutex mutex_;
+    std::map<Key, T> values_;
+};
+
+// How the convolution of some shape is done.
 struct Plan {
     Problem problem;
     Direction direction;
@@ -3755,18 +3775,7 @@ struct Plan {
     int multiprocessors;
 };
 
-static const Plan& plan_of(const Geometry& g, Use use, int device) {
-    struct Key {
-        Geometry g;
-        int64_t use, device;
-        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
-    };
-    static std::mutex mutex;
-    static std::map<Key, Plan> plans;
-    std::lock_guard<std::mutex> lock(mutex);
-    const Key key = {g, int64_t(use), device};
-    const auto found = plans.find(key);
-    if (found != plans.end()) return found->second;
+inline Plan make_plan(const Geometry& g, Use use, int device) {
     const bool forward = use != Use::kDInput;
     Plan plan = {};
     plan.direction = forward ? Direction::kForward : Direction::kDInput;
@@ -3782,7 +3791,12 @@ static const Plan& plan_of(const Geometry& g, Use use, int device) {
         if (!split || can_split(g))
             plan.problem.t = choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, use == Use::kFused, plan.multiprocessors);
     }
-    return plans[key] = plan;
+    return plan;
+}
+
+static const Plan& plan_of(const Geometry& g, Use use, int device) {
+    static Memo<Plan> plans;
+    return plans.get(g, int64_t(use), device, [&] { return make_plan(g, use, device); });
 }
 
 // -------------------------------------------------------------------------------------------------- Scratch memory
@@ -3822,18 +3836,12 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     return w;
 }
 
-// Takes the memory of the copies of the source and the weight.
+// These take the memory of the copies of an activation and of a weight, and what the generic kernel needs to repair samples.
 inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
     a.x = x, a.max = max;
     a.copy = scratch.take<__half>(a.copied());
     return a;
-}
-
-// What the generic kernel needs to repair samples.
-inline void* take_repair(Scratch& scratch, const Plan& plan, const Geometry& g) {
-    if (!plan.repairs) return nullptr;
-    return scratch.take<float>(plan.direction == Direction::kForward ? direct_generic::packed_count<Direction::kForward>(g) : direct_generic::packed_count<Direction::kDInput>(g));
 }
 
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
@@ -3842,6 +3850,11 @@ inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const
     weight.copy = scratch.take<__half>(weight.copied());
     weight.max = scratch.take<unsigned>(p.C_out);
     return weight;
+}
+
+inline void* take_repair(Scratch& scratch, const Plan& plan, const Geometry& g) {
+    if (!plan.repairs) return nullptr;
+    return scratch.take<float>(plan.direction == Direction::kForward ? direct_generic::packed_count<Direction::kForward>(g) : direct_generic::packed_count<Direction::kDInput>(g));
 }
 
 // ------------------------------------------------------------------------------------------------------- Launcher
@@ -4061,15 +4074,18 @@ struct Boxes {
     }
 };
 
+// Rows of x from one block of columns to the next, where they are taps.
+HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
+
 // The tiling of least estimated time; block_n 0 where none fits.
 inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, int multiprocessors) {
     const Stencil& s = problem.s;
     const StencilAxis &h = s.axis[1], &w = s.axis[2];
     Tiling best = {};
     double best_time = 0;
-    const int halo_w = w.shift[w.taps - 1], step_w = w.taps > 1 ? w.shift[1] - w.shift[0] : 0;
+    const int halo_w = w.shift[w.taps - 1];
     for (int t = 1; t < w.taps; t++)
-        if (w.shift[t] - w.shift[t - 1] != step_w) return best;
+        if (w.shift[t] - w.shift[t - 1] != step_w(s)) return best;
     Tiling t = {};
     t.chunk = phase_channels_x % 64 == 0 ? 64 : int(phase_channels_x);
     t.chunks = int(phase_channels_x / t.chunk);
@@ -4100,7 +4116,7 @@ inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, in
         t.steps = int(ceil_div(int64_t(rows) * t.pitch, 16));
         t.box_rows = rows + halo_h;
         if (t.pitch > 256 || t.tile_w > 256 || t.box_rows > 256) continue;
-        const int64_t reach = int64_t(halo_h) * t.pitch + t.steps * 16 + halo_w + int64_t(t.block_n / t.chunk) * step_w, box = int64_t(t.box_rows) * t.pitch;
+        const int64_t reach = int64_t(halo_h) * t.pitch + t.steps * 16 + halo_w + int64_t(t.block_n / t.chunk) * step_w(s), box = int64_t(t.box_rows) * t.pitch;
         const int64_t dout_bytes = ceil_div(int64_t(t.steps) * 16 * kRows * 2, 1024) * 1024, x_bytes = ceil_div((reach > box ? reach : box) * row_bytes, 1024) * 1024;
         const int64_t stage = t.dout_boxes * dout_bytes + t.x_boxes * x_bytes, stages = (kSharedBytes - kHeadBytes) / stage;
         if (stages < 2) break;
@@ -4146,19 +4162,17 @@ HOST_DEVICE Box box_of(const Problem& a, const Boxes& boxes, int index) {
     return b;
 }
 
-// Row and column of x that the first row of a group's box has, and the row of the box that a consumer's first block of columns begins with.
 HOST_DEVICE int last_tap_h(const Problem& a, const Group& g) {    // of the group
     const int last = tap_h(a.t, g, kConsumers - 1);
     return last < a.s.axis[1].taps ? last : a.s.axis[1].taps - 1;
 }
+// Row and column of x that the first row of a group's box has, and the row of the box that a consumer's first block of columns begins with.
 HOST_DEVICE int first_row(const Problem& a, const Group& g) { return a.s.axis[1].first - a.s.axis[1].shift[last_tap_h(a, g)]; }
 HOST_DEVICE int first_column(const Problem& a) { return a.s.axis[2].first - a.s.axis[2].shift[a.s.axis[2].taps - 1]; }
 HOST_DEVICE int first_shift(const Problem& a, const Group& g, int consumer) {
     const StencilAxis &ah = a.s.axis[1], &aw = a.s.axis[2];
     return (ah.shift[last_tap_h(a, g)] - ah.shift[tap_h(a.t, g, consumer)]) * a.t.pitch + aw.shift[aw.taps - 1] - aw.shift[last_tap_w(a.t, a.s, g)];
 }
-// Rows of x from one block of columns to the next, where they are taps.
-HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
 
 // The element of dweight (C_in, C_out / groups, kernel) that a row and a column of a consumer have the sum of, or -1.
 HOST_DEVICE int64_t element_of(const Problem& a, const Group& g, int consumer, int row, int column) {
@@ -4409,27 +4423,16 @@ namespace gradients_sm90 {
 
 using namespace conv_sm90;
 
-// What a call does, found once; static for the same reason as plan_of.
 static const dweight_sm90::Problem& dweight_plan_of(const Geometry& g, int device) {
-    struct Key {
-        Geometry g;
-        int64_t device;
-        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
-    };
-    static std::mutex mutex;
-    static std::map<Key, dweight_sm90::Problem> plans;
-    const Plan& dinput = plan_of(g, Use::kDInput, device);
-    std::lock_guard<std::mutex> lock(mutex);
-    const Key key = {g, device};
-    const auto found = plans.find(key);
-    if (found != plans.end()) return found->second;
-    dweight_sm90::Problem a = {};
-    if (has_stencil(g)) {
-        a.s = make_stencil(Direction::kForward, g);
-        a.N = g.N, a.C_in = g.C_in, a.C_out = g.C_out, a.groups = g.groups, a.dout_phase_channels = padded_channels(g.C_out);
-        a.t = dweight_sm90::choose_tiling(a, padded_channels(g.C_in), dinput.multiprocessors);
-    }
-    return plans[key] = a;
+    static Memo<dweight_sm90::Problem> plans;
+    return plans.get(g, int64_t(Use::kDInput), device, [&] {
+        dweight_sm90::Problem p = {};
+        if (!has_stencil(g)) return p;
+        p.s = make_stencil(Direction::kForward, g);
+        p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
+        p.t = dweight_sm90::choose_tiling(p, padded_channels(g.C_in), plan_of(g, Use::kDInput, device).multiprocessors);
+        return p;
+    });
 }
 
 struct Memory {
@@ -4452,21 +4455,6 @@ struct Memory {
     }
 };
 
-}  // namespace gradients_sm90
-
-// ---------------------------------------------------------------------------------------------------- Launchers
-
-// Whether tilings fit for both: 1 or 0.
-extern "C" int conv_transpose3d_gradients_sm90_supports(const Geometry* g, int device) {
-    return conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device).problem.t.block_n > 0 && gradients_sm90::dweight_plan_of(*g, device).t.block_n > 0;
-}
-
-extern "C" int64_t conv_transpose3d_gradients_sm90_workspace(const Geometry* g, int, int device) {
-    return gradients_sm90::Memory(*g, device, nullptr, nullptr, nullptr, nullptr).scratch.bytes();
-}
-
-namespace gradients_sm90 {
-
 // dx (and w) or dweight (and x) may be null: not wanted.
 static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
     const Plan& plan = plan_of(g, Use::kDInput, device);
@@ -4486,6 +4474,17 @@ static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, vo
 
 }  // namespace gradients_sm90
 
+// ---------------------------------------------------------------------------------------------------- Launchers
+
+// Whether tilings fit for both: 1 or 0.
+extern "C" int conv_transpose3d_gradients_sm90_supports(const Geometry* g, int device) {
+    return conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device).problem.t.block_n > 0 && gradients_sm90::dweight_plan_of(*g, device).t.block_n > 0;
+}
+
+extern "C" int64_t conv_transpose3d_gradients_sm90_workspace(const Geometry* g, int, int device) {
+    return gradients_sm90::Memory(*g, device, nullptr, nullptr, nullptr, nullptr).scratch.bytes();
+}
+
 extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
                                                const void* dout, const void* x, const void* w, void* dx, void* dweight) {
     DeviceGuard guard(device);
@@ -4503,9 +4502,9 @@ extern "C" int conv_transpose3d_relu_group_norm_gradients_sm90(const Geometry* g
                                                                const void* dy, const void* r, const double* statistics, const void* gamma, int num_groups, const void* x, const void* w,
                                                                void* dx, void* dweight, void* dgamma, void* dbeta) {
     DeviceGuard guard(device);
+    if (dtype != kFloat32) return cudaErrorNotSupported;
     const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
     const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + conv_transpose3d_gradients_sm90_workspace(g, dtype, device));
-    if (dtype != kFloat32) return cudaErrorNotSupported;
     RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
     const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
     return gradients_sm90::run(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, norm, x, w, dx, dweight);

@@ -33,7 +33,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         fence_mbarrier_init();
     }
     if (t.items > 1 && threadIdx.x < t.items) head.item_rows[threadIdx.x] = rows_of_item(a.p, threadIdx.x);
-    const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
+    const int box_bytes = t.box_bytes();
     for (int stage = 0; stage < t.input_stages; stage++)
         for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
@@ -60,8 +60,28 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
 enum class Use { kForward, kFused, kDInput };
 
-// How the convolution of some shape is done, found once. (Static: an inline function's static variables would be shared with other
-// builds of this file in the same process.)
+// What was found for a shape, a use and a device, once. (To be held by static functions: an inline function's static variables would
+// be shared with other builds of this file in the same process.)
+template <typename T> class Memo {
+public:
+    template <typename F> const T& get(const Geometry& g, int64_t use, int device, F find) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const Key key = {g, use, device};
+        const auto found = values_.find(key);
+        return found != values_.end() ? found->second : values_[key] = find();
+    }
+
+private:
+    struct Key {
+        Geometry g;
+        int64_t use, device;
+        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
+    };
+    std::mutex mutex_;
+    std::map<Key, T> values_;
+};
+
+// How the convolution of some shape is done.
 struct Plan {
     Problem problem;
     Direction direction;
@@ -70,18 +90,7 @@ struct Plan {
     int multiprocessors;
 };
 
-static const Plan& plan_of(const Geometry& g, Use use, int device) {
-    struct Key {
-        Geometry g;
-        int64_t use, device;
-        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
-    };
-    static std::mutex mutex;
-    static std::map<Key, Plan> plans;
-    std::lock_guard<std::mutex> lock(mutex);
-    const Key key = {g, int64_t(use), device};
-    const auto found = plans.find(key);
-    if (found != plans.end()) return found->second;
+inline Plan make_plan(const Geometry& g, Use use, int device) {
     const bool forward = use != Use::kDInput;
     Plan plan = {};
     plan.direction = forward ? Direction::kForward : Direction::kDInput;
@@ -97,7 +106,12 @@ static const Plan& plan_of(const Geometry& g, Use use, int device) {
         if (!split || can_split(g))
             plan.problem.t = choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, use == Use::kFused, plan.multiprocessors);
     }
-    return plans[key] = plan;
+    return plan;
+}
+
+static const Plan& plan_of(const Geometry& g, Use use, int device) {
+    static Memo<Plan> plans;
+    return plans.get(g, int64_t(use), device, [&] { return make_plan(g, use, device); });
 }
 
 // -------------------------------------------------------------------------------------------------- Scratch memory
@@ -137,18 +151,12 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     return w;
 }
 
-// Takes the memory of the copies of the source and the weight.
+// These take the memory of the copies of an activation and of a weight, and what the generic kernel needs to repair samples.
 inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
     a.x = x, a.max = max;
     a.copy = scratch.take<__half>(a.copied());
     return a;
-}
-
-// What the generic kernel needs to repair samples.
-inline void* take_repair(Scratch& scratch, const Plan& plan, const Geometry& g) {
-    if (!plan.repairs) return nullptr;
-    return scratch.take<float>(plan.direction == Direction::kForward ? direct_generic::packed_count<Direction::kForward>(g) : direct_generic::packed_count<Direction::kDInput>(g));
 }
 
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
@@ -157,6 +165,11 @@ inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const
     weight.copy = scratch.take<__half>(weight.copied());
     weight.max = scratch.take<unsigned>(p.C_out);
     return weight;
+}
+
+inline void* take_repair(Scratch& scratch, const Plan& plan, const Geometry& g) {
+    if (!plan.repairs) return nullptr;
+    return scratch.take<float>(plan.direction == Direction::kForward ? direct_generic::packed_count<Direction::kForward>(g) : direct_generic::packed_count<Direction::kDInput>(g));
 }
 
 // ------------------------------------------------------------------------------------------------------- Launcher

@@ -194,7 +194,7 @@ struct Producer {
         const int ring = consumer * t.weight_stages;
         const StencilAxis& aw = a.p.s.axis[2];
         SharedHead& head = shared.head;
-        const int box_bytes = t.box_rows * t.pitch * t.chunk * 2;
+        const int box_bytes = t.box_bytes();
         unsigned next = consumer == 0 && elected() ? atomicAdd(a.workspace.tile_ticket, 1u) : 0;
         while (true) {
             Tile& tile = head.tiles[slot.stage];
@@ -426,11 +426,10 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     const Parameters& a = me.a;
     const Problem& p = a.p;
     const Tiling& t = p.t;
-    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
     const int64_t part = (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : me.warpgroup);
-    const int phases = p.s.axis[0].phases * ah.phases * aw.phases;
+    const int phases = p.s.phases();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];

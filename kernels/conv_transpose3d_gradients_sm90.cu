@@ -12,27 +12,16 @@ namespace gradients_sm90 {
 
 using namespace conv_sm90;
 
-// What a call does, found once; static for the same reason as plan_of.
 static const dweight_sm90::Problem& dweight_plan_of(const Geometry& g, int device) {
-    struct Key {
-        Geometry g;
-        int64_t device;
-        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
-    };
-    static std::mutex mutex;
-    static std::map<Key, dweight_sm90::Problem> plans;
-    const Plan& dinput = plan_of(g, Use::kDInput, device);
-    std::lock_guard<std::mutex> lock(mutex);
-    const Key key = {g, device};
-    const auto found = plans.find(key);
-    if (found != plans.end()) return found->second;
-    dweight_sm90::Problem a = {};
-    if (has_stencil(g)) {
-        a.s = make_stencil(Direction::kForward, g);
-        a.N = g.N, a.C_in = g.C_in, a.C_out = g.C_out, a.groups = g.groups, a.dout_phase_channels = padded_channels(g.C_out);
-        a.t = dweight_sm90::choose_tiling(a, padded_channels(g.C_in), dinput.multiprocessors);
-    }
-    return plans[key] = a;
+    static Memo<dweight_sm90::Problem> plans;
+    return plans.get(g, int64_t(Use::kDInput), device, [&] {
+        dweight_sm90::Problem p = {};
+        if (!has_stencil(g)) return p;
+        p.s = make_stencil(Direction::kForward, g);
+        p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
+        p.t = dweight_sm90::choose_tiling(p, padded_channels(g.C_in), plan_of(g, Use::kDInput, device).multiprocessors);
+        return p;
+    });
 }
 
 struct Memory {
@@ -55,21 +44,6 @@ struct Memory {
     }
 };
 
-}  // namespace gradients_sm90
-
-// ---------------------------------------------------------------------------------------------------- Launchers
-
-// Whether tilings fit for both: 1 or 0.
-extern "C" int conv_transpose3d_gradients_sm90_supports(const Geometry* g, int device) {
-    return conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device).problem.t.block_n > 0 && gradients_sm90::dweight_plan_of(*g, device).t.block_n > 0;
-}
-
-extern "C" int64_t conv_transpose3d_gradients_sm90_workspace(const Geometry* g, int, int device) {
-    return gradients_sm90::Memory(*g, device, nullptr, nullptr, nullptr, nullptr).scratch.bytes();
-}
-
-namespace gradients_sm90 {
-
 // dx (and w) or dweight (and x) may be null: not wanted.
 static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
     const Plan& plan = plan_of(g, Use::kDInput, device);
@@ -89,6 +63,17 @@ static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, vo
 
 }  // namespace gradients_sm90
 
+// ---------------------------------------------------------------------------------------------------- Launchers
+
+// Whether tilings fit for both: 1 or 0.
+extern "C" int conv_transpose3d_gradients_sm90_supports(const Geometry* g, int device) {
+    return conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device).problem.t.block_n > 0 && gradients_sm90::dweight_plan_of(*g, device).t.block_n > 0;
+}
+
+extern "C" int64_t conv_transpose3d_gradients_sm90_workspace(const Geometry* g, int, int device) {
+    return gradients_sm90::Memory(*g, device, nullptr, nullptr, nullptr, nullptr).scratch.bytes();
+}
+
 extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
                                                const void* dout, const void* x, const void* w, void* dx, void* dweight) {
     DeviceGuard guard(device);
@@ -106,9 +91,9 @@ extern "C" int conv_transpose3d_relu_group_norm_gradients_sm90(const Geometry* g
                                                                const void* dy, const void* r, const double* statistics, const void* gamma, int num_groups, const void* x, const void* w,
                                                                void* dx, void* dweight, void* dgamma, void* dbeta) {
     DeviceGuard guard(device);
+    if (dtype != kFloat32) return cudaErrorNotSupported;
     const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
     const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + conv_transpose3d_gradients_sm90_workspace(g, dtype, device));
-    if (dtype != kFloat32) return cudaErrorNotSupported;
     RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
     const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
     return gradients_sm90::run(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, norm, x, w, dx, dweight);

@@ -84,15 +84,18 @@ struct Boxes {
     }
 };
 
+// Rows of x from one block of columns to the next, where they are taps.
+HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
+
 // The tiling of least estimated time; block_n 0 where none fits.
 inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, int multiprocessors) {
     const Stencil& s = problem.s;
     const StencilAxis &h = s.axis[1], &w = s.axis[2];
     Tiling best = {};
     double best_time = 0;
-    const int halo_w = w.shift[w.taps - 1], step_w = w.taps > 1 ? w.shift[1] - w.shift[0] : 0;
+    const int halo_w = w.shift[w.taps - 1];
     for (int t = 1; t < w.taps; t++)
-        if (w.shift[t] - w.shift[t - 1] != step_w) return best;
+        if (w.shift[t] - w.shift[t - 1] != step_w(s)) return best;
     Tiling t = {};
     t.chunk = phase_channels_x % 64 == 0 ? 64 : int(phase_channels_x);
     t.chunks = int(phase_channels_x / t.chunk);
@@ -123,7 +126,7 @@ inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, in
         t.steps = int(ceil_div(int64_t(rows) * t.pitch, 16));
         t.box_rows = rows + halo_h;
         if (t.pitch > 256 || t.tile_w > 256 || t.box_rows > 256) continue;
-        const int64_t reach = int64_t(halo_h) * t.pitch + t.steps * 16 + halo_w + int64_t(t.block_n / t.chunk) * step_w, box = int64_t(t.box_rows) * t.pitch;
+        const int64_t reach = int64_t(halo_h) * t.pitch + t.steps * 16 + halo_w + int64_t(t.block_n / t.chunk) * step_w(s), box = int64_t(t.box_rows) * t.pitch;
         const int64_t dout_bytes = ceil_div(int64_t(t.steps) * 16 * kRows * 2, 1024) * 1024, x_bytes = ceil_div((reach > box ? reach : box) * row_bytes, 1024) * 1024;
         const int64_t stage = t.dout_boxes * dout_bytes + t.x_boxes * x_bytes, stages = (kSharedBytes - kHeadBytes) / stage;
         if (stages < 2) break;
@@ -169,19 +172,17 @@ HOST_DEVICE Box box_of(const Problem& a, const Boxes& boxes, int index) {
     return b;
 }
 
-// Row and column of x that the first row of a group's box has, and the row of the box that a consumer's first block of columns begins with.
 HOST_DEVICE int last_tap_h(const Problem& a, const Group& g) {    // of the group
     const int last = tap_h(a.t, g, kConsumers - 1);
     return last < a.s.axis[1].taps ? last : a.s.axis[1].taps - 1;
 }
+// Row and column of x that the first row of a group's box has, and the row of the box that a consumer's first block of columns begins with.
 HOST_DEVICE int first_row(const Problem& a, const Group& g) { return a.s.axis[1].first - a.s.axis[1].shift[last_tap_h(a, g)]; }
 HOST_DEVICE int first_column(const Problem& a) { return a.s.axis[2].first - a.s.axis[2].shift[a.s.axis[2].taps - 1]; }
 HOST_DEVICE int first_shift(const Problem& a, const Group& g, int consumer) {
     const StencilAxis &ah = a.s.axis[1], &aw = a.s.axis[2];
     return (ah.shift[last_tap_h(a, g)] - ah.shift[tap_h(a.t, g, consumer)]) * a.t.pitch + aw.shift[aw.taps - 1] - aw.shift[last_tap_w(a.t, a.s, g)];
 }
-// Rows of x from one block of columns to the next, where they are taps.
-HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
 
 // The element of dweight (C_in, C_out / groups, kernel) that a row and a column of a consumer have the sum of, or -1.
 HOST_DEVICE int64_t element_of(const Problem& a, const Group& g, int consumer, int row, int column) {

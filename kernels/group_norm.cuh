@@ -1,4 +1,4 @@
-// GroupNorm's elementwise half, which every path shares: y = (r - mean) * rstd * gamma + beta.
+// What every path of GroupNorm shares: reductions, and the elementwise half y = (r - mean) * rstd * gamma + beta.
 #pragma once
 
 #include "launch.cuh"
@@ -21,6 +21,26 @@ template <typename A> struct Mean {
     __device__ explicit Mean(double mean) : high(A(mean)), low(A(mean - double(A(mean)))) {}
     __device__ __forceinline__ A center(A r) const { return (r - high) - low; }
 };
+
+constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
+
+struct Pair { double a, b; };
+
+// The sum over the block, in a fixed order, in every thread.
+__device__ __forceinline__ Pair block_sum(Pair v) {
+    __shared__ Pair sums[kThreads];
+    __syncthreads();
+    sums[threadIdx.x] = v;
+    for (int half = kThreads / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) {
+            sums[threadIdx.x].a += sums[threadIdx.x + half].a;
+            sums[threadIdx.x].b += sums[threadIdx.x + half].b;
+        }
+    }
+    __syncthreads();
+    return sums[0];
+}
 
 // gamma, beta may be null (1, 0). y may be r. Grid: (n, c, tile).
 template <typename T, typename Y>

@@ -11,26 +11,6 @@
 
 namespace group_norm {
 
-constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
-
-struct Pair { double a, b; };
-
-// The sum over the block, in a fixed order, in every thread.
-__device__ __forceinline__ Pair block_sum(Pair v) {
-    __shared__ Pair sums[kThreads];
-    __syncthreads();
-    sums[threadIdx.x] = v;
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) {
-            sums[threadIdx.x].a += sums[threadIdx.x + half].a;
-            sums[threadIdx.x].b += sums[threadIdx.x + half].b;
-        }
-    }
-    __syncthreads();
-    return sums[0];
-}
-
 // partial (N * C, splits): sums of dy and of dy * xhat
 template <typename T, typename Y>
 __global__ void __launch_bounds__(kThreads)

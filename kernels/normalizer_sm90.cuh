@@ -110,7 +110,8 @@ __device__ __forceinline__ void load_rows(const Parameters& a, const SharedParts
             if (own < end_item) {
                 const int channel = own / row_items;
                 const GroupStatistics statistics = group_statistics(a, n, channel / group_channels);
-                prepared.high = float(statistics.mean), prepared.low = float(statistics.mean - double(prepared.high));    // r - mean without losing the mean's low bits
+                const group_norm::Mean<float> mean(statistics.mean);
+                prepared.high = mean.high, prepared.low = mean.low;
                 prepared.scale = float(statistics.rstd) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
                 prepared.offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
             }

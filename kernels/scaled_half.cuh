@@ -42,11 +42,7 @@ struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the 
 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
-// x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
-// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
-// 2 * C, for each group of `split` channels their high halves and then their low ones.
-//
-// float32 only: where norm.r is not null, x is the gradient of group_norm(relu(z)), and what is copied is the gradient of z.
+// float32 only: where r is not null, an activation's x is the gradient of group_norm(relu(z)), and what is copied is the gradient of z.
 struct NormGradient {
     const void* r;                                 // relu(z), of x's shape and dtype
     group_norm::Shape shape;
@@ -59,6 +55,9 @@ struct NormGradient {
     }
 };
 
+// x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
+// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
+// 2 * C, for each group of `split` channels their high halves and then their low ones.
 struct Activation {
     struct Axis { int positions, phases, crop, size; };
     int64_t N, C, phase_channels;

@@ -45,6 +45,7 @@ struct Tiling {
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
     int row_pairs, sample_tiles, tiles;        // row tiles of a block
+    HOST_DEVICE int box_bytes() const { return box_rows * pitch * chunk * 2; }
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
 
@@ -214,7 +215,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         // cache; and longer where the stages that are not in use do not cover that one's latency.
         const double weight_cycles = t.weight_rings * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
         const double lead = (t.weight_stages - (split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
-        const double box_bytes = double(t.box_rows) * t.pitch * row_bytes, box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
+        const double box_bytes = t.box_bytes(), box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
         double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
         products = products > box_time ? products : box_time;
         // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
@@ -223,7 +224,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const double loads = (steps * t.weight_rings * kRows * 16 * 2 + boxes * box_bytes) / 21;
         products = products > loads ? products : loads;
         const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
-        const double traffic = out_bytes / 17 + boxes * t.box_rows * t.pitch * row_bytes / 40 + 300;
+        const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
         // A warp issues the copies of a run's pieces one after another.
         const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
         const double store_time = t.bulk ? pieces * 50 * (split_m ? 1 : 2) : 0;

@@ -41,8 +41,7 @@ template <typename F> static void for_each_product(const Geometry& g, F f) {
 static Tensor reference(Direction direction, const Geometry& g, Tensor& source, Tensor& w) {
     const bool forward = direction == Direction::kForward;
     const int64_t in = in_volume(g), out = out_volume(g), volume = kernel_volume(g);
-    Tensor result({g.N, forward ? g.C_out : g.C_in, g.axis[0].out, g.axis[1].out, g.axis[2].out}, 0);
-    if (!forward) result = Tensor({g.N, g.C_in, g.axis[0].in, g.axis[1].in, g.axis[2].in}, 0);
+    Tensor result({g.N, forward ? g.C_out : g.C_in, forward ? out : in}, 0);
     for_each_product(g, [&](int64_t i, int64_t o, int64_t k) {
         for (int n = 0; n < g.N; n++) for (int ci = 0; ci < g.C_in; ci++) for (int co = 0; co < g.C_out; co++) {
             const float weight = w.values[(ci * g.C_out + co) * volume + k];
