@@ -431,7 +431,7 @@ def _forward(input, weight, bias, stride, padding, output_padding, groups, dilat
 
 def _empty_output(input, weight, bias, stride, padding, output_padding, groups, dilation):
     _check_tensors(input, weight, bias)
-    geometry, shape = _geometry(tuple(input.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
+    geometry, shape = _geometry(input.shape, weight.shape, tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
     _check_bias(bias, shape[1])
     return geometry, input.new_empty(shape)
 
@@ -1092,8 +1092,8 @@ _SOURCES['direct_generic.cuh'] = r'''
 //   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out / groups, K_d, K_h, K_w)
 //
 // Both gather a source tensor into a destination along the phases of geometry.h, so they are one kernel: a thread owns
-// kPositions destinations of one phase (neighbouring lanes, neighbouring sources) times kChannels channels in registers,
-// and reads the weights, packed to (groups, taps, source channel, destination channel), at warp-uniform addresses.
+// kPositions destinations of one phase (neighbouring lanes, neighbouring sources) times kChannels channels in registers.
+// A block brings the weights of a tap and kChain source channels to shared memory, a thread one of them.
 // Formula: torch.nn.ConvTranspose3d.
 #pragma once
 
@@ -1101,24 +1101,24 @@ _SOURCES['direct_generic.cuh'] = r'''
 
 namespace direct_generic {
 
-constexpr int kThreads = 128;
 constexpr int kChannels = 8;         // destination channels of a thread
 constexpr int kMinBlocksPerSM = 3;   // caps the registers
 constexpr int kChain = 16;           // source channels summed before the sum joins the total: keeps fp32 chains short
+constexpr int kThreads = kChain * kChannels;
 
 // Destinations of a thread, kThreads apart: as many as the registers hold.
 template <typename T> constexpr int kPositionsOf = sizeof(Acc<T>) == 8 ? 2 : 4;
 
 // Channels of one group on either side of the gather.
 struct Channels {
-    int64_t src, dst, dst_padded;    // per group; dst_padded is a multiple of kChannels
+    int64_t src, dst;                // per group
+    HOST_DEVICE int64_t dst_tiles() const { return ceil_div(dst, kChannels); }
 };
 
 HOST_DEVICE Channels channels_of(Direction direction, const Geometry& g) {
     const bool forward = direction == Direction::kForward;
     const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
-    const int64_t dst = forward ? out : in;
-    return {forward ? in : out, dst, ceil_div(dst, kChannels) * kChannels};
+    return {forward ? in : out, forward ? out : in};
 }
 
 // Which samples are wanted: those whose flag, one every `stride` numbers, is not zero. No flags: all.
@@ -1133,31 +1133,11 @@ struct Samples {
     }
 };
 
-// ----------------------------------------------------------------------------------------------------- Packing
-
-// packed (groups, taps, src channels, dst channels padded with zeros)
-template <typename T, Direction kDirection>
-__global__ void pack_weight_kernel(Geometry g, Samples only, const T* __restrict__ w, Acc<T>* __restrict__ packed) {
-    if (!only.any(g.N)) return;
-    const Channels channels = channels_of(kDirection, g);
-    const int64_t taps = kernel_volume(g);
-    const int64_t idx = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (idx >= g.groups * taps * channels.src * channels.dst_padded) return;
-    const int64_t dst = idx % channels.dst_padded;
-    const int64_t src = idx / channels.dst_padded % channels.src;
-    const int64_t tap = idx / channels.dst_padded / channels.src % taps;
-    const int64_t group = idx / channels.dst_padded / channels.src / taps;
-    const int64_t ci = kDirection == Direction::kForward ? src : dst;
-    const int64_t co = kDirection == Direction::kForward ? dst : src;
-    const int64_t c_in = g.C_in / g.groups, c_out = g.C_out / g.groups;
-    packed[idx] = dst < channels.dst ? to_acc(w[((group * c_in + ci) * c_out + co) * taps + tap]) : Acc<T>(0);
-}
-
 // ------------------------------------------------------------------------------------------- Direct convolution
 
 // dst = epilogue(gather of src), tile `block` of num_blocks; bias may be null.
 template <typename T, Direction kDirection>
-__device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Samples only, const T* __restrict__ src, const Acc<T>* __restrict__ packed, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+__device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Samples only, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
     using A = Acc<T>;
     constexpr int kPositions = kPositionsOf<T>;
     const Channels channels = channels_of(kDirection, g);
@@ -1166,7 +1146,7 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
     __shared__ Phase phases[3];      // shared, not registers: the loops need those
     auto take = [&block](int64_t count) { const int64_t digit = block % count; block /= count; return digit; };
     const int64_t phase_w = take(num_phases(kDirection, g.axis[2]));
-    const int64_t channel = take(channels.dst_padded / kChannels) * kChannels;
+    const int64_t channel = take(channels.dst_tiles()) * kChannels;
     const int64_t phase_h = take(num_phases(kDirection, g.axis[1]));
     const int64_t phase_d = take(num_phases(kDirection, g.axis[0]));
     const int64_t group = take(g.groups);
@@ -1201,7 +1181,9 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
     // Main loop: chains of kChain source channels over all taps.
     const int64_t src_volume = int64_t(pd.src_size) * ph.src_size * pw.src_size;
     const T* src_group = src + (n * g.groups + group) * channels.src * src_volume;
-    const A* packed_group = packed + group * kernel_volume(g) * channels.src * channels.dst_padded + channel;
+    const T* w_group = w + group * channels.src * channels.dst * kernel_volume(g);
+    __shared__ A weights[kChain][kChannels];
+    const int own_src = threadIdx.x / kChannels, own_dst = threadIdx.x % kChannels;    // the weight that this thread brings
     A total[kPositions][kChannels] = {};
 #pragma unroll 1
     for (int64_t c0 = 0; c0 < channels.src; c0 += kChain) {
@@ -1213,6 +1195,11 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
         for (int jh = 0; jh < ph.taps; jh++)
 #pragma unroll 1
         for (int jw = 0; jw < pw.taps; jw++) {
+            const int64_t tap = ((pd.k + jd * pd.k_step) * g.axis[1].kernel + ph.k + jh * ph.k_step) * g.axis[2].kernel + pw.k + jw * pw.k_step;
+            const int64_t from = c0 + own_src, to = channel + own_dst, pair = forward ? from * channels.dst + to : to * channels.src + from;
+            __syncthreads();
+            weights[own_src][own_dst] = from < channels.src && to < channels.dst ? to_acc(w_group[pair * kernel_volume(g) + tap]) : A(0);
+            __syncthreads();
             bool inside[kPositions];
             const T* s[kPositions];
             bool any = false;
@@ -1224,15 +1211,13 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
                 any |= inside[p];
             }
             if (!any) continue;
-            const int64_t tap = ((pd.k + jd * pd.k_step) * g.axis[1].kernel + ph.k + jh * ph.k_step) * g.axis[2].kernel + pw.k + jw * pw.k_step;
-            const A* weight = packed_group + (tap * channels.src + c0) * channels.dst_padded;
 #pragma unroll 2
             for (int c = 0; c < chain; c++) {
                 A v[kPositions], wt[kChannels];
 #pragma unroll
                 for (int p = 0; p < kPositions; p++) v[p] = inside[p] ? to_acc(s[p][c * src_volume]) : A(0);
 #pragma unroll
-                for (int m = 0; m < kChannels; m++) wt[m] = weight[c * channels.dst_padded + m];
+                for (int m = 0; m < kChannels; m++) wt[m] = weights[c][m];
 #pragma unroll
                 for (int p = 0; p < kPositions; p++)
                     if (inside[p])    // not a product with zero: the weight may be Inf
@@ -1266,13 +1251,13 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
 // A block for each tile, or fewer that take several.
 template <typename T, Direction kDirection>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM)
-direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const Acc<T>* __restrict__ packed, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
     if (!only.any(g.N)) return;
     __shared__ volatile int64_t next;    // shared, not a register: the tile needs those
     if (threadIdx.x == 0) next = blockIdx.x;
     __syncthreads();
     while (next < tiles) {
-        direct_tile<T, kDirection>(g, next, only, src, packed, bias, apply_relu, dst);
+        direct_tile<T, kDirection>(g, next, only, src, w, bias, apply_relu, dst);
         __syncthreads();
         if (threadIdx.x == 0) next = next + gridDim.x;
         __syncthreads();
@@ -1287,25 +1272,18 @@ template <typename T, Direction kDirection> int64_t num_blocks(const Geometry& g
         volume *= make_phase(kDirection, a, 0).count;    // phase 0 is the longest
         phases *= num_phases(kDirection, a);
     }
-    return ceil_div(volume, kThreads * kPositionsOf<T>) * phases * (channels_of(kDirection, g).dst_padded / kChannels) * g.groups * g.N;
-}
-
-template <Direction kDirection> int64_t packed_count(const Geometry& g) {
-    const Channels channels = channels_of(kDirection, g);
-    return g.groups * kernel_volume(g) * channels.src * channels.dst_padded;
+    return ceil_div(volume, kThreads * kPositionsOf<T>) * phases * channels_of(kDirection, g).dst_tiles() * g.groups * g.N;
 }
 
 constexpr int64_t kRepairBlocks = 1024;    // where only some samples are wanted, mostly none
 
 template <Direction kDirection>
-int direct(const Geometry& g, int dtype, void* stream, Samples only, const void* src, const void* w, const void* bias, bool apply_relu, void* dst, void* workspace) {
+int direct(const Geometry& g, int dtype, void* stream, Samples only, const void* src, const void* w, const void* bias, bool apply_relu, void* dst) {
     return with_dtype(dtype, [&](auto element) {
         using T = decltype(element);
-        auto* packed = static_cast<Acc<T>*>(workspace);
-        RETURN_IF_ERROR(launch(pack_weight_kernel<T, kDirection>, ceil_div(packed_count<kDirection>(g), 256), 256, stream, g, only, static_cast<const T*>(w), packed));
         const int64_t tiles = num_blocks<T, kDirection>(g);
         return launch(direct_kernel<T, kDirection>, only.flags && tiles > kRepairBlocks ? kRepairBlocks : tiles, kThreads, stream,
-                      g, tiles, only, static_cast<const T*>(src), static_cast<const Acc<T>*>(packed), static_cast<const T*>(bias), apply_relu, static_cast<T*>(dst));
+                      g, tiles, only, static_cast<const T*>(src), static_cast<const T*>(w), static_cast<const T*>(bias), apply_relu, static_cast<T*>(dst));
     });
 }
 
@@ -1317,25 +1295,21 @@ _SOURCES['conv_transpose3d_generic.cu'] = r'''
 
 #include "direct_generic.cuh"
 
-extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry* g, int dtype, int) {
-    return direct_generic::packed_count<Direction::kForward>(*g) * acc_bytes(dtype);
-}
+extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry*, int, int) { return 0; }
 
 // bias may be null; apply_relu writes relu(out).
-extern "C" int conv_transpose3d_forward_generic(const Geometry* g, int dtype, int device, void* stream, void* workspace,
+extern "C" int conv_transpose3d_forward_generic(const Geometry* g, int dtype, int device, void* stream, void*,
                                                 const void* x, const void* w, const void* bias, int apply_relu, void* out) {
     DeviceGuard guard(device);
-    return direct_generic::direct<Direction::kForward>(*g, dtype, stream, {}, x, w, bias, apply_relu != 0, out, workspace);
+    return direct_generic::direct<Direction::kForward>(*g, dtype, stream, {}, x, w, bias, apply_relu != 0, out);
 }
 
-extern "C" int64_t conv_transpose3d_dinput_generic_workspace(const Geometry* g, int dtype, int) {
-    return direct_generic::packed_count<Direction::kDInput>(*g) * acc_bytes(dtype);
-}
+extern "C" int64_t conv_transpose3d_dinput_generic_workspace(const Geometry*, int, int) { return 0; }
 
-extern "C" int conv_transpose3d_dinput_generic(const Geometry* g, int dtype, int device, void* stream, void* workspace,
+extern "C" int conv_transpose3d_dinput_generic(const Geometry* g, int dtype, int device, void* stream, void*,
                                                const void* dout, const void* w, void* dx) {
     DeviceGuard guard(device);
-    return direct_generic::direct<Direction::kDInput>(*g, dtype, stream, {}, dout, w, nullptr, false, dx, workspace);
+    return direct_generic::direct<Direction::kDInput>(*g, dtype, stream, {}, dout, w, nullptr, false, dx);
 }
 '''
 
@@ -3280,7 +3254,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
     };
     for (int info = tile.empty ? kLastTap : 0; !(info & kLastTap);) {
         mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
-        info = head.taps[ring + me.weight.stage];
+        info = __shfl_sync(~0u, me.elected() ? head.taps[ring + me.weight.stage] : 0, 0);    // read by the lane that releases the stage
         if (info & kOpensBox) {
             if (open_input >= 0) {
                 done_input = open_input;
@@ -3669,8 +3643,8 @@ __device__ __forceinline__ void normalize_rows(const SharedParts& shared, int no
             bulk_store(piece.y, values, piece.bytes);
             bulk_commit_group();
             bulk_wait_group_read<1>();
-            if (storing >= 0) mbarrier_arrive(head.norm_empty + storing);
         }
+        if (storing >= 0) mbarrier_arrive(head.norm_empty + storing);
         storing = stage.stage;
         stage.advance(norm_stages);
     }
@@ -3714,7 +3688,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 8);
         for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2);
         for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged + i, 128);
-        for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
+        for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 32);
         fence_mbarrier_init();
     }
     if (t.items > 1 && threadIdx.x < t.items) head.item_rows[threadIdx.x] = rows_of_item(a.p, threadIdx.x);
@@ -3836,7 +3810,7 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     return w;
 }
 
-// These take the memory of the copies of an activation and of a weight, and what the generic kernel needs to repair samples.
+// These take the memory of the copies of an activation and of a weight.
 inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
     a.x = x, a.max = max;
@@ -3852,11 +3826,6 @@ inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const
     return weight;
 }
 
-inline void* take_repair(Scratch& scratch, const Plan& plan, const Geometry& g) {
-    if (!plan.repairs) return nullptr;
-    return scratch.take<float>(plan.direction == Direction::kForward ? direct_generic::packed_count<Direction::kForward>(g) : direct_generic::packed_count<Direction::kDInput>(g));
-}
-
 // ------------------------------------------------------------------------------------------------------- Launcher
 
 template <int kBlockN>
@@ -3870,9 +3839,9 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
 
 // Computes the samples with non-finite inputs once more, without the zeros that the tensor cores multiply them by.
 template <Direction kDirection>
-int repair(const Plan& plan, const Geometry& g, int dtype, const scaled_half::SampleMax* max, const void* source, const void* w, const void* bias, bool apply_relu, void* out, void* packed, void* stream) {
+int repair(const Plan& plan, const Geometry& g, int dtype, const scaled_half::SampleMax* max, const void* source, const void* w, const void* bias, bool apply_relu, void* out, void* stream) {
     if (!plan.repairs) return cudaSuccess;
-    return direct_generic::direct<kDirection>(g, dtype, stream, {&max->non_finite, int(sizeof(*max) / sizeof(unsigned))}, source, w, bias, apply_relu, out, packed);
+    return direct_generic::direct<kDirection>(g, dtype, stream, {&max->non_finite, int(sizeof(*max) / sizeof(unsigned))}, source, w, bias, apply_relu, out);
 }
 
 // out = the convolution of packed operands, with whatever `fusion` wants behind it.
@@ -3922,14 +3891,12 @@ struct Memory {
     Workspace workspace;
     scaled_half::Activation source;
     scaled_half::Weight weight;
-    void* repair;
     Memory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
         const Problem& p = plan.problem;
         auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, p, fused);
         source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
         weight = take_weight(scratch, plan, g, w);
-        repair = take_repair(scratch, plan, g);
     }
 };
 
@@ -3943,7 +3910,7 @@ static int run(const Geometry& g, int dtype, int device, void* stream_pointer, v
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
     RETURN_IF_ERROR(convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream));
     if (fused) return cudaSuccess;    // a group with a value that is not finite is NaN as a whole
-    return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, memory.repair, stream);
+    return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
 
 static int64_t workspace_bytes(const Geometry& g, bool fused, int device) {
@@ -4441,7 +4408,6 @@ struct Memory {
     scaled_half::Activation dout, x;
     scaled_half::Weight weight;
     float* partial;
-    void* repair;
     Memory(const Geometry& g, int device, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
         const Plan& plan = plan_of(g, Use::kDInput, device);
         const dweight_sm90::Problem& dweight = dweight_plan_of(g, device);
@@ -4449,7 +4415,6 @@ struct Memory {
         workspace = take_workspace(scratch, plan.problem, false);
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
         weight = take_weight(scratch, plan, g, w);
-        repair = take_repair(scratch, plan, g);
         x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
         partial = scratch.take<float>(dweight_sm90::partial_count(dweight.t));
     }
@@ -4465,7 +4430,7 @@ static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, vo
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
     if (dx) RETURN_IF_ERROR(convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, Fusion{}, stream));
-    if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, memory.repair, stream));
+    if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
     const dweight_sm90::Parameters a = {dweight_plan_of(g, device), memory.x.max, memory.dout.max, memory.partial};

@@ -29,7 +29,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 8);
         for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2);
         for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged + i, 128);
-        for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 1);
+        for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 32);
         fence_mbarrier_init();
     }
     if (t.items > 1 && threadIdx.x < t.items) head.item_rows[threadIdx.x] = rows_of_item(a.p, threadIdx.x);
@@ -151,7 +151,7 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     return w;
 }
 
-// These take the memory of the copies of an activation and of a weight, and what the generic kernel needs to repair samples.
+// These take the memory of the copies of an activation and of a weight.
 inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
     a.x = x, a.max = max;
@@ -167,11 +167,6 @@ inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const
     return weight;
 }
 
-inline void* take_repair(Scratch& scratch, const Plan& plan, const Geometry& g) {
-    if (!plan.repairs) return nullptr;
-    return scratch.take<float>(plan.direction == Direction::kForward ? direct_generic::packed_count<Direction::kForward>(g) : direct_generic::packed_count<Direction::kDInput>(g));
-}
-
 // ------------------------------------------------------------------------------------------------------- Launcher
 
 template <int kBlockN>
@@ -185,9 +180,9 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
 
 // Computes the samples with non-finite inputs once more, without the zeros that the tensor cores multiply them by.
 template <Direction kDirection>
-int repair(const Plan& plan, const Geometry& g, int dtype, const scaled_half::SampleMax* max, const void* source, const void* w, const void* bias, bool apply_relu, void* out, void* packed, void* stream) {
+int repair(const Plan& plan, const Geometry& g, int dtype, const scaled_half::SampleMax* max, const void* source, const void* w, const void* bias, bool apply_relu, void* out, void* stream) {
     if (!plan.repairs) return cudaSuccess;
-    return direct_generic::direct<kDirection>(g, dtype, stream, {&max->non_finite, int(sizeof(*max) / sizeof(unsigned))}, source, w, bias, apply_relu, out, packed);
+    return direct_generic::direct<kDirection>(g, dtype, stream, {&max->non_finite, int(sizeof(*max) / sizeof(unsigned))}, source, w, bias, apply_relu, out);
 }
 
 // out = the convolution of packed operands, with whatever `fusion` wants behind it.

@@ -2,23 +2,19 @@
 
 #include "direct_generic.cuh"
 
-extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry* g, int dtype, int) {
-    return direct_generic::packed_count<Direction::kForward>(*g) * acc_bytes(dtype);
-}
+extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry*, int, int) { return 0; }
 
 // bias may be null; apply_relu writes relu(out).
-extern "C" int conv_transpose3d_forward_generic(const Geometry* g, int dtype, int device, void* stream, void* workspace,
+extern "C" int conv_transpose3d_forward_generic(const Geometry* g, int dtype, int device, void* stream, void*,
                                                 const void* x, const void* w, const void* bias, int apply_relu, void* out) {
     DeviceGuard guard(device);
-    return direct_generic::direct<Direction::kForward>(*g, dtype, stream, {}, x, w, bias, apply_relu != 0, out, workspace);
+    return direct_generic::direct<Direction::kForward>(*g, dtype, stream, {}, x, w, bias, apply_relu != 0, out);
 }
 
-extern "C" int64_t conv_transpose3d_dinput_generic_workspace(const Geometry* g, int dtype, int) {
-    return direct_generic::packed_count<Direction::kDInput>(*g) * acc_bytes(dtype);
-}
+extern "C" int64_t conv_transpose3d_dinput_generic_workspace(const Geometry*, int, int) { return 0; }
 
-extern "C" int conv_transpose3d_dinput_generic(const Geometry* g, int dtype, int device, void* stream, void* workspace,
+extern "C" int conv_transpose3d_dinput_generic(const Geometry* g, int dtype, int device, void* stream, void*,
                                                const void* dout, const void* w, void* dx) {
     DeviceGuard guard(device);
-    return direct_generic::direct<Direction::kDInput>(*g, dtype, stream, {}, dout, w, nullptr, false, dx, workspace);
+    return direct_generic::direct<Direction::kDInput>(*g, dtype, stream, {}, dout, w, nullptr, false, dx);
 }

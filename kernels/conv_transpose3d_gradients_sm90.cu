@@ -30,7 +30,6 @@ struct Memory {
     scaled_half::Activation dout, x;
     scaled_half::Weight weight;
     float* partial;
-    void* repair;
     Memory(const Geometry& g, int device, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
         const Plan& plan = plan_of(g, Use::kDInput, device);
         const dweight_sm90::Problem& dweight = dweight_plan_of(g, device);
@@ -38,7 +37,6 @@ struct Memory {
         workspace = take_workspace(scratch, plan.problem, false);
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
         weight = take_weight(scratch, plan, g, w);
-        repair = take_repair(scratch, plan, g);
         x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
         partial = scratch.take<float>(dweight_sm90::partial_count(dweight.t));
     }
@@ -54,7 +52,7 @@ static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, vo
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
     if (dx) RETURN_IF_ERROR(convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, Fusion{}, stream));
-    if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, memory.repair, stream));
+    if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
     const dweight_sm90::Parameters a = {dweight_plan_of(g, device), memory.x.max, memory.dout.max, memory.partial};

@@ -18,14 +18,12 @@ struct Memory {
     Workspace workspace;
     scaled_half::Activation source;
     scaled_half::Weight weight;
-    void* repair;
     Memory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
         const Problem& p = plan.problem;
         auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, p, fused);
         source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
         weight = take_weight(scratch, plan, g, w);
-        repair = take_repair(scratch, plan, g);
     }
 };
 
@@ -39,7 +37,7 @@ static int run(const Geometry& g, int dtype, int device, void* stream_pointer, v
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
     RETURN_IF_ERROR(convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream));
     if (fused) return cudaSuccess;    // a group with a value that is not finite is NaN as a whole
-    return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, memory.repair, stream);
+    return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
 
 static int64_t workspace_bytes(const Geometry& g, bool fused, int device) {

@@ -6,8 +6,8 @@
 //   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out / groups, K_d, K_h, K_w)
 //
 // Both gather a source tensor into a destination along the phases of geometry.h, so they are one kernel: a thread owns
-// kPositions destinations of one phase (neighbouring lanes, neighbouring sources) times kChannels channels in registers,
-// and reads the weights, packed to (groups, taps, source channel, destination channel), at warp-uniform addresses.
+// kPositions destinations of one phase (neighbouring lanes, neighbouring sources) times kChannels channels in registers.
+// A block brings the weights of a tap and kChain source channels to shared memory, a thread one of them.
 // Formula: torch.nn.ConvTranspose3d.
 #pragma once
 
@@ -15,24 +15,24 @@
 
 namespace direct_generic {
 
-constexpr int kThreads = 128;
 constexpr int kChannels = 8;         // destination channels of a thread
 constexpr int kMinBlocksPerSM = 3;   // caps the registers
 constexpr int kChain = 16;           // source channels summed before the sum joins the total: keeps fp32 chains short
+constexpr int kThreads = kChain * kChannels;
 
 // Destinations of a thread, kThreads apart: as many as the registers hold.
 template <typename T> constexpr int kPositionsOf = sizeof(Acc<T>) == 8 ? 2 : 4;
 
 // Channels of one group on either side of the gather.
 struct Channels {
-    int64_t src, dst, dst_padded;    // per group; dst_padded is a multiple of kChannels
+    int64_t src, dst;                // per group
+    HOST_DEVICE int64_t dst_tiles() const { return ceil_div(dst, kChannels); }
 };
 
 HOST_DEVICE Channels channels_of(Direction direction, const Geometry& g) {
     const bool forward = direction == Direction::kForward;
     const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
-    const int64_t dst = forward ? out : in;
-    return {forward ? in : out, dst, ceil_div(dst, kChannels) * kChannels};
+    return {forward ? in : out, forward ? out : in};
 }
 
 // Which samples are wanted: those whose flag, one every `stride` numbers, is not zero. No flags: all.
@@ -47,31 +47,11 @@ struct Samples {
     }
 };
 
-// ----------------------------------------------------------------------------------------------------- Packing
-
-// packed (groups, taps, src channels, dst channels padded with zeros)
-template <typename T, Direction kDirection>
-__global__ void pack_weight_kernel(Geometry g, Samples only, const T* __restrict__ w, Acc<T>* __restrict__ packed) {
-    if (!only.any(g.N)) return;
-    const Channels channels = channels_of(kDirection, g);
-    const int64_t taps = kernel_volume(g);
-    const int64_t idx = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (idx >= g.groups * taps * channels.src * channels.dst_padded) return;
-    const int64_t dst = idx % channels.dst_padded;
-    const int64_t src = idx / channels.dst_padded % channels.src;
-    const int64_t tap = idx / channels.dst_padded / channels.src % taps;
-    const int64_t group = idx / channels.dst_padded / channels.src / taps;
-    const int64_t ci = kDirection == Direction::kForward ? src : dst;
-    const int64_t co = kDirection == Direction::kForward ? dst : src;
-    const int64_t c_in = g.C_in / g.groups, c_out = g.C_out / g.groups;
-    packed[idx] = dst < channels.dst ? to_acc(w[((group * c_in + ci) * c_out + co) * taps + tap]) : Acc<T>(0);
-}
-
 // ------------------------------------------------------------------------------------------- Direct convolution
 
 // dst = epilogue(gather of src), tile `block` of num_blocks; bias may be null.
 template <typename T, Direction kDirection>
-__device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Samples only, const T* __restrict__ src, const Acc<T>* __restrict__ packed, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+__device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Samples only, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
     using A = Acc<T>;
     constexpr int kPositions = kPositionsOf<T>;
     const Channels channels = channels_of(kDirection, g);
@@ -80,7 +60,7 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
     __shared__ Phase phases[3];      // shared, not registers: the loops need those
     auto take = [&block](int64_t count) { const int64_t digit = block % count; block /= count; return digit; };
     const int64_t phase_w = take(num_phases(kDirection, g.axis[2]));
-    const int64_t channel = take(channels.dst_padded / kChannels) * kChannels;
+    const int64_t channel = take(channels.dst_tiles()) * kChannels;
     const int64_t phase_h = take(num_phases(kDirection, g.axis[1]));
     const int64_t phase_d = take(num_phases(kDirection, g.axis[0]));
     const int64_t group = take(g.groups);
@@ -115,7 +95,9 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
     // Main loop: chains of kChain source channels over all taps.
     const int64_t src_volume = int64_t(pd.src_size) * ph.src_size * pw.src_size;
     const T* src_group = src + (n * g.groups + group) * channels.src * src_volume;
-    const A* packed_group = packed + group * kernel_volume(g) * channels.src * channels.dst_padded + channel;
+    const T* w_group = w + group * channels.src * channels.dst * kernel_volume(g);
+    __shared__ A weights[kChain][kChannels];
+    const int own_src = threadIdx.x / kChannels, own_dst = threadIdx.x % kChannels;    // the weight that this thread brings
     A total[kPositions][kChannels] = {};
 #pragma unroll 1
     for (int64_t c0 = 0; c0 < channels.src; c0 += kChain) {
@@ -127,6 +109,11 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
         for (int jh = 0; jh < ph.taps; jh++)
 #pragma unroll 1
         for (int jw = 0; jw < pw.taps; jw++) {
+            const int64_t tap = ((pd.k + jd * pd.k_step) * g.axis[1].kernel + ph.k + jh * ph.k_step) * g.axis[2].kernel + pw.k + jw * pw.k_step;
+            const int64_t from = c0 + own_src, to = channel + own_dst, pair = forward ? from * channels.dst + to : to * channels.src + from;
+            __syncthreads();
+            weights[own_src][own_dst] = from < channels.src && to < channels.dst ? to_acc(w_group[pair * kernel_volume(g) + tap]) : A(0);
+            __syncthreads();
             bool inside[kPositions];
             const T* s[kPositions];
             bool any = false;
@@ -138,15 +125,13 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
                 any |= inside[p];
             }
             if (!any) continue;
-            const int64_t tap = ((pd.k + jd * pd.k_step) * g.axis[1].kernel + ph.k + jh * ph.k_step) * g.axis[2].kernel + pw.k + jw * pw.k_step;
-            const A* weight = packed_group + (tap * channels.src + c0) * channels.dst_padded;
 #pragma unroll 2
             for (int c = 0; c < chain; c++) {
                 A v[kPositions], wt[kChannels];
 #pragma unroll
                 for (int p = 0; p < kPositions; p++) v[p] = inside[p] ? to_acc(s[p][c * src_volume]) : A(0);
 #pragma unroll
-                for (int m = 0; m < kChannels; m++) wt[m] = weight[c * channels.dst_padded + m];
+                for (int m = 0; m < kChannels; m++) wt[m] = weights[c][m];
 #pragma unroll
                 for (int p = 0; p < kPositions; p++)
                     if (inside[p])    // not a product with zero: the weight may be Inf
@@ -180,13 +165,13 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
 // A block for each tile, or fewer that take several.
 template <typename T, Direction kDirection>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM)
-direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const Acc<T>* __restrict__ packed, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
     if (!only.any(g.N)) return;
     __shared__ volatile int64_t next;    // shared, not a register: the tile needs those
     if (threadIdx.x == 0) next = blockIdx.x;
     __syncthreads();
     while (next < tiles) {
-        direct_tile<T, kDirection>(g, next, only, src, packed, bias, apply_relu, dst);
+        direct_tile<T, kDirection>(g, next, only, src, w, bias, apply_relu, dst);
         __syncthreads();
         if (threadIdx.x == 0) next = next + gridDim.x;
         __syncthreads();
@@ -201,25 +186,18 @@ template <typename T, Direction kDirection> int64_t num_blocks(const Geometry& g
         volume *= make_phase(kDirection, a, 0).count;    // phase 0 is the longest
         phases *= num_phases(kDirection, a);
     }
-    return ceil_div(volume, kThreads * kPositionsOf<T>) * phases * (channels_of(kDirection, g).dst_padded / kChannels) * g.groups * g.N;
-}
-
-template <Direction kDirection> int64_t packed_count(const Geometry& g) {
-    const Channels channels = channels_of(kDirection, g);
-    return g.groups * kernel_volume(g) * channels.src * channels.dst_padded;
+    return ceil_div(volume, kThreads * kPositionsOf<T>) * phases * channels_of(kDirection, g).dst_tiles() * g.groups * g.N;
 }
 
 constexpr int64_t kRepairBlocks = 1024;    // where only some samples are wanted, mostly none
 
 template <Direction kDirection>
-int direct(const Geometry& g, int dtype, void* stream, Samples only, const void* src, const void* w, const void* bias, bool apply_relu, void* dst, void* workspace) {
+int direct(const Geometry& g, int dtype, void* stream, Samples only, const void* src, const void* w, const void* bias, bool apply_relu, void* dst) {
     return with_dtype(dtype, [&](auto element) {
         using T = decltype(element);
-        auto* packed = static_cast<Acc<T>*>(workspace);
-        RETURN_IF_ERROR(launch(pack_weight_kernel<T, kDirection>, ceil_div(packed_count<kDirection>(g), 256), 256, stream, g, only, static_cast<const T*>(w), packed));
         const int64_t tiles = num_blocks<T, kDirection>(g);
         return launch(direct_kernel<T, kDirection>, only.flags && tiles > kRepairBlocks ? kRepairBlocks : tiles, kThreads, stream,
-                      g, tiles, only, static_cast<const T*>(src), static_cast<const Acc<T>*>(packed), static_cast<const T*>(bias), apply_relu, static_cast<T*>(dst));
+                      g, tiles, only, static_cast<const T*>(src), static_cast<const T*>(w), static_cast<const T*>(bias), apply_relu, static_cast<T*>(dst));
     });
 }
 
