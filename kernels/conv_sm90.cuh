@@ -361,7 +361,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
     };
     for (int info = tile.empty ? kLastTap : 0; !(info & kLastTap);) {
         mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
-        info = head.taps[ring + me.weight.stage];
+        info = __shfl_sync(~0u, me.elected() ? head.taps[ring + me.weight.stage] : 0, 0);    // read by the lane that releases the stage
         if (info & kOpensBox) {
             if (open_input >= 0) {
                 done_input = open_input;

@@ -171,8 +171,8 @@ __device__ __forceinline__ void normalize_rows(const SharedParts& shared, int no
             bulk_store(piece.y, values, piece.bytes);
             bulk_commit_group();
             bulk_wait_group_read<1>();
-            if (storing >= 0) mbarrier_arrive(head.norm_empty + storing);
         }
+        if (storing >= 0) mbarrier_arrive(head.norm_empty + storing);
         storing = stage.stage;
         stage.advance(norm_stages);
     }
