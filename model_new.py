@@ -261,37 +261,37 @@ def _always(geometry, dtype, tf32, device):
     return True
 
 
-def _hopper(geometry, dtype, tf32, device):
-    """Hopper, strides of 1 or 2, TF32-equivalent arithmetic allowed, and enough work to fill tiles.
+def _tensor_cores(geometry, dtype, tf32):
+    """Strides of 1 or 2, TF32-equivalent arithmetic allowed, and enough work to fill tiles.
 
     cuDNN computes in TF32 there too. For most other strides, and stride 2 with dilation, it is float32-accurate even where TF32
     is allowed, and so are we.
     """
     axes = geometry.axis
-    return (_capability(device.index) == (9, 0) and (tf32 if dtype == torch.float32 else dtype != torch.float64)
+    return ((tf32 if dtype == torch.float32 else dtype != torch.float64)
             and all(axis.kernel <= 7 for axis in axes)
             and (all(axis.stride == 1 for axis in axes) or all(axis.stride == 2 and axis.dilation == 1 for axis in axes))
             and _multiply_adds(geometry) >= 2**24)
 
 
-def _sm90_forward(geometry, dtype, tf32, device):
-    """Several groups: cuDNN's forward is float32-accurate, and so are split operands, as long as no sum is too long."""
-    terms = geometry.C_in // geometry.groups
-    for axis in geometry.axis:
-        terms *= -(-axis.kernel // axis.stride)
-    return (_hopper(geometry, dtype, tf32, device) and (geometry.groups == 1 or (dtype == torch.float32 and terms <= 128))
-            and bool(_library("cuda").conv_transpose3d_sm90_supports(ctypes.addressof(geometry), device.index)))
+def _forward_on(path, hopper):
+    def condition(geometry, dtype, tf32, device):
+        """Several groups: cuDNN's forward is float32-accurate, and so are split operands, as long as no sum is too long."""
+        terms = geometry.C_in // geometry.groups
+        for axis in geometry.axis:
+            terms *= -(-axis.kernel // axis.stride)
+        return (_is_hopper(device) == hopper and _tensor_cores(geometry, dtype, tf32) and (geometry.groups == 1 or (dtype == torch.float32 and terms <= 128))
+                and bool(getattr(_library("cuda"), f"conv_transpose3d_forward_supports_{path}")(ctypes.addressof(geometry), device.index)))
+    return condition
 
 
-def _sm90_gradients(geometry, dtype, tf32, device):
-    """Groups are computed as one, with zeros between them: worth it where they have 8 channels or more."""
-    channels = min(geometry.C_in, geometry.C_out) // geometry.groups
-    return (_hopper(geometry, dtype, tf32, device) and (geometry.groups == 1 or channels >= 8)
-            and bool(_library("cuda").conv_transpose3d_gradients_sm90_supports(ctypes.addressof(geometry), device.index)))
-
-
-def _sm90_norm_gradients(geometry, dtype, tf32, device):
-    return dtype == torch.float32 and _sm90_gradients(geometry, dtype, tf32, device)
+def _gradients_on(path, hopper, dtypes=(torch.float32, torch.float16, torch.bfloat16)):
+    def condition(geometry, dtype, tf32, device):
+        """Groups are computed as one, with zeros between them: worth it where they have 8 channels or more."""
+        channels = min(geometry.C_in, geometry.C_out) // geometry.groups
+        return (_is_hopper(device) == hopper and _tensor_cores(geometry, dtype, tf32) and dtype in dtypes and (geometry.groups == 1 or channels >= 8)
+                and bool(getattr(_library("cuda"), f"conv_transpose3d_gradients_supports_{path}")(ctypes.addressof(geometry), device.index)))
+    return condition
 
 
 def _multiply_adds(geometry):
@@ -303,10 +303,12 @@ def _multiply_adds(geometry):
 
 _PATHS = {
     # operation: ((path, condition), ...)
-    "conv_transpose3d_forward": (("sm90", _sm90_forward), ("generic", _always)),
-    "conv_transpose3d_relu_group_norm_forward": (("sm90", _sm90_forward), ("composed", _always)),    # composed: of other operations of this table
-    "conv_transpose3d_gradients": (("sm90", _sm90_gradients), ("composed", _always)),
-    "conv_transpose3d_relu_group_norm_gradients": (("sm90", _sm90_norm_gradients), ("composed", _always)),
+    # sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
+    "conv_transpose3d_forward": (("sm90", _forward_on("sm90", True)), ("sm80", _forward_on("sm80", False)), ("generic", _always)),
+    "conv_transpose3d_relu_group_norm_forward": (("sm90", _forward_on("sm90", True)), ("sm80", _forward_on("sm80", False)), ("composed", _always)),
+    "conv_transpose3d_gradients": (("sm90", _gradients_on("sm90", True)), ("sm80", _gradients_on("sm80", False)), ("composed", _always)),
+    "conv_transpose3d_relu_group_norm_gradients": (
+        ("sm90", _gradients_on("sm90", True, (torch.float32,))), ("sm80", _gradients_on("sm80", False, (torch.float32,))), ("composed", _always)),
     "conv_transpose3d_dinput": (("generic", _always),),
     "conv_transpose3d_dweight": (("generic", _always),),
     "conv_transpose3d_dbias": (("generic", _always),),
@@ -353,9 +355,35 @@ def _tf32_allowed(dtype):
 _fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
+# Shared memory that a block can have, in bytes, by architecture (CUDA C++ Programming Guide, "Compute Capabilities").
+_SHARED_BYTES = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 7): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (12, 0): 99 * 1024}
+
+
+@functools.lru_cache(maxsize=None)
+def _forced_capability():
+    """The compute capability that the GPUs are to be taken for, from CONV_TRANSPOSE3D_NEW_ARCHITECTURE ("80" is (8, 0)), or None.
+
+    The kernels are then built as that architecture's PTX, which later cards run too, and use no more shared memory than it has.
+    """
+    name = os.environ.get("CONV_TRANSPOSE3D_NEW_ARCHITECTURE")
+    if not name:
+        return None
+    known = [f"{major}{minor}" for major, minor in _SHARED_BYTES]
+    if name not in known:
+        raise ImportError(f"CONV_TRANSPOSE3D_NEW_ARCHITECTURE: expected one of {', '.join(known)}, got {name!r}")
+    return int(name[:-1]), int(name[-1])
+
+
 @functools.lru_cache(maxsize=None)
 def _capability(device_index):
-    return torch.cuda.get_device_capability(device_index)
+    own, forced = torch.cuda.get_device_capability(device_index), _forced_capability()
+    if forced and forced > own:
+        raise ImportError(f"CONV_TRANSPOSE3D_NEW_ARCHITECTURE: expected at most the GPU's own compute capability, {own[0]}.{own[1]}, got {forced[0]}.{forced[1]}")
+    return forced or own
+
+
+def _is_hopper(device):
+    return _capability(device.index) == (9, 0)
 
 
 class record_launches:
@@ -678,9 +706,14 @@ def _expand(name, included):
     return f'#line 0 "kernels/{name}"' + re.sub(r'^#include "(.+)"$', include, text, flags=re.M).replace("#pragma once\n", "\n")
 
 
-def _source(suffix):
+def _source(backend):
+    """One translation unit of the backend's sources; of those for the tensor cores, what the visible GPUs need."""
+    suffix, unused = ".cpp" if backend == "cpu" else ".cu", ()
+    if backend == "cuda":
+        hoppers = {architecture.startswith("90") for architecture in _architectures()}
+        unused = tuple(f"_{path}.cu" for path, hopper in (("sm90", True), ("sm80", False)) if hopper not in hoppers)
     included = set()
-    return "".join(_expand(name, included) for name in _SOURCES if name.endswith(suffix))
+    return "".join(_expand(name, included) for name in _SOURCES if name.endswith(suffix) and not name.endswith(unused))
 
 
 def _architectures():
@@ -695,7 +728,9 @@ def _flags(backend):
     if backend == "cpu":
         return ["-O3", "-std=c++17", "-fopenmp"]
     # -O is for the host's code only, which takes seconds longer above 1; the device's is optimized all the same.
-    return ["-O1", "-std=c++17", "--split-compile=0"] + [f"-gencode=arch=compute_{a},code=sm_{a}" for a in _architectures()]
+    forced = [f"-DSHARED_BYTES={_SHARED_BYTES[_forced_capability()]}"] if _forced_capability() else []
+    kind = "compute" if forced else "sm"
+    return ["-O1", "-std=c++17", "--split-compile=0", *forced] + [f"-gencode=arch=compute_{a},code={kind}_{a}" for a in _architectures()]
 
 
 def _cuda_root():
@@ -730,7 +765,7 @@ def _cache_folder():
 @functools.lru_cache(maxsize=None)
 def _library(backend):
     """The compiled library of ``backend``, loaded; built first where the cache has none for these sources, flags and versions."""
-    source = _source(".cpp" if backend == "cpu" else ".cu")
+    source = _source(backend)
     flags = _flags(backend)
     name = f"{backend}_{_digest(source, *flags, torch.__version__, str(torch.version.cuda), os.environ.get('CXX', ''))}"
     path = _cache_folder() / f"{name}.so"
@@ -756,7 +791,11 @@ def _declare(library, backend):
                 workspace.argtypes, workspace.restype = [pointer, integer, integer], ctypes.c_int64
     if backend == "cuda":
         library.cuda_error_string.restype = ctypes.c_char_p
-        library.conv_transpose3d_sm90_supports.argtypes = library.conv_transpose3d_gradients_sm90_supports.argtypes = [pointer, integer]
+        for path in ("sm90", "sm80"):
+            for operation in ("forward", "gradients"):
+                supports = getattr(library, f"conv_transpose3d_{operation}_supports_{path}", None)
+                if supports:
+                    supports.argtypes = [pointer, integer]
     return library
 
 
@@ -1836,211 +1875,6 @@ extern "C" int relu_group_norm_backward_generic(const Shape* shape, int r_dtype,
 extern "C" const char* cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 '''
 
-_SOURCES['ptx_sm90.cuh'] = r'''
-// PTX instructions of sm_90a, one per wrapper, named after it. Reference: the PTX ISA's chapters "Asynchronous warpgroup
-// level matrix instructions", "mbarrier" and "cp.async.bulk.tensor".
-#pragma once
-
-#include <cuda.h>
-
-#include "launch.cuh"
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define HAS_SM90A 1
-#endif
-
-// ----------------------------------------------------------------------------------------------------- Arithmetic
-
-// max that keeps NaN
-__device__ __forceinline__ float max_nan(float a, float b) {
-    float v;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-    return v;
-}
-
-// -------------------------------------------------------------------------------------------------- Shared memory
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-// Orders this thread's ordinary shared-memory writes before later accesses by the copy engine and the tensor cores.
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// The same for memory of any space, the global one included.
-__device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-// barrier.sync among `threads` threads of the block
-__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
-// barrier.arrive: the same, without waiting
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
-// ------------------------------------------------------------------------------------------------------- mbarrier
-
-__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-// Waits until the phase of this parity has completed.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
-
-// A ring of stages: the position of one of its users.
-struct RingPosition {
-    int stage = 0;
-    uint32_t phase = 0;
-    __device__ __forceinline__ void advance(int stages) {
-        if (++stage == stages) stage = 0, phase ^= 1;
-    }
-};
-
-// ----------------------------------------------------------------------------------------------- Global memory flags
-
-__device__ __forceinline__ unsigned ld_acquire_gpu(const unsigned* p) {
-    unsigned v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ void red_release_gpu(unsigned* p, unsigned v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-
-// ------------------------------------------------------------------------------------- Tensor memory access (copy engine)
-
-__device__ __forceinline__ void tma_load_3d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
-                 ::"r"(shared_address(destination)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2) : "memory");
-}
-__device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3, int c4) {
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
-                 ::"r"(shared_address(destination)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
-}
-
-// What lies outside the tensor is left out.
-__device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
-                 ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
-}
-
-// 16-byte aligned runs of bytes, without a tensor map
-__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(destination)), "l"(source), "r"(bytes), "r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until all but kPending of this thread's groups are complete, or have read their source.
-template <int kPending> __device__ __forceinline__ void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory"); }
-template <int kPending> __device__ __forceinline__ void bulk_wait_group_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory"); }
-
-// cuTensorMapEncodeTiled, looked up at run time so that nothing links libcuda.
-using TensorMapEncode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
-                                     CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-static TensorMapEncode tensor_map_encode() {
-    static const TensorMapEncode encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-        return reinterpret_cast<TensorMapEncode>(function);
-    }();
-    return encode;
-}
-
-// The swizzle whose span is one row of a tile: 128, 64 or 32 bytes.
-inline CUtensorMapSwizzle swizzle_of(int row_bytes) {
-    return row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
-}
-
-// A map of a dense tensor; dims and box fastest first, zeros outside the tensor.
-template <int kRank> int make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, CUtensorMapSwizzle swizzle, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
-    cuuint64_t sizes[kRank], strides[kRank];
-    cuuint32_t boxes[kRank], steps[kRank];
-    cuuint64_t stride = element_bytes;
-    for (int i = 0; i < kRank; i++) {
-        sizes[i] = dims[i], boxes[i] = box[i], steps[i] = 1;
-        stride *= dims[i];
-        strides[i] = stride;
-    }
-    if (!tensor_map_encode()) return cudaErrorNotSupported;
-    const CUresult result = tensor_map_encode()(map, type, kRank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-// --------------------------------------------------------------------------------------------------------- wgmma
-
-#ifdef HAS_SM90A
-
-template <int kRegisters> __device__ __forceinline__ void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
-template <int kRegisters> __device__ __forceinline__ void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending> __device__ __forceinline__ void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
-
-// Keeps the compiler from using a register's value ahead of this point.
-__device__ __forceinline__ void keep_after(float& v) { asm volatile("" : "+f"(v)::"memory"); }
-
-// An operand in rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address. K-major: a row
-// is one of GEMM_M or GEMM_N. Transposed: a row is one of GEMM_K, and where it is shorter than GEMM_M or GEMM_N, the next
-// elements are in rows `block_stride` bytes further on.
-// The hardware swizzles absolute addresses, so the address may be any row of a tile, not only a multiple of eight.
-__device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int block_stride = 16) {
-    const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
-    return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
-}
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t address) { return base | (address & 0x3ffff) >> 4; }
-
-// d (64, 2 * registers) += a * b; fp16 operands in shared memory, K-major (0) or both transposed (1), fp32 sums in registers:
-// element i of lane l in warp w is row 16 * w + l / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + l % 4 * 2 + i % 2.
-#define REGS10(t) "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
-#define ACC10(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9])
-
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[32], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, 1, 1, 1, %34, %34;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "n"(kTransposed));
-}
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, 1, 1, 1, %66, %66;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "n"(kTransposed));
-}
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[80], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, 1, 1, 1, %82, %82;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70) : "l"(a), "l"(b), "n"(kTransposed));
-}
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[96], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " "%90, %91, %92, %93, %94, %95" "}, %96, %97, 1, 1, 1, %98, %98;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]) : "l"(a), "l"(b), "n"(kTransposed));
-}
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[112], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111" "}, %112, %113, 1, 1, 1, %114, %114;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]) : "l"(a), "l"(b), "n"(kTransposed));
-}
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[116], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, 1, 1, 1, %118, %118;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b), "n"(kTransposed));
-}
-
-#undef REGS10
-#undef ACC10
-
-#endif  // HAS_SM90A
-'''
-
 _SOURCES['scaled_half.cuh'] = r'''
 // The operands of the fp16 tensor-core paths: channels-last fp16 copies, scaled by powers of two.
 //
@@ -2423,21 +2257,18 @@ inline int pack(const Activation& a, const Weight& p, int dtype, int multiproces
 }  // namespace scaled_half
 '''
 
-_SOURCES['tiling_sm90.h'] = r'''
-// How the Hopper convolution cuts its work: GEMM_M rows into (channel, phase), GEMM_N into runs of positions.
+_SOURCES['conv_tiling.h'] = r'''
+// How the tensor cores' convolutions cut their work: GEMM_M rows into (channel, phase), GEMM_N into runs of positions.
 #pragma once
-
-#include <initializer_list>
 
 #include "stencil.h"
 
-namespace conv_sm90 {
+namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 constexpr int kMaxStages = 16;                 // of weights, all rings together
 constexpr int kMaxInputStages = 6;
 constexpr int kMaxItems = 64;
-constexpr int kSharedBytes = 227 * 1024;
 constexpr int kHeadBytes = 2048;               // barriers and the like
 constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
 constexpr int kMaxNormStages = 8;
@@ -2471,16 +2302,13 @@ struct Tiling {
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
     int row_pairs, sample_tiles, tiles;        // row tiles of a block
+    int column_warps;                          // warps that share a row's positions
     HOST_DEVICE int box_bytes() const { return box_rows * pitch * chunk * 2; }
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
 
 // Phases of an axis that lie in the same row tile.
 HOST_DEVICE int packed_phases(const Tiling& t, const Stencil& s, int axis) { return t.packed[axis] ? s.axis[axis].phases : 1; }
-
-inline int64_t shared_bytes(const Tiling& t) {
-    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
-}
 
 inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
 
@@ -2540,15 +2368,15 @@ inline bool cut_runs(Tiling& t, const Stencil& s) {
     return t.box_rows <= 256;
 }
 
-// Lays a run's outputs out for staging: a region for each (channel, packed phase of D).
-inline void lay_out_regions(Tiling& t, const Stencil& s) {
+// Lays a run's outputs out for staging: a region for each (channel, packed phase of D). may_be_dense: the epilogue knows runs without a table.
+inline void lay_out_regions(Tiling& t, const Stencil& s, bool may_be_dense) {
     const int out_h = s.axis[1].out, out_w = s.axis[2].out;
     const int phases_h = packed_phases(t, s, 1), phases_w = s.axis[2].phases;
     t.contiguous = t.strips == 1 && (s.axis[1].phases == 1 || t.packed[1]);
     const int rows = ceil_div(t.run, t.tile_w) * phases_h;
     const bool aligned = int64_t(out_h) * out_w % 4 == 0 && (t.whole_rows && t.contiguous ? out_w : t.run) % 4 == 0;
     t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
-    t.dense = t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
+    t.dense = may_be_dense && t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
     const int floats = t.contiguous ? (t.whole_rows ? rows * out_w : t.run) + (aligned ? 0 : 4) : rows * t.tile_w * phases_w;
     // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts; where the neighbours are phases, 4 mod 8 is better.
     t.region_stride = phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;
@@ -2569,110 +2397,54 @@ inline bool can_split(const Geometry& g) {
     return (group_in == 8 || group_in == 16 || group_in == 32) && g.C_out / g.groups % 8 == 0;
 }
 
-// The tiling of least estimated time, or one of block_n 0 where none fits into shared memory. groups: of the split, or 1.
-inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool fused, int multiprocessors) {
-    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
-    const int halo_w = w.shift[w.taps - 1];
-    Tiling best = {};
-    double best_time = 0;
-    for (int packing = 0; packing < 3; packing++)
-    for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {232, 224, 192, 160, 128, 64})
-    for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
-    for (int taps_per_box : {h.taps, 1})
-    for (int input_stages : {2, 3, 4, 6})
-    for (int item_taps : {1, w.taps, h.taps * w.taps}) {
-        Tiling t = {};
-        t.input_stages = input_stages;
-        t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
-        t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
-        if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
-        t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
-        if (t.rows.packed_phases > 8) continue;
-        t.rows.octets = 8 / t.rows.packed_phases;
-        t.products = 1;
-        t.chunk = chunk_of(source_channels);
-        t.phase_channels = padded_channels(source_channels);
-        t.rows.channel_tiles = ceil_div(channels, t.rows.octets * 8);
-        if (groups > 1) {
-            t.split = source_channels / groups, t.products = 2;
-            t.phase_channels = t.chunk = 2 * t.split;
-            t.group_tiles = channels / groups / (t.rows.octets * 8);
-            if (split_m || t.group_tiles * t.rows.octets * 8 * groups != channels) continue;
-        }
-        t.C_pad = t.phase_channels * s.source_phases();
-        const bool many = item_taps > 1;
-        t.item_taps = item_taps, t.items = many ? item_taps * t.products : 1;
-        if (many && (split_m || t.items > kMaxItems || (item_taps > w.taps && taps_per_box < h.taps) || s.source_phases() > 1)) continue;
-        t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, split_m ? 2 : 1);
-        t.M_pad = kRows * t.row_tiles;
-        t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
-        t.pitch = box_pitch(w, t.tile_w, strips);
-        if (t.pitch > 256 || !cut_runs(t, s)) continue;
-        lay_out_regions(t, s);
-        const int64_t row_bytes = 2 * t.chunk;
-        t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
-        t.weight_bytes = t.items * kRows * row_bytes;
-        t.weight_rings = split_m ? 2 : 1;
-        t.norm_stages = fused ? 4 : 0;
-        t.buffers = 2;
-        if (kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
-        const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
-        if (left_bytes < (many ? 3 : 6) * t.weight_bytes) continue;
-        t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
-        // With one ring, the stages between the two warpgroups are not there to load weights in advance.
-        const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
-        t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
-        if (fused) t.norm_stages += (left_bytes - int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes) / kNormBytes;
-        if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
-        t.row_pairs = t.row_tiles / (split_m ? 2 : 1);
-        const int64_t sample_tiles = int64_t(d.positions) * strips * t.runs * t.row_pairs;
-        if (samples * sample_tiles > 1 << 30) continue;
-        t.sample_tiles = int(sample_tiles), t.tiles = int(samples * sample_tiles);
-        // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
-        int kernel_taps = 1;    // with a weight, of all source phases
-        for (const StencilAxis& a : s.axis)
-            if (a.source_phases > 1) kernel_taps *= a.kernel;
-            else kernel_taps *= a.taps;
-        const double steps = double(kernel_taps) * t.products * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (d.phases + 1.0) / (2.0 * d.phases)) * (t.packed[1] || h.phases == 1 ? 1.0 : 0.75);
-        double boxes = t.phase_channels / t.chunk * (taps_per_box == 1 ? h.taps : 1) * w.source_phases * h.source_phases;
-        boxes *= d.source_phases > 1 ? d.kernel : d.taps;
-        // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
-        // cache; and longer where the stages that are not in use do not cover that one's latency.
-        const double weight_cycles = t.weight_rings * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
-        const double lead = (t.weight_stages - (split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
-        const double box_bytes = t.box_bytes(), box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
-        double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
-        products = products > box_time ? products : box_time;
-        // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
-        const double instructions = steps / (t.chunk / 16) * (many ? 100 + 600.0 / t.items : 600) + boxes * 600 + block_n * (t.dense ? 15 : 20);
-        products = products > instructions ? products : instructions;
-        const double loads = (steps * t.weight_rings * kRows * 16 * 2 + boxes * box_bytes) / 21;
-        products = products > loads ? products : loads;
-        const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
-        const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
-        // A warp issues the copies of a run's pieces one after another.
-        const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
-        const double store_time = t.bulk ? pieces * 50 * (split_m ? 1 : 2) : 0;
-        if (products < store_time) products = store_time;
-        const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
-        const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
-        const double time = waves * (tile + 400);
-        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+// What the channels are padded to and how many row tiles that makes; needs the packing and split_m. False where groups do not fit.
+inline bool set_channels(Tiling& t, const Stencil& s, int64_t source_channels, int64_t channels, int64_t groups) {
+    t.products = 1;
+    t.chunk = chunk_of(source_channels);
+    t.phase_channels = padded_channels(source_channels);
+    t.rows.channel_tiles = ceil_div(channels, t.rows.octets * 8);
+    if (groups > 1) {
+        t.split = source_channels / groups, t.products = 2;
+        t.phase_channels = t.chunk = 2 * t.split;
+        t.group_tiles = channels / groups / (t.rows.octets * 8);
+        if (t.split_m || t.group_tiles * t.rows.octets * 8 * groups != channels) return false;
     }
-    return best;
+    t.C_pad = t.phase_channels * s.source_phases();
+    t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, t.split_m ? 2 : 1);
+    t.M_pad = kRows * t.row_tiles;
+    t.row_pairs = t.row_tiles / (t.split_m ? 2 : 1);
+    return true;
 }
 
-}  // namespace conv_sm90
+inline bool count_tiles(Tiling& t, const Stencil& s, int64_t samples) {
+    const int64_t sample_tiles = int64_t(s.axis[0].positions) * t.strips * t.runs * t.row_pairs;
+    if (samples * sample_tiles > 1 << 30) return false;
+    t.sample_tiles = int(sample_tiles), t.tiles = int(samples * sample_tiles);
+    return true;
+}
+
+// What a tile has on average: steps of 16 source channels at a tap, and boxes.
+inline double steps_of(const Tiling& t, const Stencil& s) {
+    int kernel_taps = 1;    // with a weight, of all source phases
+    for (const StencilAxis& a : s.axis) kernel_taps *= a.source_phases > 1 ? a.kernel : a.taps;
+    const int phases_d = s.axis[0].phases;
+    return double(kernel_taps) * t.products * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (phases_d + 1.0) / (2.0 * phases_d)) * (t.packed[1] || s.axis[1].phases == 1 ? 1.0 : 0.75);
+}
+inline double boxes_of(const Tiling& t, const Stencil& s) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    return double(t.phase_channels / t.chunk) * (t.taps_per_box == 1 ? h.taps : 1) * w.source_phases * h.source_phases * (d.source_phases > 1 ? d.kernel : d.taps);
+}
+
+}  // namespace conv
 '''
 
-_SOURCES['tiles_sm90.h'] = r'''
-// Where a tile of the Hopper convolution reads and writes: the index arithmetic of the kernel, for host and device.
+_SOURCES['conv_tiles.h'] = r'''
+// Where a tile of the tensor cores' convolutions reads and writes: the index arithmetic of the kernels, for host and device.
 #pragma once
 
-#include "tiling_sm90.h"
+#include "conv_tiling.h"
 
-namespace conv_sm90 {
+namespace conv {
 
 // ---------------------------------------------------------------------------------------------------------- Problem
 
@@ -2714,7 +2486,7 @@ HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.
 // Sets of moments of a channel: of each run and phase.
 HOST_DEVICE int parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
-    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * p.s.phases() : 0;
+    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * t.column_warps * p.s.phases() : 0;
 }
 
 // Bit t: tap t has weights in some row of a row tile.
@@ -2730,7 +2502,7 @@ HOST_DEVICE int lowest_bit(int bits) {
 
 // A tile's boxes, in the order in which everyone takes them: of every tap d, some taps h, and a chunk of GEMM_K.
 struct Cursor {
-    const Problem& p;
+    const Problem* p;
     int d, h0;
     int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d)
     int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
@@ -2738,14 +2510,14 @@ struct Cursor {
 
     // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
-        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad) {}
+        : p(&p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad) {}
     // Whether there is another box with live taps, which it then is at.
     HOST_DEVICE bool next_box() {
-        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const StencilAxis &ad = p->s.axis[0], &ah = p->s.axis[1], &aw = p->s.axis[2];
         while (true) {
-            c += p.t.chunk;
-            if (c >= p.t.C_pad) {
-                first += p.t.taps_per_box;
+            c += p->t.chunk;
+            if (c >= p->t.C_pad) {
+                first += p->t.taps_per_box;
                 if (first >= ah.taps) {
                     do {
                         if (++td >= ad.taps) return false;
@@ -2754,27 +2526,27 @@ struct Cursor {
                 }
                 c = 0;
             }
-            live_h = tile_live & ((1 << p.t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
-            if (p.t.phase_channels < p.t.C_pad) {
-                const int phase = c / p.t.phase_channels;    // of the source
+            live_h = tile_live & ((1 << p->t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
+            if (p->t.phase_channels < p->t.C_pad) {
+                const int phase = c / p->t.phase_channels;    // of the source
                 if (!(ad.live[phase / aw.source_phases / ah.source_phases] >> td & 1)) continue;
                 live_h &= ah.live[phase / aw.source_phases % ah.source_phases], live_w = aw.live[phase % aw.source_phases];
             }
             if (live_h == 0 || live_w == 0) continue;
-            if (p.t.item_taps > 1) live_w = 1;             // all taps w are one stage,
-            if (p.t.item_taps > aw.taps) live_h = 1;       // all taps h too
+            if (p->t.item_taps > 1) live_w = 1;             // all taps w are one stage,
+            if (p->t.item_taps > aw.taps) live_h = 1;       // all taps h too
             return true;
         }
     }
 
-    HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
-    HOST_DEVICE int plane() const { return p.s.axis[0].first + d - p.s.axis[0].shift[td]; }    // of the source
-    HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
+    HOST_DEVICE int last_shift() const { return p->s.axis[1].shift[min_of(first + p->t.taps_per_box, p->s.axis[1].taps) - 1]; }
+    HOST_DEVICE int plane() const { return p->s.axis[0].first + d - p->s.axis[0].shift[td]; }    // of the source
+    HOST_DEVICE int source_row() const { return p->s.axis[1].first + h0 - last_shift(); }
 };
 
 // The taps of the box that a cursor is at, each with its products.
 struct BoxTaps {
-    const Problem& p;
+    const Problem* p;
     int bits_h, bits_w, live_w;         // still to come; of every tap h
     int first_tap, last_shift, c;
     int rows_h = 0, tap_h = 0;          // of the tap h
@@ -2782,15 +2554,15 @@ struct BoxTaps {
 
     // Before the first.
     HOST_DEVICE BoxTaps(const Cursor& at)
-        : p(at.p), bits_h(at.live_h), bits_w(0), live_w(at.live_w), first_tap(at.td * at.p.s.axis[1].taps * at.p.s.axis[2].taps), last_shift(at.last_shift()), c(at.c), product(products() - 1) {}
+        : p(at.p), bits_h(at.live_h), bits_w(0), live_w(at.live_w), first_tap(at.td * at.p->s.axis[1].taps * at.p->s.axis[2].taps), last_shift(at.last_shift()), c(at.c), product(products() - 1) {}
     HOST_DEVICE bool next() {
-        const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const StencilAxis &ah = p->s.axis[1], &aw = p->s.axis[2];
         if (++product < products()) return true;
         if (bits_w == 0) {
             if (bits_h == 0) return false;
             const int th = lowest_bit(bits_h);
             bits_h &= bits_h - 1, bits_w = live_w;
-            rows_h = (last_shift - ah.shift[th]) * p.t.pitch + aw.shift[aw.taps - 1], tap_h = first_tap + th * aw.taps;
+            rows_h = (last_shift - ah.shift[th]) * p->t.pitch + aw.shift[aw.taps - 1], tap_h = first_tap + th * aw.taps;
         }
         const int tw = lowest_bit(bits_w);
         bits_w &= bits_w - 1;
@@ -2798,10 +2570,10 @@ struct BoxTaps {
         return true;
     }
     HOST_DEVICE bool last() const { return bits_h == 0 && bits_w == 0 && product == products() - 1; }
-    HOST_DEVICE int weight_column() const { return c + product * p.t.chunk; }
+    HOST_DEVICE int weight_column() const { return c + product * p->t.C_pad; }
 
 private:
-    HOST_DEVICE int products() const { return p.t.items > 1 ? 1 : p.t.products; }    // that have a stage of their own
+    HOST_DEVICE int products() const { return p->t.items > 1 ? 1 : p->t.products; }    // that have a stage of their own
 };
 
 HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
@@ -2817,7 +2589,7 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     tile.d = index % ad.positions, tile.n = index / ad.positions;
     tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
     tile.h0 = first_run * t.run / t.tile_w;
-    tile.source_channel = t.split ? row_tile % t.rows.channel_tiles / t.group_tiles * t.chunk : 0;
+    tile.source_channel = t.split ? row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
     tile.live_d = tile.live_h = 0;
     for (int i = 0; i < 2; i++) {
         Run& run = tile.run[i];
@@ -2870,55 +2642,37 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
     return inside ? (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first : -1;
 }
 
-// Calls f(global index, staged float, count) for the pieces of every `step`-th staged region, from `first` on.
-template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int step, F f) {
+// Staged regions of a run: (channel, packed phase of D).
+HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.rows.octets * 8 * packed_phases(p.t, p.s, 0) : 0; }
+
+// Calls f(global index, region, float of the region, count) for the pieces of every `step`-th region from `first` to `end`.
+template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int end, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int phases_d = packed_phases(p.t, p.s, 0), regions = run.count > 0 ? p.t.rows.octets * 8 * phases_d : 0;
+    const int phases_d = packed_phases(p.t, p.s, 0);
     const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
     const int count = !p.t.contiguous ? run.ow_end - run.ow0 : p.t.whole_rows ? (run.oh_end - run.oh0) * aw.out : run.count;
-    for (int region = first; region < regions; region += step) {
+    for (int region = first; region < end; region += step) {
         const int channel = run.channel0 + (phases_d == 1 ? region : region / phases_d), od = run.od0 + (phases_d == 1 ? 0 : region % phases_d);
         if (channel >= p.C_out || od < 0 || od >= p.s.axis[0].out) continue;
         const int64_t origin = region_origin(p, tile, run, channel, od);
         for (int row = 0; row < rows; row++) {
             const int oh = run.oh0 + row * row_step;
-            if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region * p.t.region_stride + (p.t.contiguous ? int(origin & 3) : row * staged_row(p)), count);
+            if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region, p.t.contiguous ? int(origin & 3) : row * staged_row(p), count);
         }
     }
 }
 
-}  // namespace conv_sm90
+}  // namespace conv
 '''
 
-_SOURCES['conv_sm90.cuh'] = r'''
-// Convolution of stride 1 on Hopper's tensor cores, which is a transposed convolution of any stride (stencil.h), alone or with
-// ReLU and GroupNorm behind it.
-//
-// Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = (channel, phase) of the
-// output, GEMM_N = positions of one (n, d) plane of the grid, GEMM_K = (tap, source channel). tiling_sm90.h tells how it is cut.
-//
-// A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. A box of the source
-// plane, halo included, is copied once for all taps (h, w); a tap is a shift of the wgmma descriptor's start address by whole
-// rows of shared memory. One consumer is some taps ahead of the other, so that its epilogue overlaps the other's products. An
-// epilogue stages the outputs in shared memory in the order of global memory; producer warps store them by bulk copies.
-// Consumers that have different rows get their weights through a ring each, from a producer warp each, which also stores that
-// one's outputs. Consumers that have the same rows share one ring: one producer warp loads, the other stores.
-//
-// Fused: the epilogue stores relu(out) and, per run and row, the mean and the sum of squared deviations; other warps of the
-// producer's warpgroup normalize the samples that are complete while the tensor cores work on the next (normalizer_sm90.cuh).
+_SOURCES['conv_epilogue.cuh'] = r'''
+// What the tensor cores' convolutions are given and leave behind, on every architecture.
 #pragma once
 
-#include "launch.cuh"
-#include "ptx_sm90.cuh"
+#include "conv_tiles.h"
 #include "scaled_half.cuh"
-#include "tiles_sm90.h"
 
-namespace conv_sm90 {
-
-constexpr int kThreads = 384;
-constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
-constexpr int kTileSlots = 3;
-static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+namespace conv {
 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
@@ -2952,6 +2706,1778 @@ struct Parameters {
     Workspace workspace;
     Fusion fusion;
 };
+
+// -------------------------------------------------------------------------------------------------------- Values
+
+__device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
+    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
+    return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
+__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v) {
+    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
+    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
+    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
+}
+
+// Sum over the four lanes that share a row.
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// ------------------------------------------------------------------------------------------------------ Statistics
+
+// Sums of squares in float64 lose nothing that float32 had.
+struct ChannelSums { double sum, squares; };
+struct GroupStatistics { double mean, rstd; };
+
+// One warp: the sums of a channel of a sample from its moments, in a fixed order.
+__device__ __forceinline__ ChannelSums sums_of_channel(const Parameters& a, int n, int channel) {
+    const int parts = parts_of_sample(a.p), channels = a.p.t.channels();
+    const float* counts = a.workspace.counts + int64_t(n) * parts;
+    const float2* moments = a.workspace.moments + int64_t(n) * parts * channels + channel;
+    ChannelSums s = {0, 0};
+#pragma unroll 8
+    for (int part = threadIdx.x % 32; part < parts; part += 32) {
+        const double count = __ldcg(counts + part);
+        const float2 m = __ldcg(moments + int64_t(part) * channels);
+        s.sum += count == 0 ? 0 : count * m.x;
+        s.squares += count == 0 ? 0 : m.y + count * m.x * m.x;
+    }
+    for (int offset = 16; offset > 0; offset /= 2) s.sum += __shfl_xor_sync(~0u, s.sum, offset), s.squares += __shfl_xor_sync(~0u, s.squares, offset);
+    return s;
+}
+
+// Of a group, from the sums of all its values.
+__device__ __forceinline__ GroupStatistics statistics_of(const Parameters& a, ChannelSums s) {
+    const double values = double(a.fusion.group_channels) * a.p.out_volume, mean = s.sum / values, variance = s.squares / values - mean * mean;
+    return {mean, 1 / sqrt((variance < 0 ? 0 : variance) + a.fusion.eps)};
+}
+
+}  // namespace conv
+'''
+
+_SOURCES['conv_plan.cuh'] = r'''
+// What a launcher of the tensor cores' convolutions needs: the plan of a shape, scratch memory, packed operands.
+#pragma once
+
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "conv_epilogue.cuh"
+#include "direct_generic.cuh"
+
+namespace conv {
+
+// ----------------------------------------------------------------------------------------------------------- Plan
+
+enum class Use { kForward, kFused, kDInput };
+
+// What was found for a shape, a use and a device, once. (To be held by static functions: an inline function's static variables would
+// be shared with other builds of this file in the same process.)
+template <typename T> class Memo {
+public:
+    template <typename F> const T& get(const Geometry& g, int64_t use, int device, F find) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const Key key = {g, use, device};
+        const auto found = values_.find(key);
+        return found != values_.end() ? found->second : values_[key] = find();
+    }
+
+private:
+    struct Key {
+        Geometry g;
+        int64_t use, device;
+        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
+    };
+    std::mutex mutex_;
+    std::map<Key, T> values_;
+};
+
+// How the convolution of some shape is done.
+struct Plan {
+    Problem problem;
+    Direction direction;
+    int64_t source_channels;
+    bool repairs;                // some packed weights are zeros that stand for nothing, and must not meet an infinite input
+    int multiprocessors;
+};
+
+// Path: the launches of an architecture (conv_launch_sm90.cuh, conv_launch_sm80.cuh).
+template <typename Path> Plan make_plan(const Geometry& g, Use use, int device) {
+    const bool forward = use != Use::kDInput;
+    Plan plan = {};
+    plan.direction = forward ? Direction::kForward : Direction::kDInput;
+    cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    plan.source_channels = forward ? g.C_in : g.C_out;
+    plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
+    if (has_stencil(g)) {
+        plan.problem.s = make_stencil(plan.direction, g);
+        plan.repairs = g.groups > 1;
+        for (const StencilAxis& a : plan.problem.s.axis)
+            for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
+        const bool split = forward && g.groups > 1;
+        if (!split || can_split(g))
+            plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, use == Use::kFused, plan.multiprocessors, device);
+    }
+    return plan;
+}
+
+template <typename Path> static const Plan& plan_of(const Geometry& g, Use use, int device) {
+    static Memo<Plan> plans;
+    return plans.get(g, int64_t(use), device, [&] { return make_plan<Path>(g, use, device); });
+}
+
+// -------------------------------------------------------------------------------------------------- Scratch memory
+
+// Takes pieces of the memory from `base` on (null where only their sizes are wanted), those that start at zero first.
+class Scratch {
+public:
+    explicit Scratch(void* base) : base_(static_cast<uint8_t*>(base)) {}
+    template <typename T> T* take(int64_t count) {
+        T* p = reinterpret_cast<T*>(base_ + bytes_);
+        bytes_ += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
+        return p;
+    }
+    template <typename T> T* take_zeroed(int64_t count) {
+        T* p = take<T>(count);
+        zeroed_ = bytes_;
+        return p;
+    }
+    int64_t bytes() const { return bytes_; }
+    int zero(cudaStream_t stream) const { return cudaMemsetAsync(base_, 0, zeroed_, stream); }
+
+private:
+    uint8_t* base_;
+    int64_t bytes_ = 0, zeroed_ = 0;
+};
+
+inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) {
+    Workspace w = {};
+    w.tile_ticket = scratch.take_zeroed<unsigned>(1);
+    if (!fused) return w;
+    const int64_t parts = parts_of_sample(p);
+    w.channel_tickets = scratch.take_zeroed<unsigned>(p.N), w.item_tickets = scratch.take_zeroed<unsigned>(p.N);
+    w.runs_done = scratch.take_zeroed<unsigned>(p.N);
+    w.channel_sums = scratch.take_zeroed<unsigned long long>(2 * p.N * p.C_out);
+    w.counts = scratch.take_zeroed<float>(p.N * parts);
+    w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
+    return w;
+}
+
+// These take the memory of the copies of an activation and of a weight.
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
+    scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
+    a.x = x, a.max = max;
+    a.copy = scratch.take<__half>(a.copied());
+    return a;
+}
+
+inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
+    const Problem& p = plan.problem;
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr};
+    weight.copy = scratch.take<__half>(weight.copied());
+    weight.max = scratch.take<unsigned>(p.C_out);
+    return weight;
+}
+
+// --------------------------------------------------------------------------------------------------------- Repair
+
+// Computes the samples with non-finite inputs once more, without the zeros that the tensor cores multiply them by.
+template <Direction kDirection>
+int repair(const Plan& plan, const Geometry& g, int dtype, const scaled_half::SampleMax* max, const void* source, const void* w, const void* bias, bool apply_relu, void* out, void* stream) {
+    if (!plan.repairs) return cudaSuccess;
+    return direct_generic::direct<kDirection>(g, dtype, stream, {&max->non_finite, int(sizeof(*max) / sizeof(unsigned))}, source, w, bias, apply_relu, out);
+}
+
+}  // namespace conv
+'''
+
+_SOURCES['conv_transpose3d_forward.cuh'] = r'''
+// Transposed convolution on the tensor cores, alone or with ReLU and GroupNorm behind it.
+//
+//   out[n, co, o] = bias[co] + sum over ci, k of x[n, ci, i] * w[ci, co, k] with i * stride - padding + k * dilation = o
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
+//
+// Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
+
+#pragma once
+
+#include "conv_plan.cuh"
+#include "group_norm.cuh"
+
+namespace conv {
+
+struct ForwardMemory {
+    Scratch scratch;
+    Workspace workspace;
+    scaled_half::Activation source;
+    scaled_half::Weight weight;
+    ForwardMemory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
+        const Problem& p = plan.problem;
+        auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        workspace = take_workspace(scratch, p, fused);
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
+        weight = take_weight(scratch, plan, g, w);
+    }
+};
+
+// Whether tilings fit: 1 or 0.
+template <typename Path> int forward_supports(const Geometry& g, int device) { return plan_of<Path>(g, Use::kFused, device).problem.t.block_n > 0; }
+
+template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused, int device) {
+    return ForwardMemory(g, plan_of<Path>(g, fused ? Use::kFused : Use::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
+}
+
+// bias may be null; apply_relu writes relu(out).
+template <typename Path>
+int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion = {}) {
+    const bool fused = fusion.num_groups > 0;
+    const Plan& plan = plan_of<Path>(g, fused ? Use::kFused : Use::kForward, device);
+    if (plan.problem.t.block_n == 0) return cudaErrorNotSupported;
+    const ForwardMemory memory(g, plan, fused, base, x, w);
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(Path::convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream));
+    if (fused) return cudaSuccess;    // a group with a value that is not finite is NaN as a whole
+    return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
+}
+
+// activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.
+template <typename Path>
+int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int device, cudaStream_t stream, void* workspace, const void* x, const void* w, const void* bias,
+                            const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
+    const bool in_kernel = Path::normalizes(g, dtype);
+    double* rstd = statistics + g.N * num_groups;
+    const Fusion fusion = {num_groups, int(g.C_out) / num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
+    RETURN_IF_ERROR(forward<Path>(g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion));
+    if (in_kernel) return cudaSuccess;
+    const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
+    return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
+        return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
+    });
+}
+
+}  // namespace conv
+
+// The C functions of a path.
+#define FORWARD_LAUNCHERS(path, Path)                                                                                                                      \
+    extern "C" int conv_transpose3d_forward_supports_##path(const Geometry* g, int device) { return conv::forward_supports<Path>(*g, device); }            \
+    extern "C" int64_t conv_transpose3d_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_workspace<Path>(*g, false, device); } \
+    extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_workspace<Path>(*g, true, device); } \
+    extern "C" int conv_transpose3d_forward_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* x, const void* w, const void* bias, \
+                                                   int apply_relu, void* out) {                                                                            \
+        DeviceGuard guard(device);                                                                                                                         \
+        return conv::forward<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, x, w, bias, apply_relu != 0, out);                     \
+    }                                                                                                                                                      \
+    extern "C" int conv_transpose3d_relu_group_norm_forward_##path(const Geometry* g, int dtype, int y_dtype, int device, void* stream, void* workspace, const void* x, const void* w, const void* bias, \
+                                                                   const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) { \
+        DeviceGuard guard(device);                                                                                                                         \
+        return conv::forward_relu_group_norm<Path>(*g, dtype, y_dtype, device, static_cast<cudaStream_t>(stream), workspace, x, w, bias, gamma, beta, num_groups, eps, activation, y, statistics); \
+    }
+'''
+
+_SOURCES['dweight_tiles.h'] = r'''
+// How the tensor cores' kernels for dweight cut their work, and which element is where: for host and device. dweight.cuh tells the method.
+#pragma once
+
+#include "conv_tiling.h"
+
+namespace dweight {
+
+constexpr int kConsumers = 3;
+constexpr int kRows = 64;              // GEMM_M of a consumer
+constexpr int kMaxStages = 6;
+constexpr int kHeadBytes = 1024;
+
+// --------------------------------------------------------------------------------------------------------- Tiling
+
+struct Tiling {
+    int block_n;                       // GEMM_N: 64, 128 or 192
+    int chunk, blocks;                 // channels of x in a row of shared memory, and how many such columns of GEMM_N are used
+    bool n_over_taps, m_over_taps;     // what GEMM_N and the consumers have neighbours of
+    int row_blocks, chunks;            // of GEMM_M, of 64 rows; of x
+    int tile_w, strips, rows, row_groups, pitch;    // a stage has `rows` rows of a strip
+    int steps, box_rows;               // of 16 positions; rows of x
+    int dout_bytes, x_bytes;           // of a box
+    int dout_boxes, x_boxes, stage_bytes, stages;
+    int groups_m, groups_n, groups_h, groups_w, groups, splits;
+};
+
+struct Problem {
+    Stencil s;                         // the forward's
+    Tiling t;
+    int64_t N, C_in, C_out, groups, dout_phase_channels;
+};
+
+// What a group has, by its index.
+struct Group {
+    int m, n, td, th, tw;              // first row block, first chunk of x, taps; the first of several
+    HOST_DEVICE Group(const Tiling& t, const Stencil& s, int index) {
+        auto take = [&index](int count) { const int digit = index % count; index /= count; return digit; };
+        m = take(t.groups_m) * (t.m_over_taps ? 1 : kConsumers);
+        n = take(t.groups_n) * (t.n_over_taps ? 1 : t.blocks);
+        tw = take(t.groups_w) * t.blocks * (t.n_over_taps ? 1 : 0);
+        th = take(t.groups_h) * (t.m_over_taps ? kConsumers : 1);
+        td = take(s.axis[0].taps);
+    }
+};
+
+// What a consumer of a group has.
+HOST_DEVICE int row_block(const Tiling& t, const Group& g, int consumer) { return g.m + (t.m_over_taps ? 0 : consumer); }
+HOST_DEVICE int tap_h(const Tiling& t, const Group& g, int consumer) { return g.th + (t.m_over_taps ? consumer : 0); }
+// The last tap w of a group is its first block of columns, so that the next blocks are further on in x.
+HOST_DEVICE int last_tap_w(const Tiling& t, const Stencil& s, const Group& g) {
+    const int last = g.tw + (t.n_over_taps ? t.blocks : 1) - 1;
+    return last < s.axis[2].taps ? last : s.axis[2].taps - 1;
+}
+
+// Whether some row of the consumer's block has a weight at its taps (d, h).
+HOST_DEVICE bool is_live(const Problem& a, const Group& g, int consumer) {
+    const StencilAxis &ad = a.s.axis[0], &ah = a.s.axis[1], &aw = a.s.axis[2];
+    const int th = tap_h(a.t, g, consumer), block = row_block(a.t, g, consumer);
+    if (th >= ah.taps || block >= a.t.row_blocks) return false;
+    for (int64_t c = int64_t(block) * kRows; c < int64_t(block + 1) * kRows; c += a.dout_phase_channels - c % a.dout_phase_channels) {
+        const int phase = int(c / a.dout_phase_channels);
+        if (phase < a.s.phases() && ad.live[phase / aw.phases / ah.phases] >> g.td & 1 && ah.live[phase / aw.phases % ah.phases] >> th & 1) return true;
+    }
+    return false;
+}
+HOST_DEVICE bool is_live(const Problem& a, const Group& g) {
+    for (int consumer = 0; consumer < kConsumers; consumer++)
+        if (is_live(a, g, consumer)) return true;
+    return false;
+}
+
+// The boxes of GEMM_K: (sample, plane, strip, rows), for the planes of dout that a tap d connects with one of x.
+struct Boxes {
+    int begin_d, planes;
+    int count;
+    HOST_DEVICE Boxes(const Problem& a, int td) {
+        const StencilAxis& ad = a.s.axis[0];
+        const int offset = ad.shift[td] - ad.first, end = ad.sources + offset < ad.positions ? ad.sources + offset : ad.positions;
+        begin_d = offset > 0 ? offset : 0;
+        planes = end > begin_d ? end - begin_d : 0;
+        count = int(a.N) * planes * a.t.strips * a.t.row_groups;    // each has many positions
+    }
+};
+
+// Rows of x from one block of columns to the next, where they are taps.
+HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
+
+// The tiling of least estimated time; block_n 0 where none fits.
+inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, int multiprocessors, int shared_bytes) {
+    const Stencil& s = problem.s;
+    const StencilAxis &h = s.axis[1], &w = s.axis[2];
+    Tiling best = {};
+    double best_time = 0;
+    const int halo_w = w.shift[w.taps - 1];
+    for (int t = 1; t < w.taps; t++)
+        if (w.shift[t] - w.shift[t - 1] != step_w(s)) return best;
+    Tiling t = {};
+    t.chunk = phase_channels_x % 64 == 0 ? 64 : int(phase_channels_x);
+    t.chunks = int(phase_channels_x / t.chunk);
+    t.row_blocks = int(ceil_div(problem.dout_phase_channels * s.phases(), kRows));
+    t.n_over_taps = w.taps > 1, t.m_over_taps = h.taps > 1;
+    const int columns = t.n_over_taps ? w.taps : t.chunks, most = 192 / t.chunk;
+    t.blocks = int(ceil_div(columns, ceil_div(columns, most)));
+    t.block_n = t.blocks * t.chunk <= 64 ? 64 : t.blocks * t.chunk <= 128 ? 128 : 192;
+    t.groups_m = int(t.m_over_taps ? t.row_blocks : ceil_div(t.row_blocks, kConsumers));
+    t.groups_n = int(t.n_over_taps ? t.chunks : ceil_div(t.chunks, t.blocks));
+    t.groups_h = int(t.m_over_taps ? ceil_div(h.taps, kConsumers) : h.taps);
+    t.groups_w = int(t.n_over_taps ? ceil_div(w.taps, t.blocks) : 1);
+    t.groups = s.axis[0].taps * t.groups_h * t.groups_w * t.groups_n * t.groups_m;
+    t.dout_boxes = t.m_over_taps ? 1 : kConsumers < t.row_blocks ? kConsumers : t.row_blocks;
+    t.x_boxes = t.n_over_taps ? 1 : t.block_n / t.chunk;
+    int halo_h = 0;
+    for (int th = 0; t.m_over_taps && th < h.taps; th += kConsumers) {
+        const int last = th + kConsumers <= h.taps ? th + kConsumers - 1 : h.taps - 1, halo = h.shift[last] - h.shift[th];
+        halo_h = halo > halo_h ? halo : halo_h;
+    }
+    const int row_bytes = t.chunk * 2;
+    for (int strips = 1; strips <= 16 && strips <= w.positions; strips++)
+    for (int rows = 1; rows <= h.positions && rows <= 64; rows++) {
+        t.strips = strips, t.rows = rows;
+        t.tile_w = int(ceil_div(w.positions, strips));
+        t.pitch = conv::box_pitch(w, t.tile_w, strips);
+        t.row_groups = int(ceil_div(h.positions, rows));
+        t.steps = int(ceil_div(int64_t(rows) * t.pitch, 16));
+        t.box_rows = rows + halo_h;
+        if (t.pitch > 256 || t.tile_w > 256 || t.box_rows > 256) continue;
+        const int64_t reach = int64_t(halo_h) * t.pitch + t.steps * 16 + halo_w + int64_t(t.block_n / t.chunk) * step_w(s), box = int64_t(t.box_rows) * t.pitch;
+        const int64_t dout_bytes = ceil_div(int64_t(t.steps) * 16 * kRows * 2, 1024) * 1024, x_bytes = ceil_div((reach > box ? reach : box) * row_bytes, 1024) * 1024;
+        const int64_t stage = t.dout_boxes * dout_bytes + t.x_boxes * x_bytes, stages = (shared_bytes - kHeadBytes) / stage;
+        if (stages < 2) break;
+        t.dout_bytes = int(dout_bytes), t.x_bytes = int(x_bytes), t.stage_bytes = int(stage), t.stages = int(stages < kMaxStages ? stages : kMaxStages);
+        // Cycles of a stage: the products, bound by the tensor cores or by shared memory, or the loads, at 18 bytes a cycle.
+        const int live = t.m_over_taps ? (h.taps < kConsumers ? h.taps : kConsumers) : t.dout_boxes;
+        const double product = t.block_n / 2.0, operands = (kRows * 32 + t.block_n * 32) / 128.0;
+        const double products = t.steps * live * (product > operands ? product : operands);
+        const double loads = (t.dout_boxes * double(rows) * t.tile_w * 128 + double(t.n_over_taps ? 1 : t.blocks) * box * row_bytes) / 18;
+        const double time = ((products > loads ? products : loads) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
+        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+    }
+    if (best.block_n == 0) return best;
+    // Parts of GEMM_K that make full waves of blocks, as few as that takes.
+    Problem a = problem;
+    a.t = best;
+    int64_t live = 0, boxes = 0;
+    for (int group = 0; group < best.groups; group++) {
+        const Group g(best, s, group);
+        const int64_t count = Boxes(a, g.td).count;
+        if (is_live(a, g)) live++, boxes = count > boxes ? count : boxes;
+    }
+    double best_waste = 1e30;
+    best.splits = 1;
+    for (int waves = 1; waves <= 4 && live > 0; waves++) {
+        int64_t splits = int64_t(waves) * multiprocessors / live;
+        splits = splits < 1 ? 1 : splits > boxes && boxes > 0 ? boxes : splits;
+        const double waste = double(ceil_div(splits * live, multiprocessors)) / splits * (1 + 0.02 * waves);
+        if (waste < best_waste) best_waste = waste, best.splits = int(splits);
+    }
+    return best;
+}
+
+// --------------------------------------------------------------------------------------------------------- Places
+
+struct Box { int n, d, w0, h0; };
+
+HOST_DEVICE Box box_of(const Problem& a, const Boxes& boxes, int index) {
+    Box b;
+    b.h0 = index % a.t.row_groups * a.t.rows, index /= a.t.row_groups;
+    b.w0 = index % a.t.strips * a.t.tile_w, index /= a.t.strips;
+    b.d = boxes.begin_d + index % boxes.planes, b.n = index / boxes.planes;
+    return b;
+}
+
+HOST_DEVICE int last_tap_h(const Problem& a, const Group& g) {    // of the group
+    const int last = tap_h(a.t, g, kConsumers - 1);
+    return last < a.s.axis[1].taps ? last : a.s.axis[1].taps - 1;
+}
+// Row and column of x that the first row of a group's box has, and the row of the box that a consumer's first block of columns begins with.
+HOST_DEVICE int first_row(const Problem& a, const Group& g) { return a.s.axis[1].first - a.s.axis[1].shift[last_tap_h(a, g)]; }
+HOST_DEVICE int first_column(const Problem& a) { return a.s.axis[2].first - a.s.axis[2].shift[a.s.axis[2].taps - 1]; }
+HOST_DEVICE int first_shift(const Problem& a, const Group& g, int consumer) {
+    const StencilAxis &ah = a.s.axis[1], &aw = a.s.axis[2];
+    return (ah.shift[last_tap_h(a, g)] - ah.shift[tap_h(a.t, g, consumer)]) * a.t.pitch + aw.shift[aw.taps - 1] - aw.shift[last_tap_w(a.t, a.s, g)];
+}
+
+// The element of dweight (C_in, C_out / groups, kernel) that a row and a column of a consumer have the sum of, or -1.
+HOST_DEVICE int64_t element_of(const Problem& a, const Group& g, int consumer, int row, int column) {
+    const Tiling& t = a.t;
+    const int m = row_block(t, g, consumer) * kRows + row, phase = m / int(a.dout_phase_channels), co = m % int(a.dout_phase_channels), block = column / t.chunk;
+    const int tw = t.n_over_taps ? last_tap_w(t, a.s, g) - block : 0, ci = (g.n + (t.n_over_taps ? 0 : block)) * t.chunk + column % t.chunk;
+    if (phase >= a.s.phases() || co >= a.C_out || ci >= a.C_in || tw < g.tw || block >= t.blocks) return -1;
+    const int k = kernel_index(a.s, (g.td * a.s.axis[1].taps + tap_h(t, g, consumer)) * a.s.axis[2].taps + tw, phase);
+    const int group_in = int(a.C_in / a.groups), group_out = int(a.C_out / a.groups);
+    return k >= 0 && ci / group_in == co / group_out ? (int64_t(ci) * group_out + co % group_out) * kernel_volume(a.s) + k : -1;
+}
+
+}  // namespace dweight
+'''
+
+_SOURCES['dweight.cuh'] = r'''
+// Gradient of a transposed convolution's weight on the tensor cores, any stride as in stencil.h.
+//
+//   dweight[ci, co, k] = sum over n, p of dout[n, p, (phase, co)] * x[n, first + p - shift, ci],   k = kernel_index(shift, phase)
+//
+// A matrix product on the scaled fp16 copies that dx and the forward read (scaled_half.cuh), channels-last: GEMM_M = (phase, output
+// channel), GEMM_N = (neighbouring taps w, input channel), GEMM_K = positions p. Both operands are transposed ones, a row of shared
+// memory for each position; a tap is a shift of x by whole rows. Where there is one tap w, GEMM_N is several chunks of channels.
+//
+// Samples have scales of their own: where the scale changes, and after kChain positions, which keeps the tensor cores' chains of
+// additions short, the sums are scaled back and added to those in scratch memory.
+#pragma once
+
+#include "conv_plan.cuh"
+#include "dweight_tiles.h"
+
+namespace dweight {
+
+constexpr int kChain = 32768;
+
+struct Parameters {
+    Problem p;
+    const scaled_half::SampleMax *x_max, *dout_max;    // (N)
+    float* partial;                    // (splits, groups, kConsumers, block_n / 8, 128, 4): a thread's sums, four by four
+};
+
+inline int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * kConsumers * kRows * t.block_n; }
+
+// Scales a sum back by 2^-shift_a and 2^-shift_b, in an order in which nothing overflows.
+struct ScaleBack {
+    float small, large;
+    __device__ __forceinline__ ScaleBack(int shift_a, int shift_b) : small(scaled_half::power_of_two(-max(shift_a, shift_b))), large(scaled_half::power_of_two(-min(shift_a, shift_b))) {}
+    __device__ __forceinline__ float operator()(float sum) const { return sum * small * large; }
+};
+
+// dweight (C_in, C_out / groups, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
+template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(const __grid_constant__ Parameters a, T* __restrict__ dweight) {
+    const Tiling& t = a.p.t;
+    const int quads = t.block_n / 8, quad = blockIdx.x % quads, consumer = blockIdx.x / quads % kConsumers, index = blockIdx.x / quads / kConsumers;
+    const Group g(t, a.p.s, index);
+    if (!is_live(a.p, g, consumer)) return;
+    const float4* partial = reinterpret_cast<const float4*>(a.partial) + ((int64_t(index) * kConsumers + consumer) * quads + quad) * 128 + threadIdx.x;
+    const int64_t stride = int64_t(t.groups) * kConsumers * quads * 128;
+    double sums[4] = {};
+#pragma unroll 4
+    for (int split = 0; split < t.splits; split++) {
+        const float4 v = partial[split * stride];
+        sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
+    }
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int64_t element = element_of(a.p, g, consumer, warp * 16 + lane / 4 + e / 2 * 8, quad * 8 + lane % 4 * 2 + e % 2);
+        if (element >= 0) dweight[element] = from_acc<T>(float(sums[e]));
+    }
+}
+
+inline int add_parts(const Parameters& a, int dtype, void* dweight, cudaStream_t stream) {
+    const Tiling& t = a.p.t;
+    const int64_t blocks = int64_t(t.groups) * kConsumers * (t.block_n / 8);
+    switch (dtype) {
+        case kFloat32: return launch(add_parts_kernel<float>, blocks, 128, stream, a, static_cast<float*>(dweight));
+        case kFloat16: return launch(add_parts_kernel<__half>, blocks, 128, stream, a, static_cast<__half*>(dweight));
+        case kBFloat16: return launch(add_parts_kernel<__nv_bfloat16>, blocks, 128, stream, a, static_cast<__nv_bfloat16*>(dweight));
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace dweight
+'''
+
+_SOURCES['conv_transpose3d_gradients.cuh'] = r'''
+// Gradients of a transposed convolution's input and weight on the tensor cores.
+//
+//   dx[n, ci, i]       = sum over co, k of dout[n, co, i * stride - padding + k * dilation] * w[ci, co, k]
+//   dweight[ci, co, k] = sum over n, i of x[n, ci, i] * dout[n, co, i * stride - padding + k * dilation]
+//
+// Both read one packed copy of dout, in which the phases of the stride are channels. dx is the forward's convolution, its
+// stencil the other way round; dweight is in dweight.cuh.
+
+#pragma once
+
+#include "dweight.cuh"
+#include "group_norm_backward.cuh"
+
+namespace conv {
+
+template <typename Path> static const dweight::Problem& dweight_plan_of(const Geometry& g, int device) {
+    static Memo<dweight::Problem> plans;
+    return plans.get(g, int64_t(Use::kDInput), device, [&] {
+        dweight::Problem p = {};
+        if (!has_stencil(g)) return p;
+        p.s = make_stencil(Direction::kForward, g);
+        p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
+        p.t = dweight::choose_tiling(p, padded_channels(g.C_in), plan_of<Path>(g, Use::kDInput, device).multiprocessors, Path::shared_bytes(device));
+        return p;
+    });
+}
+
+struct GradientsMemory {
+    Scratch scratch;
+    Workspace workspace;
+    scaled_half::Activation dout, x;
+    scaled_half::Weight weight;
+    float* partial;
+    GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
+        auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        workspace = take_workspace(scratch, plan.problem, false);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
+        weight = take_weight(scratch, plan, g, w);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
+        partial = scratch.take<float>(dweight::partial_count(dweight.t));
+    }
+};
+
+// dx (and w) or dweight (and x) may be null: not wanted.
+template <typename Path>
+int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
+    const Plan& plan = plan_of<Path>(g, Use::kDInput, device);
+    const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
+    GradientsMemory memory(g, plan, dweight_plan, workspace, dout, x, w);
+    memory.dout.norm = norm;
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    scaled_half::Weight none = memory.weight;
+    none.channels = 0;
+    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
+    if (dx) RETURN_IF_ERROR(Path::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, Fusion{}, stream));
+    if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
+    if (!dweight) return cudaSuccess;
+    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
+    const dweight::Parameters a = {dweight_plan, memory.x.max, memory.dout.max, memory.partial};
+    return Path::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
+}
+
+// Whether tilings fit for both: 1 or 0.
+template <typename Path> int gradients_supports(const Geometry& g, int device) {
+    return plan_of<Path>(g, Use::kDInput, device).problem.t.block_n > 0 && dweight_plan_of<Path>(g, device).t.block_n > 0;
+}
+
+template <typename Path> int64_t gradients_workspace(const Geometry& g, int device) {
+    return GradientsMemory(g, plan_of<Path>(g, Use::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr).scratch.bytes();
+}
+
+// The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
+// (2, N, num_groups) in place of dout.
+template <typename Path> int64_t relu_group_norm_gradients_workspace(const Geometry& g, int device) {
+    const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), g.C_out};    // the largest, whatever num_groups is
+    return gradients_workspace<Path>(g, device) + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
+}
+
+template <typename Path>
+int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dy, const void* r, const double* statistics, const void* gamma,
+                              int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) {
+    if (dtype != kFloat32) return cudaErrorNotSupported;
+    const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
+    const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + gradients_workspace<Path>(g, device));
+    RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
+    const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
+    return gradients<Path>(g, dtype, device, stream, workspace, dy, norm, x, w, dx, dweight);
+}
+
+}  // namespace conv
+
+// The C functions of a path.
+#define GRADIENTS_LAUNCHERS(path, Path)                                                                                                                    \
+    extern "C" int conv_transpose3d_gradients_supports_##path(const Geometry* g, int device) { return conv::gradients_supports<Path>(*g, device); }        \
+    extern "C" int64_t conv_transpose3d_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::gradients_workspace<Path>(*g, device); } \
+    extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::relu_group_norm_gradients_workspace<Path>(*g, device); } \
+    extern "C" int conv_transpose3d_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dout, const void* x, const void* w, void* dx, void* dweight) { \
+        DeviceGuard guard(device);                                                                                                                         \
+        return conv::gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dout, {}, x, w, dx, dweight);                        \
+    }                                                                                                                                                      \
+    extern "C" int conv_transpose3d_relu_group_norm_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dy, const void* r, const double* statistics, \
+                                                                     const void* gamma, int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) { \
+        DeviceGuard guard(device);                                                                                                                         \
+        return conv::relu_group_norm_gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, r, statistics, gamma, num_groups, x, w, dx, dweight, dgamma, dbeta); \
+    }
+'''
+
+_SOURCES['ptx_sm80.cuh'] = r'''
+// PTX instructions of sm_80 and up, one per wrapper, named after it. Reference: the PTX ISA's chapters "mma.m16n8k16", "ldmatrix" and
+// "cp.async".
+#pragma once
+
+#include "launch.cuh"
+
+// ----------------------------------------------------------------------------------------------------- Arithmetic
+
+// max that keeps NaN
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float v;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
+
+// -------------------------------------------------------------------------------------------------- Shared memory
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
+__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(inside ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but kPending of this thread's groups are complete.
+template <int kPending> __device__ __forceinline__ void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+
+// Rows of a tile in shared memory, 32, 64 or 128 bytes each, are swizzled as the TMA unit does it: by the row's place in 128-byte lines,
+// so that eight neighbouring rows' equal pieces lie in different banks. The offset of a 16-byte piece:
+__device__ __forceinline__ uint32_t swizzled(int row, int piece, int row_bytes) {
+    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
+    return row * row_bytes + ((piece ^ turn) << 4);
+}
+
+// --------------------------------------------------------------------------------------------------- Tensor cores
+
+// Four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 give the rows of matrix i, 16 bytes each. Element (lane / 4, lane % 4 * 2)
+// and its neighbour go to a lane; transposed: element (lane % 4 * 2, lane / 4) and the one below it.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+
+// d (16, 8) += a (16, 16) * b (16, 8): fp16 operands, fp32 sums. Element i of a lane is row lane / 4 + i / 2 * 8, column lane % 4 * 2 + i % 2.
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+'''
+
+_SOURCES['tiling_sm80.h'] = r'''
+// The mma.sync convolution's choice among the ways to cut its work (conv_sm80.cuh).
+#pragma once
+
+#include <initializer_list>
+
+#include "conv_tiling.h"
+
+namespace conv_sm80 {
+
+using namespace conv;
+
+constexpr int kSharedHeadBytes = 3072;
+constexpr int kColumnWarps = 4;    // of a warpgroup, each with a quarter of the positions
+
+// Blocks of a multiprocessor, as many as its registers hold.
+HOST_DEVICE constexpr int blocks_of(int block_n) { return block_n == 128 ? 2 : 1; }
+
+// Shared memory of a block: the pipeline's stages, and behind the last product, in their place, half of each warpgroup's staged outputs.
+inline int64_t pipeline_bytes(const Tiling& t) { return int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_stages) * t.weight_bytes; }
+inline int64_t shared_bytes(const Tiling& t) {
+    const int64_t pipeline = pipeline_bytes(t), staged = t.buffer_bytes;
+    return kSharedHeadBytes + 2 * t.table_bytes + (pipeline > staged ? pipeline : staged);
+}
+
+// The tiling of least estimated time, or one of block_n 0 where none fits. groups: of the split, or 1. most_shared: bytes that a block
+// can have; a multiprocessor has a kilobyte more, and keeps one for each block.
+inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int64_t most_shared) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    Tiling best = {};
+    double best_time = 0;
+    for (int packing = 0; packing < 3; packing++)
+    for (int split_m = 0; split_m < 2; split_m++)
+    for (int block_n : {256, 128})
+    for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
+    for (int taps_per_box : {h.taps, 1})
+    for (int chunk : {64, 32, 16})
+    for (int input_stages : {1, 2}) {
+        Tiling t = {};
+        t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
+        const int blocks = blocks_of(block_n);
+        const int64_t shared = (most_shared + 1024) / blocks - 1024;
+        t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
+        if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
+        t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
+        if (8 % t.rows.packed_phases != 0 || (t.rows.packed_phases == 8 && packed_phases(t, s, 0) != 2)) continue;    // half a row tile has whole regions
+        t.rows.octets = 8 / t.rows.packed_phases;
+        if (!set_channels(t, s, source_channels, channels, groups) || t.phase_channels % chunk != 0) continue;
+        t.chunk = chunk;
+        t.item_taps = t.items = 1;
+        t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
+        t.pitch = box_pitch(w, t.tile_w, strips);
+        if (!cut_runs(t, s)) continue;
+        lay_out_regions(t, s, false);
+        const int halo_w = w.shift[w.taps - 1], row_bytes = 2 * chunk;
+        t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
+        t.weight_bytes = (split_m ? 2 : 1) * kRows * row_bytes, t.weight_rings = 1;
+        const int64_t left = shared - kSharedHeadBytes - 2 * t.table_bytes - int64_t(input_stages) * t.input_bytes;
+        t.weight_stages = int(left / t.weight_bytes < 4 ? left / t.weight_bytes : 4);
+        // Positions that are no outputs read whatever follows the box.
+        const int64_t reach = (int64_t(t.box_rows) * t.pitch + block_n + halo_w) * row_bytes + (input_stages - 1) * t.input_bytes;
+        if (t.weight_stages < 3 || shared_bytes(t) > shared || reach > shared_bytes(t)) continue;
+        if (!count_tiles(t, s, samples)) continue;
+        // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp
+        // stores piece after piece; or what it loads, at 20 bytes a cycle.
+        const double taps = steps_of(t, s) / (chunk / 16), boxes = boxes_of(t, s), wide = blocks == 1;
+        const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), values = out_bytes / 8 / pieces;
+        const double pipeline = taps * (wide ? 700 + 300 * chunk / 16 : 350 + 200 * chunk / 16) + boxes * (t.box_bytes() / (wide ? 9 : 12) + (input_stages > 1 ? 0 : wide ? 3000 + t.box_bytes() / 20 : 500));
+        const double epilogue = 0.2 * out_bytes + pieces / kColumnWarps / blocks * (150 + values / (t.bulk ? 128 : 32) * 50) + 2000;
+        const double loads = (taps * t.weight_bytes + boxes * t.box_bytes()) / 20;
+        const int64_t at_once = int64_t(multiprocessors) * blocks;
+        const double waves = t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) * blocks : double(t.tiles) / multiprocessors + 0.5;
+        const double time = waves * ((pipeline > loads ? pipeline : loads) + epilogue);
+        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+    }
+    return best;
+}
+
+}  // namespace conv_sm80
+'''
+
+_SOURCES['conv_sm80.cuh'] = r'''
+// Convolution of stride 1 by mma.sync, on any tensor core from sm_80 up: what conv_sm90.cuh does, cut by the same tiles and with
+// the same operands, where there are no wgmma, TMA and warps that only load.
+//
+// A block is two warpgroups, with other rows or other positions each. Each of a warpgroup's four warps has all of its 64 rows and a
+// quarter of its positions, which balances what it reads of shared memory for both operands. Weights come by cp.async through a ring
+// of stages, one for each tap and chunk of GEMM_K; a box of the source comes with its first tap. All threads load, a barrier a stage.
+//
+// The epilogue stages the outputs where the stages were, half a row tile at a time, and whole warps store rows of memory.
+// Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
+#pragma once
+
+#include "conv_epilogue.cuh"
+#include "ptx_sm80.cuh"
+#include "tiling_sm80.h"
+
+namespace conv_sm80 {
+
+constexpr int kThreads = 256;
+constexpr int kMaxWeightStages = 4;
+
+struct Operands {
+    Parameters a;
+    const __half *x, *w;            // packed
+    int x_pitch, w_pitch;           // elements of a position, of a row
+};
+
+struct RowConstants { float scale, bias; };
+
+// What is loaded at a time: the weights of a tap and a chunk of GEMM_K, and a box where it is the first tap of one.
+struct Step {
+    int rows;                       // of shared memory, by which the tap is shifted in its box; and flags
+    int tap, column;                // of the packed weights
+    int plane, source_row, channel; // of the box
+};
+constexpr int kOpensBox = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
+constexpr int kStepSlots = 8;       // a power of two above kMaxWeightStages
+
+struct SharedHead {
+    Tile tile;
+    RowConstants rows[2][kRows];
+    int4 table_keys[2];             // what the warpgroups' tables were made for
+    Cursor at;                      // of the walk over the tile's steps: in shared memory, since one thread walks and all need registers
+    BoxTaps tap;
+    Step steps[kStepSlots];
+};
+static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind the head");
+
+// ------------------------------------------------------------------------------------------------------------ Walk
+
+// One thread: a tile's steps from `begin` to `end`, to be called without gaps.
+__device__ __forceinline__ void publish_steps(const Problem& p, SharedHead& head, int begin, int end) {
+    Cursor at = begin == 0 ? Cursor(p, head.tile) : head.at;
+    BoxTaps tap = begin == 0 ? BoxTaps(at) : head.tap;
+    at.p = tap.p = &p;
+#pragma unroll 1
+    for (int i = begin; i < end; i++) {
+        Step& step = head.steps[i % kStepSlots];
+        int opens_box = 0;
+        if (!tap.next()) {
+            if (head.tile.empty || !at.next_box()) {
+                step.rows = kNoMore;
+                break;
+            }
+            tap = BoxTaps(at), opens_box = kOpensBox;
+            tap.next();
+        }
+        step = {tap.rows | opens_box, tap.tap, tap.weight_column(), at.plane(), at.source_row(), at.c};
+    }
+    head.at = at, head.tap = tap;
+}
+
+// The next stage of a ring.
+__device__ __forceinline__ int next_of(int slot, int stages) { return slot + 1 == stages ? 0 : slot + 1; }
+
+// --------------------------------------------------------------------------------------------------------- Loading
+
+// All threads: loads what the steps need.
+template <int kChunk> struct Loader {
+    static constexpr int kRowBytes = kChunk * 2, kPieces = kRowBytes / 16, kAtOnce = kThreads / kPieces;    // rows that the block loads at a time
+    const Operands& o;
+    const SharedHead& head;
+    uint32_t stages;                // in shared memory
+    int issued = 0;                 // steps so far
+    int boxes = 0;                  // whose stages are in use, or were until now
+    int box_slot = 0, slot = 0;     // the stages of the next ones
+
+    __device__ __forceinline__ Loader(const Operands& o, const SharedHead& head, uint32_t stages) : o(o), head(head), stages(stages) {}
+
+    __device__ __forceinline__ uint32_t input_stage(int slot) const { return stages + slot * o.a.p.t.input_bytes; }
+    __device__ __forceinline__ uint32_t weight_stage(int slot) const {
+        const Tiling& t = o.a.p.t;
+        return stages + t.input_stages * t.input_bytes + slot * t.weight_bytes;
+    }
+
+    // Behind the box there are the zeros that rows share.
+    __device__ __forceinline__ void load_box(const Step& step) const {
+        const Problem& p = o.a.p;
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int w0 = aw.first + head.tile.w0 - aw.shift[aw.taps - 1], piece = threadIdx.x % kPieces, step_h = kAtOnce / p.t.pitch, step_w = kAtOnce % p.t.pitch;
+        const __half* plane = o.x + (int64_t(head.tile.n) * ad.sources + step.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + step.channel + piece * 8;
+        const uint32_t to = input_stage(box_slot);
+        int row = threadIdx.x / kPieces, h = step.source_row + row / p.t.pitch, column = row % p.t.pitch;
+        const int rows = p.t.box_rows * p.t.pitch + aw.shift[aw.taps - 1];
+#pragma unroll 1
+        for (; row < rows; row += kAtOnce) {
+            const int w = w0 + column;
+            const bool inside = unsigned(h) < unsigned(ah.sources) && unsigned(w) < unsigned(aw.sources);
+            cp_async_16(to + swizzled(row, piece, kRowBytes), inside ? plane + (int64_t(h) * aw.sources + w) * o.x_pitch : o.x, inside);
+            h += step_h, column += step_w;
+            if (column >= p.t.pitch) column -= p.t.pitch, h++;
+        }
+    }
+
+    __device__ __forceinline__ void load_weights(const Step& step) const {
+        const Tiling& t = o.a.p.t;
+        const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, rows = t.split_m ? 2 * kRows : kRows;
+        const __half* from = o.w + (int64_t(step.tap) * t.M_pad + head.tile.run[0].row_tile * kRows + row) * o.w_pitch + step.column + piece * 8;
+        const uint32_t to = weight_stage(slot) + swizzled(row, piece, kRowBytes);    // kAtOnce rows on, the swizzle is the same
+#pragma unroll
+        for (int i = 0; i < (2 * kRows + kAtOnce - 1) / kAtOnce; i++)
+            if (row + i * kAtOnce < rows) cp_async_16(to + i * kAtOnce * kRowBytes, from + int64_t(i * kAtOnce) * o.w_pitch, true);
+    }
+
+    // Loads for the next steps until the ring is full, or until a box is needed whose stage is in use. done: steps that nobody reads any more.
+    __device__ __forceinline__ void advance(int done, int most_boxes) {
+        const Tiling& t = o.a.p.t;
+#pragma unroll 1
+        while (issued < done + t.weight_stages) {
+            const Step& step = head.steps[issued % kStepSlots];
+            const bool opens_box = step.rows & kOpensBox;
+            if (step.rows & kNoMore || (opens_box && boxes >= most_boxes)) break;
+            if (opens_box) {
+                load_box(step);
+                boxes++, box_slot = next_of(box_slot, t.input_stages);
+            }
+            load_weights(step);
+            cp_async_commit_group();
+            issued++, slot = next_of(slot, t.weight_stages);
+        }
+    }
+
+    // Waits for this thread's copies of a step.
+    __device__ __forceinline__ void wait_for(int step) const {
+        switch (issued - 1 - step) {
+            case 0: cp_async_wait_group<0>(); break;
+            case 1: cp_async_wait_group<1>(); break;
+            case 2: cp_async_wait_group<2>(); break;
+            default: cp_async_wait_group<3>();
+        }
+    }
+};
+
+// -------------------------------------------------------------------------------------------------------- Products
+
+// Element (granule, j, e) of a lane: row granule * 8 + lane / 4 of the row tile, position j * 8 + lane % 4 * 2 + e of the warp's.
+template <int kColumns> struct Sums {
+    float v[4][kColumns / 8][4];
+    __device__ __forceinline__ float& at(int granule, int j, int e) { return v[granule / 2][j][granule % 2 * 2 + e]; }
+};
+
+// One tap's products: 64 rows of weights at `weights`, kColumns positions from row `row` of the box on.
+template <int kColumns, int kChunk>
+__device__ __forceinline__ void multiply(uint32_t weights, uint32_t box, int row, Sums<kColumns>& sums) {
+    constexpr int kRowBytes = kChunk * 2, kSteps = kChunk / 16;
+    const int lane = threadIdx.x % 32, a_row = lane % 16, a_half = lane / 16, b_row = row + lane / 16 * 8 + lane % 8, b_half = lane / 8 % 2;
+    // 16 rows on, the swizzle is the same.
+    const auto from_a = [&](int step) { return weights + swizzled(a_row, step * 2 + a_half, kRowBytes); };
+    const auto from_b = [&](int step) { return box + swizzled(b_row, step * 2 + b_half, kRowBytes); };
+    if constexpr (blocks_of(kColumns * kColumnWarps) == 1) {    // few warps, many registers: operands are loaded a step in advance
+        uint32_t a[2][4][4], b[2][kColumns / 16][4];
+        auto load = [&](int step) {
+#pragma unroll
+            for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4(b[step % 2][j], from_b(step) + j * 16 * kRowBytes);
+#pragma unroll
+            for (int m = 0; m < 4; m++) ldmatrix_x4(a[step % 2][m], from_a(step) + m * 16 * kRowBytes);
+        };
+        load(0);
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) {
+            if (step + 1 < kSteps) load(step + 1);
+#pragma unroll
+            for (int m = 0; m < 4; m++)
+#pragma unroll
+                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(sums.v[m][j], a[step % 2][m], b[step % 2][j / 2][j % 2 * 2], b[step % 2][j / 2][j % 2 * 2 + 1]);
+        }
+    } else {
+#pragma unroll 2
+        for (int step = 0; step < kSteps; step++) {
+            uint32_t b[kColumns / 16][4];
+#pragma unroll
+            for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4(b[j], from_b(step) + j * 16 * kRowBytes);
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                uint32_t a[4];
+                ldmatrix_x4(a, from_a(step) + m * 16 * kRowBytes);
+#pragma unroll
+                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(sums.v[m][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+            }
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- Epilogue
+
+// What a row of a row tile is. Its phases' numbers are powers of two (choose_tiling).
+struct LaneRow { int channel, phase, phase_hw, packed_d, region; bool live; };
+
+__device__ __forceinline__ LaneRow lane_row(const Problem& p, const Run& run, int row) {
+    const Tiling& t = p.t;
+    const int log_d = __ffs(packed_phases(t, p.s, 0)) - 1, log_phases = __ffs(t.rows.packed_phases) - 1, log_hw = log_phases - log_d, granule = row / 8;
+    LaneRow r;
+    r.phase = granule & (t.rows.packed_phases - 1), r.packed_d = r.phase >> log_hw;
+    r.channel = (granule >> log_phases) * 8 + row % 8, r.region = (r.channel << log_d) + r.packed_d;
+    r.phase_hw = r.phase & ((1 << log_hw) - 1);
+    const int od = run.od0 + r.packed_d;
+    r.live = run.count > 0 && run.channel0 + r.channel < p.C_out && od >= 0 && od < p.s.axis[0].out;
+    return r;
+}
+
+// The regions of the first and the second half of a row tile's granules. Where the halves are phases of D, they take turns.
+__device__ __forceinline__ bool halves_are_phases(const Problem& p) { return p.t.rows.octets == 1 && packed_phases(p.t, p.s, 0) == 2; }
+__device__ __forceinline__ int slot_of(const Problem& p, int region) { return halves_are_phases(p) ? region / 2 : region & (p.t.rows.octets * 4 * packed_phases(p.t, p.s, 0) - 1); }
+
+// Which of a warp's positions are outputs: 16 bits for each packed phase (h, w), bit j * 2 + e tells of position j * 8 + lane % 4 * 2 + e.
+template <int kColumns> __device__ __forceinline__ uint64_t valid_positions(const Tiling& t, int phases_hw, const int* table) {
+    uint64_t valid = 0;
+#pragma unroll 1
+    for (int phase = phases_hw - 1; phase >= 0; phase--) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; j++) {
+            const int2 place = *reinterpret_cast<const int2*>(table + phase * t.block_n + j * 8);
+            bits |= (place.x >= 0 ? 1u << j * 2 : 0u) | (place.y >= 0 ? 2u << j * 2 : 0u);
+        }
+        valid = valid << 16 | bits;
+    }
+    return valid;
+}
+
+// The moments of a lane's rows, by its quad, and of the warp's positions: in two passes over registers.
+template <int kColumns>
+__device__ __forceinline__ void leave_moments(const Parameters& a, int64_t part, const Run& run, uint64_t valid, Sums<kColumns>& sums) {
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int granule = 0; granule < 8; granule++) {
+        const LaneRow row = lane_row(p, run, granule * 8 + lane / 4);
+        const uint32_t bits = uint32_t(valid >> row.phase_hw * 16) & 0xffff;
+        float sum = 0, squares = 0;
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i++) sum += bits & 1u << i ? sums.at(granule, i / 2, i % 2) : 0.0f;
+        const float count = quad_sum(float(__popc(bits))), total = quad_sum(sum), mean = count > 0 ? total / count : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i++) {
+            const float deviation = bits & 1u << i ? sums.at(granule, i / 2, i % 2) - mean : 0.0f;
+            squares = fmaf(deviation, deviation, squares);
+        }
+        squares = quad_sum(squares);
+        if (lane % 4 == 0 && row.live) {
+            const int64_t set = part * p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
+            a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
+            a.workspace.counts[set] = count;    // the same from every channel
+        }
+    }
+}
+
+// One warp: stores a piece of staged outputs, 16 bytes at a time where they are staged as they are aligned in memory.
+__device__ __forceinline__ void store_piece(const Parameters& a, int64_t at, const float* from, int count) {
+    const int lane = threadIdx.x % 32;
+    if (a.dtype == kFloat32 && a.p.t.bulk) {
+        float* out = static_cast<float*>(a.out) + at;
+        const int head = min(count, int(-at & 3)), body = (count - head) / 4, tail = head + body * 4;
+        if (lane < head) out[lane] = from[lane];
+        if (lane < count - tail) out[tail + lane] = from[tail + lane];
+#pragma unroll 4
+        for (int k = lane; k < body; k += 32) reinterpret_cast<float4*>(out + head)[k] = reinterpret_cast<const float4*>(from + head)[k];
+    } else {
+#pragma unroll 4
+        for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, from[k]);
+    }
+}
+
+// Scales back, adds the bias, applies ReLU and stages half of a lane's rows.
+template <int kColumns, int kHalf>
+__device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, const Run& run, const RowConstants* rows, const int* table, float* buffer, float first_scale, Sums<kColumns>& sums) {
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const float lowest = a.apply_relu ? 0.0f : -INFINITY;
+#pragma unroll
+    for (int granule = kHalf * 4; granule < kHalf * 4 + 4; granule++) {
+        const int index = granule * 8 + threadIdx.x % 32 / 4;
+        const LaneRow row = lane_row(p, run, index);
+        const RowConstants constants = rows[index];
+        float* region = buffer + slot_of(p, row.region) * t.region_stride + (t.contiguous ? int(region_origin(p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d)) & 3 : 0);
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; j++) {
+            const int2 place = *reinterpret_cast<const int2*>(table + row.phase_hw * t.block_n + j * 8);
+            float &low = sums.at(granule, j, 0), &high = sums.at(granule, j, 1);
+            low = max_nan(fmaf(low * first_scale, constants.scale, constants.bias), lowest);
+            high = max_nan(fmaf(high * first_scale, constants.scale, constants.bias), lowest);
+            if (row.live && place.x >= 0) region[place.x] = low;
+            if (row.live && place.y >= 0) region[place.y] = high;
+        }
+    }
+}
+
+// Stages and stores a tile's outputs, and leaves the moments where the fusion wants them.
+template <int kColumns>
+__device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, int* tables, float* buffers, Sums<kColumns>& sums) {
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const Tile& tile = head.tile;
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
+    const Run& run = tile.run[warpgroup];
+    const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
+    const int phases_w = p.s.axis[2].phases, phases_hw = packed_phases(t, p.s, 1) * phases_w, regions = regions_of(p, run);
+    int* table = tables + warpgroup * (t.table_bytes / 4);
+    float* buffer = buffers + warpgroup * (t.buffer_bytes / 8);
+    if (threadIdx.x % 128 < kRows) {
+        const LaneRow row = lane_row(p, run, threadIdx.x % 128);
+        const int channel = run.channel0 + row.channel;
+        head.rows[warpgroup][threadIdx.x % 128] = {row.live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])) : 0.0f, row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f};
+    }
+    // Runs of the same form, all but those at the edges, have the same table.
+    const int4 key = {run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * p.s.axis[1].phases) * 8 + run.phase_h) * 2 + (run.h0 == 0)};
+    const int4 known = head.table_keys[warpgroup];
+    const bool same = key.x == known.x && key.y == known.y && key.z == known.z && key.w == known.w;
+#pragma unroll 1
+    for (int i = threadIdx.x % 128; !same && i < phases_hw * t.block_n; i += 128)
+        table[i] = staged_place(p, tile, run, run.q0 + i % t.block_n, i / t.block_n / phases_w, i / t.block_n % phases_w);
+    __syncthreads();
+    if (threadIdx.x % 128 == 0) head.table_keys[warpgroup] = key;
+    const int* lane_table = table + warp * kColumns + threadIdx.x % 4 * 2;
+    const bool turns = halves_are_phases(p);
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+        if (half == 0) stage<kColumns, 0>(a, tile, run, head.rows[warpgroup], lane_table, buffer, first_scale, sums);
+        else stage<kColumns, 1>(a, tile, run, head.rows[warpgroup], lane_table, buffer, first_scale, sums);
+        __syncthreads();
+        const int first = turns ? half + 2 * warp : half * regions / 2 + warp, end = turns ? regions : (half + 1) * regions / 2;
+        for_each_piece(p, tile, run, first, end, turns ? 8 : 4, [&](int64_t at, int region, int offset, int count) {
+            store_piece(a, at, buffer + slot_of(p, region) * t.region_stride + offset, count);
+        });
+        __syncthreads();
+    }
+    if (a.fusion.num_groups > 0) {
+        const int64_t part = (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : warpgroup);
+        leave_moments<kColumns>(a, part * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- Kernel
+
+template <int kBlockN, int kChunk>
+__global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(const __grid_constant__ Operands o) {
+    extern __shared__ __align__(1024) uint8_t base[];
+    const Problem& p = o.a.p;
+    const Tiling& t = p.t;
+    SharedHead& head = *reinterpret_cast<SharedHead*>(base);
+    int* tables = reinterpret_cast<int*>(base + kSharedHeadBytes);
+    uint8_t* stages = base + kSharedHeadBytes + 2 * t.table_bytes;
+    constexpr int kColumns = kBlockN / kColumnWarps;
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
+    if (threadIdx.x < 2) head.table_keys[threadIdx.x] = make_int4(-1, 0, 0, 0);
+    for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            locate(p, index, head.tile);
+            publish_steps(p, head, 0, t.weight_stages);
+        }
+        Sums<kColumns> sums = {};
+        Loader<kChunk> loader(o, head, shared_address(stages));
+        int slot = 0, box_slot = -1;    // the stages of this step and of its box
+        for (int done = 0;;) {
+            const bool ready = done < loader.issued;    // else nothing is under way: at the beginning, in the end, and where a box had to wait for its stage
+            if (ready) loader.wait_for(done);
+            __syncthreads();
+            const int step = ready ? head.steps[done % kStepSlots].rows : 0;
+            const bool opened = box_slot >= 0;
+            if (step & kOpensBox) loader.boxes -= opened, box_slot = next_of(box_slot, t.input_stages);
+            // One warpgroup loads while the other multiplies.
+#pragma unroll 1
+            for (int turn = 0; turn < 2; turn++) {
+                if (turn == warpgroup) {
+                    loader.advance(done, t.input_stages + (!ready && opened));
+                    if (ready && threadIdx.x == 0) publish_steps(p, head, done + t.weight_stages, done + t.weight_stages + 1);
+                } else if (ready) {
+                    multiply<kColumns, kChunk>(loader.weight_stage(slot) + (t.split_m ? warpgroup * kRows * kChunk * 2 : 0), loader.input_stage(box_slot),
+                                               head.tile.run[warpgroup].b_row + warp * kColumns + (step & kRowsOfStep), sums);
+                }
+            }
+            if (ready) done++, slot = next_of(slot, t.weight_stages);
+            else if (done == loader.issued) break;
+        }
+        finish<kColumns>(o.a, head, tables, reinterpret_cast<float*>(stages), sums);
+    }
+}
+
+// Mean and reciprocal standard deviation of a group of a sample, a block each, from its channels' moments.
+__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ Parameters a) {
+    const int group = blockIdx.x % a.fusion.num_groups, n = blockIdx.x / a.fusion.num_groups, channels = a.fusion.group_channels;
+    ChannelSums total = {0, 0};
+    for (int c = threadIdx.x / 32; c < channels; c += kThreads / 32) {
+        const ChannelSums of_channel = sums_of_channel(a, n, group * channels + c);
+        total.sum += of_channel.sum, total.squares += of_channel.squares;
+    }
+    __shared__ ChannelSums warps[kThreads / 32];
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int i = 1; i < kThreads / 32; i++) total.sum += warps[i].sum, total.squares += warps[i].squares;
+    const GroupStatistics s = statistics_of(a, total);
+    a.fusion.mean[blockIdx.x] = s.mean, a.fusion.rstd[blockIdx.x] = s.rstd;
+}
+
+}  // namespace conv_sm80
+'''
+
+_SOURCES['conv_launch_sm80.cuh'] = r'''
+// The mma.sync convolution's launch.
+#pragma once
+
+#include "conv_plan.cuh"
+#include "conv_sm80.cuh"
+
+namespace conv_sm80 {
+
+template <int kBlockN, int kChunk> int launch_conv(const Operands& o, int multiprocessors, cudaStream_t stream) {
+    const Tiling& t = o.a.p.t;
+    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN, kChunk>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
+    const int64_t most = int64_t(multiprocessors) * blocks_of(kBlockN), blocks = t.tiles < most ? t.tiles : most;
+    conv_kernel<kBlockN, kChunk><<<unsigned(blocks), kThreads, shared_bytes(t), stream>>>(o);
+    return cudaGetLastError();
+}
+
+// The launches of the tensor cores from sm_80 up (conv_plan.cuh).
+struct Path {
+    // Shared memory that a block can have. SHARED_BYTES: of the architecture that this one is to be taken for.
+    static int shared_bytes(int device) {
+#ifdef SHARED_BYTES
+        return device >= 0 ? SHARED_BYTES : 0;
+#else
+        int bytes = 0;
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        return bytes;
+#endif
+    }
+    static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool, int multiprocessors, int device) {
+        return conv_sm80::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors, shared_bytes(device));
+    }
+    static bool normalizes(const Geometry&, int) { return false; }    // a fused convolution computes the statistics only
+
+    // out = the convolution of packed operands, with whatever `fusion` wants behind it.
+    static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
+                        void* out, const Fusion& fusion, cudaStream_t stream) {
+        const Problem& p = plan.problem;
+        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
+        const auto launch_chunk = [&](auto chunk) {
+            constexpr int kChunk = decltype(chunk)::value;
+            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, plan.multiprocessors, stream) : launch_conv<128, kChunk>(o, plan.multiprocessors, stream);
+        };
+        RETURN_IF_ERROR(p.t.chunk == 64 ? launch_chunk(std::integral_constant<int, 64>{}) : p.t.chunk == 32 ? launch_chunk(std::integral_constant<int, 32>{}) : launch_chunk(std::integral_constant<int, 16>{}));
+        return fusion.num_groups > 0 ? launch(statistics_kernel, p.N * fusion.num_groups, kThreads, stream, o.a) : int(cudaSuccess);
+    }
+};
+
+}  // namespace conv_sm80
+'''
+
+_SOURCES['conv_transpose3d_sm80.cu'] = r'''
+// Transposed convolution on the tensor cores from sm_80 up: mma.sync, cp.async.
+
+#include "conv_launch_sm80.cuh"
+#include "conv_transpose3d_forward.cuh"
+
+FORWARD_LAUNCHERS(sm80, conv_sm80::Path)
+'''
+
+_SOURCES['dweight_sm80.cuh'] = r'''
+// dweight.cuh by mma.sync, from sm_80 up.
+//
+// A block is 3 warpgroups, which share x and dout and have neighbouring taps h, or, where there is one tap h, neighbouring 64 rows of
+// GEMM_M. Each of a warpgroup's four warps has all of its 64 rows and a quarter of GEMM_N. A block of the grid is one group of taps and
+// channels and one part of GEMM_K. All threads load, by cp.async through a ring of stages; dout has zeros between its rows and behind
+// them, where x has its halo or what was there before.
+#pragma once
+
+#include "dweight.cuh"
+#include "ptx_sm80.cuh"
+
+namespace dweight_sm80 {
+
+using namespace dweight;
+
+constexpr int kThreads = 128 * kConsumers;
+constexpr int kColumnWarps = 4;
+
+struct Operands {
+    Parameters a;
+    const __half *x, *dout;         // packed
+    int x_pitch, dout_pitch;        // elements of a position
+};
+
+// What is loaded of a plane: `channels` channels of a position's, from `from` on.
+struct Plane { const __half* from; int pitch, height, width, channels; };
+
+// All threads: loads rows of shared memory, row_bytes each: `columns` of every `pitch` rows are positions, from (h0, w0) on; zeros for the
+// others and outside the plane.
+__device__ __forceinline__ void load_rows(uint32_t to, const Plane& plane, int h0, int w0, int rows, int columns, int pitch, int row_bytes) {
+    const int pieces = row_bytes / 16, at_once = kThreads / pieces, piece = threadIdx.x % pieces, step_h = at_once / pitch, step_w = at_once % pitch;
+    int row = threadIdx.x / pieces, h = h0 + row / pitch, column = row % pitch;
+    for (; row < rows; row += at_once) {
+        const int w = w0 + column;
+        const bool inside = column < columns && unsigned(h) < unsigned(plane.height) && unsigned(w) < unsigned(plane.width) && piece * 8 < plane.channels;
+        cp_async_16(to + swizzled(row, piece, row_bytes), inside ? plane.from + (int64_t(h) * plane.width + w) * plane.pitch + piece * 8 : plane.from, inside);
+        h += step_h, column += step_w;
+        if (column >= pitch) column -= pitch, h++;
+    }
+}
+
+__device__ __forceinline__ void load_stage(const Operands& o, const Group& g, const Box& b, uint32_t stage) {
+    const Problem& p = o.a.p;
+    const Tiling& t = p.t;
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int dout_boxes = min(t.dout_boxes, t.row_blocks - g.m), x_boxes = t.n_over_taps ? 1 : min(t.blocks, t.chunks - g.n);
+    const __half* x = o.x + (int64_t(b.n) * ad.sources + ad.first + b.d - ad.shift[g.td]) * ah.sources * aw.sources * o.x_pitch;
+    for (int j = 0; j < x_boxes; j++)
+        load_rows(stage + t.dout_boxes * t.dout_bytes + j * t.x_bytes, {x + (g.n + j) * t.chunk, o.x_pitch, ah.sources, aw.sources, t.chunk},
+                  first_row(p, g) + b.h0, first_column(p) + b.w0, t.box_rows * t.pitch, t.pitch, t.pitch, t.chunk * 2);
+    const __half* dout = o.dout + (int64_t(b.n) * ad.positions + b.d) * ah.positions * aw.positions * o.dout_pitch;
+    for (int j = 0; j < dout_boxes; j++)
+        load_rows(stage + j * t.dout_bytes, {dout + (g.m + j) * kRows, o.dout_pitch, min(ah.positions, b.h0 + t.rows), aw.positions, o.dout_pitch - (g.m + j) * kRows},
+                  b.h0, b.w0, t.steps * 16, t.tile_w, t.pitch, kRows * 2);
+}
+
+// --------------------------------------------------------------------------------------------------------- Kernel
+
+// Grid: (group, split), groups fastest, so that the blocks which read the same boxes run together.
+template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_kernel(const __grid_constant__ Operands o) {
+    extern __shared__ __align__(1024) uint8_t stages[];
+    const Parameters& a = o.a;
+    const Tiling& t = a.p.t;
+    const int index = blockIdx.x % t.groups, split = blockIdx.x / t.groups;
+    const Group g(t, a.p.s, index);
+    if (!is_live(a.p, g)) return;
+    for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+
+    const Boxes boxes(a.p, g.td);
+    const int begin = int(int64_t(boxes.count) * split / t.splits), end = int(int64_t(boxes.count) * (split + 1) / t.splits);
+    const int consumer = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const bool live = is_live(a.p, g, consumer);
+
+    // Where this lane's rows of 8 x 8 matrices begin in a stage: 8 positions, 8 rows of GEMM_M or columns of GEMM_N.
+    constexpr int kColumns = kBlockN / kColumnWarps;
+    const int row_bytes = t.chunk * 2, matrix = lane / 8;
+    uint32_t dout_at[4], x_at[kColumns / 16];
+#pragma unroll
+    for (int m = 0; m < 4; m++) dout_at[m] = (t.m_over_taps ? 0 : consumer) * t.dout_bytes + swizzled(matrix / 2 * 8 + lane % 8, m * 2 + matrix % 2, kRows * 2);
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; j++) {
+        const int column = warp * kColumns + j * 16, block = column / t.chunk, piece = column % t.chunk / 8 + matrix / 2;
+        const int row = (live ? first_shift(a.p, g, consumer) : 0) + (t.n_over_taps ? block * step_w(a.p.s) : 0) + matrix % 2 * 8 + lane % 8;
+        x_at[j] = t.dout_boxes * t.dout_bytes + (t.n_over_taps ? 0 : block * t.x_bytes) + swizzled(row, piece, row_bytes);
+    }
+
+    float d[4][kColumns / 8][4] = {};
+    float4* partial = reinterpret_cast<float4*>(a.partial) + ((int64_t(split) * t.groups + index) * kConsumers + consumer) * (kBlockN / 8 * 128);
+    bool first = true;
+    int sample = -1, shift_x = 0, shift_dout = 0, chain = 0;
+    auto flush = [&] {
+        const ScaleBack back(shift_x, shift_dout);
+#pragma unroll
+        for (int m = 0; m < 4; m++)
+#pragma unroll
+            for (int j = 0; j < kColumns / 8; j++) {
+                float4& sum = partial[(warp * (kColumns / 8) + j) * 128 + m * 32 + lane];
+                const float4 before = first ? make_float4(0, 0, 0, 0) : sum;
+                sum = make_float4(before.x + back(d[m][j][0]), before.y + back(d[m][j][1]), before.z + back(d[m][j][2]), before.w + back(d[m][j][3]));
+#pragma unroll
+                for (int e = 0; e < 4; e++) d[m][j][e] = 0.0f;
+            }
+        first = false, chain = 0;
+    };
+    const uint32_t base = shared_address(stages);
+    for (int i = 0; i < t.stages - 1; i++) {
+        if (begin + i < end) load_stage(o, g, box_of(a.p, boxes, begin + i), base + i * t.stage_bytes);
+        cp_async_commit_group();
+    }
+    for (int i = begin; i < end; i++) {
+        const int n = box_of(a.p, boxes, i).n;
+        if (n != sample) {
+            const int next_x = scaled_half::shift_of(a.x_max[n]), next_dout = scaled_half::shift_of(a.dout_max[n]);
+            if (sample >= 0 && (next_x != shift_x || next_dout != shift_dout)) flush();
+            sample = n, shift_x = next_x, shift_dout = next_dout;
+        }
+        if (chain >= kChain) flush();
+        chain += t.steps * 16;
+        if (t.stages == 2) cp_async_wait_group<0>();
+        else cp_async_wait_group<1>();
+        __syncthreads();
+        const int next = i + t.stages - 1;
+        if (next < end) load_stage(o, g, box_of(a.p, boxes, next), base + (next - begin) % t.stages * t.stage_bytes);
+        cp_async_commit_group();
+        if (!live) continue;
+        const uint32_t stage = base + (i - begin) % t.stages * t.stage_bytes;
+#pragma unroll 1
+        for (int step = 0; step < t.steps; step++) {
+            uint32_t dout[4][4], x[kColumns / 16][4];
+#pragma unroll
+            for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4_transposed(x[j], stage + x_at[j] + step * 16 * row_bytes);
+#pragma unroll
+            for (int m = 0; m < 4; m++) ldmatrix_x4_transposed(dout[m], stage + dout_at[m] + step * 16 * kRows * 2);
+#pragma unroll
+            for (int m = 0; m < 4; m++)
+#pragma unroll
+                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(d[m][j], dout[m], x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
+        }
+    }
+    flush();
+}
+
+// ------------------------------------------------------------------------------------------------------- Launcher
+
+template <int kBlockN> int launch_dweight(const Operands& o, cudaStream_t stream) {
+    const Tiling& t = o.a.p.t;
+    const int shared = t.stages * t.stage_bytes;
+    RETURN_IF_ERROR(cudaFuncSetAttribute(dweight_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    dweight_kernel<kBlockN><<<unsigned(t.groups * t.splits), kThreads, shared, stream>>>(o);
+    return cudaGetLastError();
+}
+
+// dweight from packed x and dout.
+inline int differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
+    const Operands o = {a, x.copy, dout.copy, int(x.phase_channels), int(dout.phase_channels) * dout.phases()};
+    switch (a.p.t.block_n) {
+        case 64: RETURN_IF_ERROR(launch_dweight<64>(o, stream)); break;
+        case 128: RETURN_IF_ERROR(launch_dweight<128>(o, stream)); break;
+        default: RETURN_IF_ERROR(launch_dweight<192>(o, stream)); break;
+    }
+    return add_parts(a, dtype, dweight, stream);
+}
+
+}  // namespace dweight_sm80
+'''
+
+_SOURCES['conv_transpose3d_gradients_sm80.cu'] = r'''
+// Gradients of a transposed convolution on the tensor cores from sm_80 up: mma.sync, cp.async.
+
+#include "conv_launch_sm80.cuh"
+#include "conv_transpose3d_gradients.cuh"
+#include "dweight_sm80.cuh"
+
+namespace gradients_sm80 {
+
+struct Path : conv_sm80::Path {
+    static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
+        return dweight_sm80::differentiate(a, x, dout, dtype, dweight, stream);
+    }
+};
+
+}  // namespace gradients_sm80
+
+GRADIENTS_LAUNCHERS(sm80, gradients_sm80::Path)
+'''
+
+_SOURCES['ptx_sm90.cuh'] = r'''
+// PTX instructions of sm_90a, one per wrapper, named after it. Reference: the PTX ISA's chapters "Asynchronous warpgroup
+// level matrix instructions", "mbarrier" and "cp.async.bulk.tensor".
+#pragma once
+
+#include <cuda.h>
+
+#include "ptx_sm80.cuh"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HAS_SM90A 1
+#endif
+
+// -------------------------------------------------------------------------------------------------- Shared memory
+
+// Orders this thread's ordinary shared-memory writes before later accesses by the copy engine and the tensor cores.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same for memory of any space, the global one included.
+__device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// barrier.sync among `threads` threads of the block
+__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// barrier.arrive: the same, without waiting
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ------------------------------------------------------------------------------------------------------- mbarrier
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Waits until the phase of this parity has completed.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+
+// A ring of stages: the position of one of its users.
+struct RingPosition {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void advance(int stages) {
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------- Global memory flags
+
+__device__ __forceinline__ unsigned ld_acquire_gpu(const unsigned* p) {
+    unsigned v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void red_release_gpu(unsigned* p, unsigned v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+
+// ------------------------------------------------------------------------------------- Tensor memory access (copy engine)
+
+__device__ __forceinline__ void tma_load_3d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 ::"r"(shared_address(destination)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+__device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+                 ::"r"(shared_address(destination)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
+}
+
+// What lies outside the tensor is left out.
+__device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+                 ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+
+// 16-byte aligned runs of bytes, without a tensor map
+__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(destination)), "l"(source), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until all but kPending of this thread's groups are complete, or have read their source.
+template <int kPending> __device__ __forceinline__ void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory"); }
+template <int kPending> __device__ __forceinline__ void bulk_wait_group_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory"); }
+
+// cuTensorMapEncodeTiled, looked up at run time so that nothing links libcuda.
+using TensorMapEncode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                                     CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+static TensorMapEncode tensor_map_encode() {
+    static const TensorMapEncode encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+        return reinterpret_cast<TensorMapEncode>(function);
+    }();
+    return encode;
+}
+
+// The swizzle whose span is one row of a tile: 128, 64 or 32 bytes.
+inline CUtensorMapSwizzle swizzle_of(int row_bytes) {
+    return row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
+}
+
+// A map of a dense tensor; dims and box fastest first, zeros outside the tensor.
+template <int kRank> int make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, CUtensorMapSwizzle swizzle, const void* base, const int64_t (&dims)[kRank], const int (&box)[kRank]) {
+    cuuint64_t sizes[kRank], strides[kRank];
+    cuuint32_t boxes[kRank], steps[kRank];
+    cuuint64_t stride = element_bytes;
+    for (int i = 0; i < kRank; i++) {
+        sizes[i] = dims[i], boxes[i] = box[i], steps[i] = 1;
+        stride *= dims[i];
+        strides[i] = stride;
+    }
+    if (!tensor_map_encode()) return cudaErrorNotSupported;
+    const CUresult result = tensor_map_encode()(map, type, kRank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                                swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// --------------------------------------------------------------------------------------------------------- wgmma
+
+#ifdef HAS_SM90A
+
+template <int kRegisters> __device__ __forceinline__ void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+template <int kRegisters> __device__ __forceinline__ void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending> __device__ __forceinline__ void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
+
+// Keeps the compiler from using a register's value ahead of this point.
+__device__ __forceinline__ void keep_after(float& v) { asm volatile("" : "+f"(v)::"memory"); }
+
+// An operand in rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address. K-major: a row
+// is one of GEMM_M or GEMM_N. Transposed: a row is one of GEMM_K, and where it is shorter than GEMM_M or GEMM_N, the next
+// elements are in rows `block_stride` bytes further on.
+// The hardware swizzles absolute addresses, so the address may be any row of a tile, not only a multiple of eight.
+__device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int block_stride = 16) {
+    const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+    return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
+}
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t address) { return base | (address & 0x3ffff) >> 4; }
+
+// d (64, 2 * registers) += a * b; fp16 operands in shared memory, K-major (0) or both transposed (1), fp32 sums in registers:
+// element i of lane l in warp w is row 16 * w + l / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + l % 4 * 2 + i % 2.
+#define REGS10(t) "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
+#define ACC10(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9])
+
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[32], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, 1, 1, 1, %34, %34;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "n"(kTransposed));
+}
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, 1, 1, 1, %66, %66;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "n"(kTransposed));
+}
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[80], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, 1, 1, 1, %82, %82;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70) : "l"(a), "l"(b), "n"(kTransposed));
+}
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[96], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " "%90, %91, %92, %93, %94, %95" "}, %96, %97, 1, 1, 1, %98, %98;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]) : "l"(a), "l"(b), "n"(kTransposed));
+}
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[112], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111" "}, %112, %113, 1, 1, 1, %114, %114;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]) : "l"(a), "l"(b), "n"(kTransposed));
+}
+template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[116], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, 1, 1, 1, %118, %118;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b), "n"(kTransposed));
+}
+
+#undef REGS10
+#undef ACC10
+
+#endif  // HAS_SM90A
+'''
+
+_SOURCES['tiling_sm90.h'] = r'''
+// The Hopper convolution's choice among the ways to cut its work.
+#pragma once
+
+#include <initializer_list>
+
+#include "conv_tiling.h"
+
+namespace conv_sm90 {
+
+using namespace conv;
+
+constexpr int kSharedBytes = 227 * 1024;
+
+inline int64_t shared_bytes(const Tiling& t) {
+    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
+}
+
+// The tiling of least estimated time, or one of block_n 0 where none fits into shared memory. groups: of the split, or 1.
+inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool fused, int multiprocessors) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    const int halo_w = w.shift[w.taps - 1];
+    Tiling best = {};
+    double best_time = 0;
+    for (int packing = 0; packing < 3; packing++)
+    for (int split_m = 0; split_m < 2; split_m++)
+    for (int block_n : {232, 224, 192, 160, 128, 64})
+    for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
+    for (int taps_per_box : {h.taps, 1})
+    for (int input_stages : {2, 3, 4, 6})
+    for (int item_taps : {1, w.taps, h.taps * w.taps}) {
+        Tiling t = {};
+        t.input_stages = input_stages;
+        t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
+        t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
+        if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
+        t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
+        if (t.rows.packed_phases > 8) continue;
+        t.rows.octets = 8 / t.rows.packed_phases;
+        if (!set_channels(t, s, source_channels, channels, groups)) continue;
+        const bool many = item_taps > 1;
+        t.item_taps = item_taps, t.items = many ? item_taps * t.products : 1;
+        if (many && (split_m || t.items > kMaxItems || (item_taps > w.taps && taps_per_box < h.taps) || s.source_phases() > 1)) continue;
+        t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
+        t.pitch = box_pitch(w, t.tile_w, strips);
+        if (t.pitch > 256 || !cut_runs(t, s)) continue;
+        lay_out_regions(t, s, true);
+        const int64_t row_bytes = 2 * t.chunk;
+        t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
+        t.weight_bytes = t.items * kRows * row_bytes;
+        t.weight_rings = split_m ? 2 : 1;
+        t.norm_stages = fused ? 4 : 0;
+        t.buffers = 2;
+        if (kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
+        const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
+        if (left_bytes < (many ? 3 : 6) * t.weight_bytes) continue;
+        t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
+        // With one ring, the stages between the two warpgroups are not there to load weights in advance.
+        const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
+        t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
+        if (fused) t.norm_stages += (left_bytes - int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes) / kNormBytes;
+        if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
+        if (!count_tiles(t, s, samples)) continue;
+        t.column_warps = 1;
+        // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
+        const double steps = steps_of(t, s), boxes = boxes_of(t, s);
+        // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
+        // cache; and longer where the stages that are not in use do not cover that one's latency.
+        const double weight_cycles = t.weight_rings * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
+        const double lead = (t.weight_stages - (split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
+        const double box_bytes = t.box_bytes(), box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
+        double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        products = products > box_time ? products : box_time;
+        // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
+        const double instructions = steps / (t.chunk / 16) * (many ? 100 + 600.0 / t.items : 600) + boxes * 600 + block_n * (t.dense ? 15 : 20);
+        products = products > instructions ? products : instructions;
+        const double loads = (steps * t.weight_rings * kRows * 16 * 2 + boxes * box_bytes) / 21;
+        products = products > loads ? products : loads;
+        const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
+        // A warp issues the copies of a run's pieces one after another.
+        const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
+        const double store_time = t.bulk ? pieces * 50 * (split_m ? 1 : 2) : 0;
+        if (products < store_time) products = store_time;
+        const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
+        const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
+        const double time = waves * (tile + 400);
+        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+    }
+    return best;
+}
+
+}  // namespace conv_sm90
+'''
+
+_SOURCES['conv_sm90.cuh'] = r'''
+// Convolution of stride 1 on Hopper's tensor cores, which is a transposed convolution of any stride (stencil.h), alone or with
+// ReLU and GroupNorm behind it.
+//
+// Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = (channel, phase) of the
+// output, GEMM_N = positions of one (n, d) plane of the grid, GEMM_K = (tap, source channel). tiling_sm90.h tells how it is cut.
+//
+// A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. A box of the source
+// plane, halo included, is copied once for all taps (h, w); a tap is a shift of the wgmma descriptor's start address by whole
+// rows of shared memory. One consumer is some taps ahead of the other, so that its epilogue overlaps the other's products. An
+// epilogue stages the outputs in shared memory in the order of global memory; producer warps store them by bulk copies.
+// Consumers that have different rows get their weights through a ring each, from a producer warp each, which also stores that
+// one's outputs. Consumers that have the same rows share one ring: one producer warp loads, the other stores.
+//
+// Fused: the epilogue stores relu(out) and, per run and row, the mean and the sum of squared deviations; other warps of the
+// producer's warpgroup normalize the samples that are complete while the tensor cores work on the next (normalizer_sm90.cuh).
+#pragma once
+
+#include "conv_epilogue.cuh"
+#include "ptx_sm90.cuh"
+#include "tiling_sm90.h"
+
+namespace conv_sm90 {
+
+constexpr int kThreads = 384;
+constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
+constexpr int kTileSlots = 3;
+static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
 // A stage of the ring through which samples are normalized.
 struct NormPiece {
@@ -3027,7 +4553,8 @@ struct Producer {
             bulk_commit_group();
         } else if (stores_bulk(a)) {
             float* out = static_cast<float*>(a.out);
-            for_each_piece(a.p, *storing, run, threadIdx.x % 32, 32, [&](int64_t at, int staged, int count) {
+            for_each_piece(a.p, *storing, run, threadIdx.x % 32, regions_of(a.p, run), 32, [&](int64_t at, int region, int offset, int count) {
+                const int staged = region * a.p.t.region_stride + offset;
                 const int head = min(count, int(-at & 3)), body = (count - head) / 4 * 4;
                 if (body > 0) bulk_store(out + at + head, buffer + staged + head, body * 4);
 #pragma unroll 1
@@ -3150,17 +4677,6 @@ struct Producer {
 };
 
 // ------------------------------------------------------------------------------------------------------- Consumer
-
-__device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
-    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
-    return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
-}
-
-__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v) {
-    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
-    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
-    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
-}
 
 // One of the two rows that a lane has of each tile: row 16 * warp + lane / 4, and the one 8 further, in the next granule.
 struct LaneRow {
@@ -3300,12 +4816,6 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
 
 // ------------------------------------------------------------------------------------------------------- Epilogue
 
-// Sum over the four lanes that share a row.
-__device__ __forceinline__ float quad_sum(float v) {
-    v += __shfl_xor_sync(~0u, v, 1);
-    return v + __shfl_xor_sync(~0u, v, 2);
-}
-
 // Where a lane's row is staged.
 __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& tile, const LaneRow& row) {
     const Run& run = tile.run[me.warpgroup];
@@ -3414,8 +4924,8 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
     if (!stores_bulk(a)) {
         me.sync();
         const float* buffer = me.buffer();
-        for_each_piece(p, tile, run, threadIdx.x / 32 % 4, 4, [&](int64_t at, int place, int count) {
-            for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[place + k]);
+        for_each_piece(p, tile, run, threadIdx.x / 32 % 4, regions_of(p, run), 4, [&](int64_t at, int region, int offset, int count) {
+            for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[region * t.region_stride + offset + k]);
         });
     }
     if (a.fusion.num_groups > 0) {
@@ -3490,8 +5000,6 @@ __device__ __forceinline__ void wait_for_sample(const Parameters& a, int n) {
     while (ld_acquire_gpu(a.workspace.runs_done + n) < a.p.t.sample_tiles * 2) __nanosleep(100);
 }
 
-struct GroupStatistics { double mean, rstd; };
-
 // One thread: the statistics of a group of a sample, from the sums of its channels.
 __device__ __forceinline__ GroupStatistics group_statistics(const Parameters& a, int n, int group) {
     const int channels = a.fusion.group_channels;
@@ -3513,8 +5021,7 @@ __device__ __forceinline__ GroupStatistics group_statistics(const Parameters& a,
         for (int i = 0; i < kBatch; i++)
             if (first + i < channels) sum += __longlong_as_double(s[i] ^ kPresent), squares += __longlong_as_double(q[i] ^ kPresent);
     }
-    const double values = double(channels) * a.p.out_volume, mean = sum / values, variance = squares / values - mean * mean;
-    return {mean, 1 / sqrt((variance < 0 ? 0 : variance) + a.fusion.eps)};
+    return statistics_of(a, {sum, squares});
 }
 
 __device__ __forceinline__ void leave_statistics(const Parameters& a, int n, int group) {
@@ -3528,27 +5035,17 @@ __device__ __forceinline__ void leave_statistics(const Parameters& a, int n, int
 __device__ __forceinline__ unsigned take_ticket(unsigned* queue, unsigned count) { return __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(queue, count) : 0, 0); }
 
 // One warp: of a sample, once it is complete, the sums of those channels that nobody has taken, each in a fixed order, and the
-// statistics of the groups that begin with them. Sums of squares in float64 lose nothing that float32 had.
+// statistics of the groups that begin with them.
 __device__ __forceinline__ void combine_sample(const Parameters& a, int n) {
     const Problem& p = a.p;
-    const int lane = threadIdx.x % 32, parts = parts_of_sample(p), group_channels = a.fusion.group_channels;
-    const float* counts = a.workspace.counts + int64_t(n) * parts;
+    const int lane = threadIdx.x % 32, group_channels = a.fusion.group_channels;
     int first = -1;    // a channel that begins a group
     while (true) {
         const int channel = take_ticket(a.workspace.channel_tickets + n, 1);
         if (channel >= p.C_out) break;
         wait_for_sample(a, n);
-        const float2* moments = a.workspace.moments + int64_t(n) * parts * p.t.channels() + channel;
-        double sum = 0, squares = 0;
-#pragma unroll 8
-        for (int part = lane; part < parts; part += 32) {
-            const double count = __ldcg(counts + part);
-            const float2 m = __ldcg(moments + int64_t(part) * p.t.channels());
-            sum += count == 0 ? 0 : count * m.x;
-            squares += count == 0 ? 0 : m.y + count * m.x * m.x;
-        }
-        for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset), squares += __shfl_xor_sync(~0u, squares, offset);
-        if (lane == 0) publish(a.workspace.channel_sums + n * p.C_out + channel, sum), publish(a.workspace.channel_sums + (p.N + n) * p.C_out + channel, squares);
+        const ChannelSums sums = sums_of_channel(a, n, channel);
+        if (lane == 0) publish(a.workspace.channel_sums + n * p.C_out + channel, sums.sum), publish(a.workspace.channel_sums + (p.N + n) * p.C_out + channel, sums.squares);
         if (channel % group_channels == 0) {
             if (first >= 0) leave_statistics(a, n, first / group_channels);
             first = channel;
@@ -3657,15 +5154,11 @@ __device__ __forceinline__ void normalize_rows(const SharedParts& shared, int no
 '''
 
 _SOURCES['conv_launch_sm90.cuh'] = r'''
-// The Hopper convolution's kernel, and what a launcher needs to run it: the plan of a shape, scratch memory, packed operands.
+// The Hopper convolution's kernel and its launch.
 #pragma once
 
-#include <cstring>
-#include <map>
-#include <mutex>
-
+#include "conv_plan.cuh"
 #include "conv_sm90.cuh"
-#include "direct_generic.cuh"
 #include "normalizer_sm90.cuh"
 
 namespace conv_sm90 {
@@ -3715,117 +5208,6 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 #endif
 }
 
-// ----------------------------------------------------------------------------------------------------------- Plan
-
-enum class Use { kForward, kFused, kDInput };
-
-// What was found for a shape, a use and a device, once. (To be held by static functions: an inline function's static variables would
-// be shared with other builds of this file in the same process.)
-template <typename T> class Memo {
-public:
-    template <typename F> const T& get(const Geometry& g, int64_t use, int device, F find) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        const Key key = {g, use, device};
-        const auto found = values_.find(key);
-        return found != values_.end() ? found->second : values_[key] = find();
-    }
-
-private:
-    struct Key {
-        Geometry g;
-        int64_t use, device;
-        bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
-    };
-    std::mutex mutex_;
-    std::map<Key, T> values_;
-};
-
-// How the convolution of some shape is done.
-struct Plan {
-    Problem problem;
-    Direction direction;
-    int64_t source_channels;
-    bool repairs;                // some packed weights are zeros that stand for nothing, and must not meet an infinite input
-    int multiprocessors;
-};
-
-inline Plan make_plan(const Geometry& g, Use use, int device) {
-    const bool forward = use != Use::kDInput;
-    Plan plan = {};
-    plan.direction = forward ? Direction::kForward : Direction::kDInput;
-    cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    plan.source_channels = forward ? g.C_in : g.C_out;
-    plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
-    if (has_stencil(g)) {
-        plan.problem.s = make_stencil(plan.direction, g);
-        plan.repairs = g.groups > 1;
-        for (const StencilAxis& a : plan.problem.s.axis)
-            for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
-        const bool split = forward && g.groups > 1;
-        if (!split || can_split(g))
-            plan.problem.t = choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, use == Use::kFused, plan.multiprocessors);
-    }
-    return plan;
-}
-
-static const Plan& plan_of(const Geometry& g, Use use, int device) {
-    static Memo<Plan> plans;
-    return plans.get(g, int64_t(use), device, [&] { return make_plan(g, use, device); });
-}
-
-// -------------------------------------------------------------------------------------------------- Scratch memory
-
-// Takes pieces of the memory from `base` on (null where only their sizes are wanted), those that start at zero first.
-class Scratch {
-public:
-    explicit Scratch(void* base) : base_(static_cast<uint8_t*>(base)) {}
-    template <typename T> T* take(int64_t count) {
-        T* p = reinterpret_cast<T*>(base_ + bytes_);
-        bytes_ += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
-        return p;
-    }
-    template <typename T> T* take_zeroed(int64_t count) {
-        T* p = take<T>(count);
-        zeroed_ = bytes_;
-        return p;
-    }
-    int64_t bytes() const { return bytes_; }
-    int zero(cudaStream_t stream) const { return cudaMemsetAsync(base_, 0, zeroed_, stream); }
-
-private:
-    uint8_t* base_;
-    int64_t bytes_ = 0, zeroed_ = 0;
-};
-
-inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) {
-    Workspace w = {};
-    w.tile_ticket = scratch.take_zeroed<unsigned>(1);
-    if (!fused) return w;
-    const int64_t parts = parts_of_sample(p);
-    w.channel_tickets = scratch.take_zeroed<unsigned>(p.N), w.item_tickets = scratch.take_zeroed<unsigned>(p.N);
-    w.runs_done = scratch.take_zeroed<unsigned>(p.N);
-    w.channel_sums = scratch.take_zeroed<unsigned long long>(2 * p.N * p.C_out);
-    w.counts = scratch.take_zeroed<float>(p.N * parts);
-    w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
-    return w;
-}
-
-// These take the memory of the copies of an activation and of a weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
-    scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
-    a.x = x, a.max = max;
-    a.copy = scratch.take<__half>(a.copied());
-    return a;
-}
-
-inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
-    const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr};
-    weight.copy = scratch.take<__half>(weight.copied());
-    weight.max = scratch.take<unsigned>(p.C_out);
-    return weight;
-}
-
 // ------------------------------------------------------------------------------------------------------- Launcher
 
 template <int kBlockN>
@@ -3837,358 +5219,70 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
     return cudaGetLastError();
 }
 
-// Computes the samples with non-finite inputs once more, without the zeros that the tensor cores multiply them by.
-template <Direction kDirection>
-int repair(const Plan& plan, const Geometry& g, int dtype, const scaled_half::SampleMax* max, const void* source, const void* w, const void* bias, bool apply_relu, void* out, void* stream) {
-    if (!plan.repairs) return cudaSuccess;
-    return direct_generic::direct<kDirection>(g, dtype, stream, {&max->non_finite, int(sizeof(*max) / sizeof(unsigned))}, source, w, bias, apply_relu, out);
-}
-
-// out = the convolution of packed operands, with whatever `fusion` wants behind it.
-inline int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
-                    void* out, const Fusion& fusion, cudaStream_t stream) {
-    const Problem& p = plan.problem;
-    const Tiling& t = p.t;
-    const StencilAxis* axis = p.s.axis;
-    CUtensorMap x_map, w_map, out_map = {};
-    const CUtensorMapSwizzle swizzle = swizzle_of(t.chunk * 2);
-    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
-    if (t.tensor_store && dtype == kFloat32)
-        RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
-    const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion};
-    switch (t.block_n) {
-        case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-        case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-        case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-        case 160: return launch_conv<160>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-        case 128: return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-        default: return launch_conv<64>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+// The convolution's launches on Hopper (conv_plan.cuh).
+struct Path {
+    static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool fused, int multiprocessors, int) {
+        return conv_sm90::choose_tiling(s, samples, source_channels, channels, groups, fused, multiprocessors);
     }
-}
+    // Whether a fused convolution normalizes too, not only computes the statistics. The copy engine moves float32 rows whose length
+    // is a multiple of 16 bytes.
+    static bool normalizes(const Geometry& g, int dtype) { return dtype == kFloat32 && out_volume(g) % 4 == 0; }
+
+    // out = the convolution of packed operands, with whatever `fusion` wants behind it.
+    static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
+                        void* out, const Fusion& fusion, cudaStream_t stream) {
+        const Problem& p = plan.problem;
+        const Tiling& t = p.t;
+        const StencilAxis* axis = p.s.axis;
+        CUtensorMap x_map, w_map, out_map = {};
+        const CUtensorMapSwizzle swizzle = swizzle_of(t.chunk * 2);
+        RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+        RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
+        if (t.tensor_store && dtype == kFloat32)
+            RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
+        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion};
+        switch (t.block_n) {
+            case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 160: return launch_conv<160>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 128: return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            default: return launch_conv<64>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+        }
+    }
+};
 
 }  // namespace conv_sm90
 '''
 
 _SOURCES['conv_transpose3d_sm90.cu'] = r'''
-// Transposed convolution on Hopper's tensor cores, alone or with ReLU and GroupNorm behind it.
-//
-//   out[n, co, o] = bias[co] + sum over ci, k of x[n, ci, i] * w[ci, co, k] with i * stride - padding + k * dilation = o
-//
-//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
-//
-// Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
+// Transposed convolution on Hopper: wgmma, TMA.
 
 #include "conv_launch_sm90.cuh"
-#include "group_norm.cuh"
+#include "conv_transpose3d_forward.cuh"
 
-namespace conv_transpose3d_sm90 {
-
-using namespace conv_sm90;
-
-struct Memory {
-    Scratch scratch;
-    Workspace workspace;
-    scaled_half::Activation source;
-    scaled_half::Weight weight;
-    Memory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
-        const Problem& p = plan.problem;
-        auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
-        workspace = take_workspace(scratch, p, fused);
-        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
-        weight = take_weight(scratch, plan, g, w);
-    }
-};
-
-static int run(const Geometry& g, int dtype, int device, void* stream_pointer, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion) {
-    const auto stream = static_cast<cudaStream_t>(stream_pointer);
-    const bool fused = fusion.num_groups > 0;
-    const Plan& plan = plan_of(g, fused ? Use::kFused : Use::kForward, device);
-    if (plan.problem.t.block_n == 0) return cudaErrorNotSupported;
-    const Memory memory(g, plan, fused, base, x, w);
-    RETURN_IF_ERROR(memory.scratch.zero(stream));
-    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
-    RETURN_IF_ERROR(convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream));
-    if (fused) return cudaSuccess;    // a group with a value that is not finite is NaN as a whole
-    return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
-}
-
-static int64_t workspace_bytes(const Geometry& g, bool fused, int device) {
-    return Memory(g, plan_of(g, fused ? Use::kFused : Use::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
-}
-
-}  // namespace conv_transpose3d_sm90
-
-// ---------------------------------------------------------------------------------------------------- Launchers
-
-// Whether a tiling fits: 1 or 0.
-extern "C" int conv_transpose3d_sm90_supports(const Geometry* g, int device) {
-    return conv_sm90::plan_of(*g, conv_sm90::Use::kFused, device).problem.t.block_n > 0;
-}
-
-extern "C" int64_t conv_transpose3d_forward_sm90_workspace(const Geometry* g, int, int device) { return conv_transpose3d_sm90::workspace_bytes(*g, false, device); }
-
-extern "C" int conv_transpose3d_forward_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
-                                             const void* x, const void* w, const void* bias, int apply_relu, void* out) {
-    DeviceGuard guard(device);
-    return conv_transpose3d_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, apply_relu != 0, out, conv_sm90::Fusion{});
-}
-
-extern "C" int64_t conv_transpose3d_relu_group_norm_forward_sm90_workspace(const Geometry* g, int, int device) { return conv_transpose3d_sm90::workspace_bytes(*g, true, device); }
-
-// activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.
-extern "C" int conv_transpose3d_relu_group_norm_forward_sm90(const Geometry* g, int dtype, int y_dtype, int device, void* stream, void* workspace,
-                                                             const void* x, const void* w, const void* bias, const void* gamma, const void* beta, int num_groups, double eps,
-                                                             void* activation, void* y, double* statistics) {
-    DeviceGuard guard(device);
-    // The copy engine moves float32 rows whose length is a multiple of 16 bytes; the rest is normalized by a kernel of its own.
-    const bool in_kernel = dtype == kFloat32 && out_volume(*g) % 4 == 0;
-    double* rstd = statistics + g->N * num_groups;
-    const conv_sm90::Fusion fusion = {num_groups, int(g->C_out) / num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
-    RETURN_IF_ERROR(conv_transpose3d_sm90::run(*g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion));
-    if (in_kernel) return cudaSuccess;
-    const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
-    return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
-        return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
-    });
-}
-'''
-
-_SOURCES['dweight_tiles_sm90.h'] = r'''
-// How the Hopper kernel for dweight cuts its work, and which element is where: for host and device. dweight_sm90.cuh tells the method.
-#pragma once
-
-#include "tiling_sm90.h"
-
-namespace dweight_sm90 {
-
-using conv_sm90::kSharedBytes;
-
-constexpr int kConsumers = 3;
-constexpr int kRows = 64;              // GEMM_M of a consumer
-constexpr int kMaxStages = 6;
-constexpr int kHeadBytes = 1024;
-
-// --------------------------------------------------------------------------------------------------------- Tiling
-
-struct Tiling {
-    int block_n;                       // GEMM_N: 64, 128 or 192
-    int chunk, blocks;                 // channels of x in a row of shared memory, and how many such columns of GEMM_N are used
-    bool n_over_taps, m_over_taps;     // what GEMM_N and the consumers have neighbours of
-    int row_blocks, chunks;            // of GEMM_M, of 64 rows; of x
-    int tile_w, strips, rows, row_groups, pitch;    // a stage has `rows` rows of a strip
-    int steps, box_rows;               // of 16 positions; rows of x
-    int dout_bytes, x_bytes;           // of a box
-    int dout_boxes, x_boxes, stage_bytes, stages;
-    int groups_m, groups_n, groups_h, groups_w, groups, splits;
-};
-
-struct Problem {
-    Stencil s;                         // the forward's
-    Tiling t;
-    int64_t N, C_in, C_out, groups, dout_phase_channels;
-};
-
-// What a group has, by its index.
-struct Group {
-    int m, n, td, th, tw;              // first row block, first chunk of x, taps; the first of several
-    HOST_DEVICE Group(const Tiling& t, const Stencil& s, int index) {
-        auto take = [&index](int count) { const int digit = index % count; index /= count; return digit; };
-        m = take(t.groups_m) * (t.m_over_taps ? 1 : kConsumers);
-        n = take(t.groups_n) * (t.n_over_taps ? 1 : t.blocks);
-        tw = take(t.groups_w) * t.blocks * (t.n_over_taps ? 1 : 0);
-        th = take(t.groups_h) * (t.m_over_taps ? kConsumers : 1);
-        td = take(s.axis[0].taps);
-    }
-};
-
-// What a consumer of a group has.
-HOST_DEVICE int row_block(const Tiling& t, const Group& g, int consumer) { return g.m + (t.m_over_taps ? 0 : consumer); }
-HOST_DEVICE int tap_h(const Tiling& t, const Group& g, int consumer) { return g.th + (t.m_over_taps ? consumer : 0); }
-// The last tap w of a group is its first block of columns, so that the next blocks are further on in x.
-HOST_DEVICE int last_tap_w(const Tiling& t, const Stencil& s, const Group& g) {
-    const int last = g.tw + (t.n_over_taps ? t.blocks : 1) - 1;
-    return last < s.axis[2].taps ? last : s.axis[2].taps - 1;
-}
-
-// Whether some row of the consumer's block has a weight at its taps (d, h).
-HOST_DEVICE bool is_live(const Problem& a, const Group& g, int consumer) {
-    const StencilAxis &ad = a.s.axis[0], &ah = a.s.axis[1], &aw = a.s.axis[2];
-    const int th = tap_h(a.t, g, consumer), block = row_block(a.t, g, consumer);
-    if (th >= ah.taps || block >= a.t.row_blocks) return false;
-    for (int64_t c = int64_t(block) * kRows; c < int64_t(block + 1) * kRows; c += a.dout_phase_channels - c % a.dout_phase_channels) {
-        const int phase = int(c / a.dout_phase_channels);
-        if (phase < a.s.phases() && ad.live[phase / aw.phases / ah.phases] >> g.td & 1 && ah.live[phase / aw.phases % ah.phases] >> th & 1) return true;
-    }
-    return false;
-}
-HOST_DEVICE bool is_live(const Problem& a, const Group& g) {
-    for (int consumer = 0; consumer < kConsumers; consumer++)
-        if (is_live(a, g, consumer)) return true;
-    return false;
-}
-
-// The boxes of GEMM_K: (sample, plane, strip, rows), for the planes of dout that a tap d connects with one of x.
-struct Boxes {
-    int begin_d, planes;
-    int count;
-    HOST_DEVICE Boxes(const Problem& a, int td) {
-        const StencilAxis& ad = a.s.axis[0];
-        const int offset = ad.shift[td] - ad.first, end = ad.sources + offset < ad.positions ? ad.sources + offset : ad.positions;
-        begin_d = offset > 0 ? offset : 0;
-        planes = end > begin_d ? end - begin_d : 0;
-        count = int(a.N) * planes * a.t.strips * a.t.row_groups;    // each has many positions
-    }
-};
-
-// Rows of x from one block of columns to the next, where they are taps.
-HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
-
-// The tiling of least estimated time; block_n 0 where none fits.
-inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, int multiprocessors) {
-    const Stencil& s = problem.s;
-    const StencilAxis &h = s.axis[1], &w = s.axis[2];
-    Tiling best = {};
-    double best_time = 0;
-    const int halo_w = w.shift[w.taps - 1];
-    for (int t = 1; t < w.taps; t++)
-        if (w.shift[t] - w.shift[t - 1] != step_w(s)) return best;
-    Tiling t = {};
-    t.chunk = phase_channels_x % 64 == 0 ? 64 : int(phase_channels_x);
-    t.chunks = int(phase_channels_x / t.chunk);
-    t.row_blocks = int(ceil_div(problem.dout_phase_channels * s.phases(), kRows));
-    t.n_over_taps = w.taps > 1, t.m_over_taps = h.taps > 1;
-    const int columns = t.n_over_taps ? w.taps : t.chunks, most = 192 / t.chunk;
-    t.blocks = int(ceil_div(columns, ceil_div(columns, most)));
-    t.block_n = t.blocks * t.chunk <= 64 ? 64 : t.blocks * t.chunk <= 128 ? 128 : 192;
-    t.groups_m = int(t.m_over_taps ? t.row_blocks : ceil_div(t.row_blocks, kConsumers));
-    t.groups_n = int(t.n_over_taps ? t.chunks : ceil_div(t.chunks, t.blocks));
-    t.groups_h = int(t.m_over_taps ? ceil_div(h.taps, kConsumers) : h.taps);
-    t.groups_w = int(t.n_over_taps ? ceil_div(w.taps, t.blocks) : 1);
-    t.groups = s.axis[0].taps * t.groups_h * t.groups_w * t.groups_n * t.groups_m;
-    t.dout_boxes = t.m_over_taps ? 1 : kConsumers < t.row_blocks ? kConsumers : t.row_blocks;
-    t.x_boxes = t.n_over_taps ? 1 : t.block_n / t.chunk;
-    int halo_h = 0;
-    for (int th = 0; t.m_over_taps && th < h.taps; th += kConsumers) {
-        const int last = th + kConsumers <= h.taps ? th + kConsumers - 1 : h.taps - 1, halo = h.shift[last] - h.shift[th];
-        halo_h = halo > halo_h ? halo : halo_h;
-    }
-    const int row_bytes = t.chunk * 2;
-    for (int strips = 1; strips <= 16 && strips <= w.positions; strips++)
-    for (int rows = 1; rows <= h.positions && rows <= 64; rows++) {
-        t.strips = strips, t.rows = rows;
-        t.tile_w = int(ceil_div(w.positions, strips));
-        t.pitch = conv_sm90::box_pitch(w, t.tile_w, strips);
-        t.row_groups = int(ceil_div(h.positions, rows));
-        t.steps = int(ceil_div(int64_t(rows) * t.pitch, 16));
-        t.box_rows = rows + halo_h;
-        if (t.pitch > 256 || t.tile_w > 256 || t.box_rows > 256) continue;
-        const int64_t reach = int64_t(halo_h) * t.pitch + t.steps * 16 + halo_w + int64_t(t.block_n / t.chunk) * step_w(s), box = int64_t(t.box_rows) * t.pitch;
-        const int64_t dout_bytes = ceil_div(int64_t(t.steps) * 16 * kRows * 2, 1024) * 1024, x_bytes = ceil_div((reach > box ? reach : box) * row_bytes, 1024) * 1024;
-        const int64_t stage = t.dout_boxes * dout_bytes + t.x_boxes * x_bytes, stages = (kSharedBytes - kHeadBytes) / stage;
-        if (stages < 2) break;
-        t.dout_bytes = int(dout_bytes), t.x_bytes = int(x_bytes), t.stage_bytes = int(stage), t.stages = int(stages < kMaxStages ? stages : kMaxStages);
-        // Cycles of a stage: the products, bound by the tensor cores or by shared memory, or the loads, at 18 bytes a cycle.
-        const int live = t.m_over_taps ? (h.taps < kConsumers ? h.taps : kConsumers) : t.dout_boxes;
-        const double product = t.block_n / 2.0, operands = (kRows * 32 + t.block_n * 32) / 128.0;
-        const double products = t.steps * live * (product > operands ? product : operands);
-        const double loads = (t.dout_boxes * double(rows) * t.tile_w * 128 + double(t.n_over_taps ? 1 : t.blocks) * box * row_bytes) / 18;
-        const double time = ((products > loads ? products : loads) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
-        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
-    }
-    if (best.block_n == 0) return best;
-    // Parts of GEMM_K that make full waves of blocks, as few as that takes.
-    Problem a = problem;
-    a.t = best;
-    int64_t live = 0, boxes = 0;
-    for (int group = 0; group < best.groups; group++) {
-        const Group g(best, s, group);
-        const int64_t count = Boxes(a, g.td).count;
-        if (is_live(a, g)) live++, boxes = count > boxes ? count : boxes;
-    }
-    double best_waste = 1e30;
-    best.splits = 1;
-    for (int waves = 1; waves <= 4 && live > 0; waves++) {
-        int64_t splits = int64_t(waves) * multiprocessors / live;
-        splits = splits < 1 ? 1 : splits > boxes && boxes > 0 ? boxes : splits;
-        const double waste = double(ceil_div(splits * live, multiprocessors)) / splits * (1 + 0.02 * waves);
-        if (waste < best_waste) best_waste = waste, best.splits = int(splits);
-    }
-    return best;
-}
-
-// --------------------------------------------------------------------------------------------------------- Places
-
-struct Box { int n, d, w0, h0; };
-
-HOST_DEVICE Box box_of(const Problem& a, const Boxes& boxes, int index) {
-    Box b;
-    b.h0 = index % a.t.row_groups * a.t.rows, index /= a.t.row_groups;
-    b.w0 = index % a.t.strips * a.t.tile_w, index /= a.t.strips;
-    b.d = boxes.begin_d + index % boxes.planes, b.n = index / boxes.planes;
-    return b;
-}
-
-HOST_DEVICE int last_tap_h(const Problem& a, const Group& g) {    // of the group
-    const int last = tap_h(a.t, g, kConsumers - 1);
-    return last < a.s.axis[1].taps ? last : a.s.axis[1].taps - 1;
-}
-// Row and column of x that the first row of a group's box has, and the row of the box that a consumer's first block of columns begins with.
-HOST_DEVICE int first_row(const Problem& a, const Group& g) { return a.s.axis[1].first - a.s.axis[1].shift[last_tap_h(a, g)]; }
-HOST_DEVICE int first_column(const Problem& a) { return a.s.axis[2].first - a.s.axis[2].shift[a.s.axis[2].taps - 1]; }
-HOST_DEVICE int first_shift(const Problem& a, const Group& g, int consumer) {
-    const StencilAxis &ah = a.s.axis[1], &aw = a.s.axis[2];
-    return (ah.shift[last_tap_h(a, g)] - ah.shift[tap_h(a.t, g, consumer)]) * a.t.pitch + aw.shift[aw.taps - 1] - aw.shift[last_tap_w(a.t, a.s, g)];
-}
-
-// The element of dweight (C_in, C_out / groups, kernel) that a row and a column of a consumer have the sum of, or -1.
-HOST_DEVICE int64_t element_of(const Problem& a, const Group& g, int consumer, int row, int column) {
-    const Tiling& t = a.t;
-    const int m = row_block(t, g, consumer) * kRows + row, phase = m / int(a.dout_phase_channels), co = m % int(a.dout_phase_channels), block = column / t.chunk;
-    const int tw = t.n_over_taps ? last_tap_w(t, a.s, g) - block : 0, ci = (g.n + (t.n_over_taps ? 0 : block)) * t.chunk + column % t.chunk;
-    if (phase >= a.s.phases() || co >= a.C_out || ci >= a.C_in || tw < g.tw || block >= t.blocks) return -1;
-    const int k = kernel_index(a.s, (g.td * a.s.axis[1].taps + tap_h(t, g, consumer)) * a.s.axis[2].taps + tw, phase);
-    const int group_in = int(a.C_in / a.groups), group_out = int(a.C_out / a.groups);
-    return k >= 0 && ci / group_in == co / group_out ? (int64_t(ci) * group_out + co % group_out) * kernel_volume(a.s) + k : -1;
-}
-
-}  // namespace dweight_sm90
+FORWARD_LAUNCHERS(sm90, conv_sm90::Path)
 '''
 
 _SOURCES['dweight_sm90.cuh'] = r'''
-// Gradient of a transposed convolution's weight on Hopper's tensor cores, any stride as in stencil.h.
-//
-//   dweight[ci, co, k] = sum over n, p of dout[n, p, (phase, co)] * x[n, first + p - shift, ci],   k = kernel_index(shift, phase)
-//
-// A matrix product on the scaled fp16 copies that dx and the forward read (scaled_half.cuh), channels-last: GEMM_M = (phase, output
-// channel), GEMM_N = (neighbouring taps w, input channel), GEMM_K = positions p. Both operands are transposed ones, a row of shared
-// memory for each position; a tap is a shift of x by whole rows. Where there is one tap w, GEMM_N is several chunks of channels.
+// dweight.cuh on Hopper.
 //
 // A block is 1 producer and 3 consumer warpgroups. The consumers share x and dout and have neighbouring taps h, or, where there
 // is one tap h, neighbouring 64 rows of GEMM_M. A block of the grid is one group of taps and channels and one part of GEMM_K; the
 // parts' sums go to scratch memory and are added in a fixed order. dout has zeros between its rows, where x has its halo.
 //
-// Samples have scales of their own: where the scale changes, and after kChain positions, which keeps the tensor cores' chains of
-// additions short, the sums are scaled back and added to those in scratch memory.
 #pragma once
 
 #include "conv_launch_sm90.cuh"
-#include "dweight_tiles_sm90.h"
+#include "dweight.cuh"
 
 namespace dweight_sm90 {
+
+using namespace dweight;
 
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 152;
 static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
-constexpr int kChain = 32768;
-
-struct Parameters {
-    Problem p;
-    const scaled_half::SampleMax *x_max, *dout_max;    // (N)
-    float* partial;                    // (splits, groups, kConsumers, block_n / 8, 128, 4): a thread's sums, four by four
-};
-
-inline int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * kConsumers * kRows * t.block_n; }
 
 // --------------------------------------------------------------------------------------------------------- Kernel
 
@@ -4221,11 +5315,11 @@ __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& 
 
 // Adds a thread's sums to scratch memory, scaled back by 2^-shift_a and 2^-shift_b, and clears them.
 template <int kBlockN> __device__ __forceinline__ void flush(float (&d)[kBlockN / 2], float4* partial, bool first, int shift_a, int shift_b) {
-    const float small = scaled_half::power_of_two(-max(shift_a, shift_b)), large = scaled_half::power_of_two(-min(shift_a, shift_b));    // in this order nothing overflows
+    const ScaleBack back(shift_a, shift_b);
 #pragma unroll
     for (int i = 0; i < kBlockN / 8; i++) {
         const float4 before = first ? make_float4(0, 0, 0, 0) : partial[i * 128];
-        partial[i * 128] = make_float4(before.x + d[i * 4] * small * large, before.y + d[i * 4 + 1] * small * large, before.z + d[i * 4 + 2] * small * large, before.w + d[i * 4 + 3] * small * large);
+        partial[i * 128] = make_float4(before.x + back(d[i * 4]), before.y + back(d[i * 4 + 1]), before.z + back(d[i * 4 + 2]), before.w + back(d[i * 4 + 3]));
     }
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
@@ -4320,28 +5414,6 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 #endif
 }
 
-// dweight (C_in, C_out / groups, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
-template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(const __grid_constant__ Parameters a, T* __restrict__ dweight) {
-    const Tiling& t = a.p.t;
-    const int quads = t.block_n / 8, quad = blockIdx.x % quads, consumer = blockIdx.x / quads % kConsumers, index = blockIdx.x / quads / kConsumers;
-    const Group g(t, a.p.s, index);
-    if (!is_live(a.p, g, consumer)) return;
-    const float4* partial = reinterpret_cast<const float4*>(a.partial) + ((int64_t(index) * kConsumers + consumer) * quads + quad) * 128 + threadIdx.x;
-    const int64_t stride = int64_t(t.groups) * kConsumers * quads * 128;
-    double sums[4] = {};
-#pragma unroll 4
-    for (int split = 0; split < t.splits; split++) {
-        const float4 v = partial[split * stride];
-        sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
-    }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        const int64_t element = element_of(a.p, g, consumer, warp * 16 + lane / 4 + e / 2 * 8, quad * 8 + lane % 4 * 2 + e % 2);
-        if (element >= 0) dweight[element] = from_acc<T>(float(sums[e]));
-    }
-}
-
 // ------------------------------------------------------------------------------------------------------- Launcher
 
 template <int kBlockN> int launch_dweight(const CUtensorMap& x_map, const CUtensorMap& dout_map, const Parameters& a, cudaStream_t stream) {
@@ -4363,117 +5435,30 @@ inline int differentiate(const Parameters& a, const scaled_half::Activation& x, 
         case 128: RETURN_IF_ERROR(launch_dweight<128>(x_map, dout_map, a, stream)); break;
         default: RETURN_IF_ERROR(launch_dweight<192>(x_map, dout_map, a, stream)); break;
     }
-    const int64_t blocks = int64_t(t.groups) * kConsumers * (t.block_n / 8);
-    switch (dtype) {
-        case kFloat32: return launch(add_parts_kernel<float>, blocks, 128, stream, a, static_cast<float*>(dweight));
-        case kFloat16: return launch(add_parts_kernel<__half>, blocks, 128, stream, a, static_cast<__half*>(dweight));
-        case kBFloat16: return launch(add_parts_kernel<__nv_bfloat16>, blocks, 128, stream, a, static_cast<__nv_bfloat16*>(dweight));
-    }
-    return cudaErrorInvalidValue;
+    return add_parts(a, dtype, dweight, stream);
 }
 
 }  // namespace dweight_sm90
 '''
 
 _SOURCES['conv_transpose3d_gradients_sm90.cu'] = r'''
-// Gradients of a transposed convolution's input and weight on Hopper's tensor cores.
-//
-//   dx[n, ci, i]       = sum over co, k of dout[n, co, i * stride - padding + k * dilation] * w[ci, co, k]
-//   dweight[ci, co, k] = sum over n, i of x[n, ci, i] * dout[n, co, i * stride - padding + k * dilation]
-//
-// Both read one packed copy of dout, in which the phases of the stride are channels. dx is the convolution of conv_sm90.cuh, its
-// stencil the other way round; dweight is in dweight_sm90.cuh.
+// Gradients of a transposed convolution on Hopper: wgmma, TMA.
 
+#include "conv_transpose3d_gradients.cuh"
 #include "dweight_sm90.cuh"
 
 namespace gradients_sm90 {
 
-using namespace conv_sm90;
-
-static const dweight_sm90::Problem& dweight_plan_of(const Geometry& g, int device) {
-    static Memo<dweight_sm90::Problem> plans;
-    return plans.get(g, int64_t(Use::kDInput), device, [&] {
-        dweight_sm90::Problem p = {};
-        if (!has_stencil(g)) return p;
-        p.s = make_stencil(Direction::kForward, g);
-        p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
-        p.t = dweight_sm90::choose_tiling(p, padded_channels(g.C_in), plan_of(g, Use::kDInput, device).multiprocessors);
-        return p;
-    });
-}
-
-struct Memory {
-    Scratch scratch;
-    Workspace workspace;
-    scaled_half::Activation dout, x;
-    scaled_half::Weight weight;
-    float* partial;
-    Memory(const Geometry& g, int device, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
-        const Plan& plan = plan_of(g, Use::kDInput, device);
-        const dweight_sm90::Problem& dweight = dweight_plan_of(g, device);
-        auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
-        workspace = take_workspace(scratch, plan.problem, false);
-        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
-        weight = take_weight(scratch, plan, g, w);
-        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
-        partial = scratch.take<float>(dweight_sm90::partial_count(dweight.t));
+struct Path : conv_sm90::Path {
+    static int shared_bytes(int) { return conv_sm90::kSharedBytes; }
+    static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
+        return dweight_sm90::differentiate(a, x, dout, dtype, dweight, stream);
     }
 };
 
-// dx (and w) or dweight (and x) may be null: not wanted.
-static int run(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
-    const Plan& plan = plan_of(g, Use::kDInput, device);
-    Memory memory(g, device, workspace, dout, x, w);
-    memory.dout.norm = norm;
-    RETURN_IF_ERROR(memory.scratch.zero(stream));
-    scaled_half::Weight none = memory.weight;
-    none.channels = 0;
-    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
-    if (dx) RETURN_IF_ERROR(convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, Fusion{}, stream));
-    if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
-    if (!dweight) return cudaSuccess;
-    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
-    const dweight_sm90::Parameters a = {dweight_plan_of(g, device), memory.x.max, memory.dout.max, memory.partial};
-    return dweight_sm90::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
-}
-
 }  // namespace gradients_sm90
 
-// ---------------------------------------------------------------------------------------------------- Launchers
-
-// Whether tilings fit for both: 1 or 0.
-extern "C" int conv_transpose3d_gradients_sm90_supports(const Geometry* g, int device) {
-    return conv_sm90::plan_of(*g, conv_sm90::Use::kDInput, device).problem.t.block_n > 0 && gradients_sm90::dweight_plan_of(*g, device).t.block_n > 0;
-}
-
-extern "C" int64_t conv_transpose3d_gradients_sm90_workspace(const Geometry* g, int, int device) {
-    return gradients_sm90::Memory(*g, device, nullptr, nullptr, nullptr, nullptr).scratch.bytes();
-}
-
-extern "C" int conv_transpose3d_gradients_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
-                                               const void* dout, const void* x, const void* w, void* dx, void* dweight) {
-    DeviceGuard guard(device);
-    return gradients_sm90::run(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dout, {}, x, w, dx, dweight);
-}
-
-// The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
-// (2, N, num_groups) in place of dout.
-extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_sm90_workspace(const Geometry* g, int dtype, int device) {
-    const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), g->C_out};    // the largest, whatever num_groups is
-    return conv_transpose3d_gradients_sm90_workspace(g, dtype, device) + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
-}
-
-extern "C" int conv_transpose3d_relu_group_norm_gradients_sm90(const Geometry* g, int dtype, int device, void* stream, void* workspace,
-                                                               const void* dy, const void* r, const double* statistics, const void* gamma, int num_groups, const void* x, const void* w,
-                                                               void* dx, void* dweight, void* dgamma, void* dbeta) {
-    DeviceGuard guard(device);
-    if (dtype != kFloat32) return cudaErrorNotSupported;
-    const group_norm::Shape shape = {g->N, g->C_out, out_volume(*g), num_groups};
-    const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + conv_transpose3d_gradients_sm90_workspace(g, dtype, device));
-    RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
-    const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
-    return gradients_sm90::run(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, norm, x, w, dx, dweight);
-}
+GRADIENTS_LAUNCHERS(sm90, gradients_sm90::Path)
 '''
 
 _SOURCES['cpu_backend.cpp'] = r'''

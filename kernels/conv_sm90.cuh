@@ -15,10 +15,9 @@
 // producer's warpgroup normalize the samples that are complete while the tensor cores work on the next (normalizer_sm90.cuh).
 #pragma once
 
-#include "launch.cuh"
+#include "conv_epilogue.cuh"
 #include "ptx_sm90.cuh"
-#include "scaled_half.cuh"
-#include "tiles_sm90.h"
+#include "tiling_sm90.h"
 
 namespace conv_sm90 {
 
@@ -26,39 +25,6 @@ constexpr int kThreads = 384;
 constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 constexpr int kTileSlots = 3;
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
-
-// ---------------------------------------------------------------------------------------------------- Parameters
-
-// Scratch of a call. Counters start at zero.
-struct Workspace {
-    unsigned* tile_ticket;                         // queue
-    unsigned *channel_tickets, *item_tickets;      // (N): queues
-    unsigned* runs_done;                           // (N): runs of tiles that have landed
-    unsigned long long* channel_sums;              // (2, N, C_out): sum and sum of squares, encoded (normalizer_sm90.cuh); start at zero
-    float2* moments;                               // (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
-    float* counts;                                 // (N, parts): how many values they are of; starts at zero
-};
-
-struct Fusion {
-    int num_groups, group_channels;        // 0: convolution alone
-    bool in_kernel;                        // normalize while the convolution runs; else only the statistics are computed
-    double eps;
-    const float *gamma, *beta;             // (C_out), or null
-    void* y;                               // (N, C_out, D_out, H_out, W_out); may be `out`
-    double *mean, *rstd;                   // (N, num_groups)
-};
-
-struct Parameters {
-    Problem p;
-    int dtype;
-    bool apply_relu;
-    const void* bias;                                // (C_out), or null
-    void* out;                                       // (N, C_out, D_out, H_out, W_out)
-    const scaled_half::SampleMax* activation_max;    // (N)
-    const unsigned* weight_max;                      // (C_out)
-    Workspace workspace;
-    Fusion fusion;
-};
 
 // A stage of the ring through which samples are normalized.
 struct NormPiece {
@@ -134,7 +100,8 @@ struct Producer {
             bulk_commit_group();
         } else if (stores_bulk(a)) {
             float* out = static_cast<float*>(a.out);
-            for_each_piece(a.p, *storing, run, threadIdx.x % 32, 32, [&](int64_t at, int staged, int count) {
+            for_each_piece(a.p, *storing, run, threadIdx.x % 32, regions_of(a.p, run), 32, [&](int64_t at, int region, int offset, int count) {
+                const int staged = region * a.p.t.region_stride + offset;
                 const int head = min(count, int(-at & 3)), body = (count - head) / 4 * 4;
                 if (body > 0) bulk_store(out + at + head, buffer + staged + head, body * 4);
 #pragma unroll 1
@@ -257,17 +224,6 @@ struct Producer {
 };
 
 // ------------------------------------------------------------------------------------------------------- Consumer
-
-__device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
-    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
-    return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
-}
-
-__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v) {
-    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
-    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
-    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
-}
 
 // One of the two rows that a lane has of each tile: row 16 * warp + lane / 4, and the one 8 further, in the next granule.
 struct LaneRow {
@@ -407,12 +363,6 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
 
 // ------------------------------------------------------------------------------------------------------- Epilogue
 
-// Sum over the four lanes that share a row.
-__device__ __forceinline__ float quad_sum(float v) {
-    v += __shfl_xor_sync(~0u, v, 1);
-    return v + __shfl_xor_sync(~0u, v, 2);
-}
-
 // Where a lane's row is staged.
 __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& tile, const LaneRow& row) {
     const Run& run = tile.run[me.warpgroup];
@@ -521,8 +471,8 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
     if (!stores_bulk(a)) {
         me.sync();
         const float* buffer = me.buffer();
-        for_each_piece(p, tile, run, threadIdx.x / 32 % 4, 4, [&](int64_t at, int place, int count) {
-            for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[place + k]);
+        for_each_piece(p, tile, run, threadIdx.x / 32 % 4, regions_of(p, run), 4, [&](int64_t at, int region, int offset, int count) {
+            for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[region * t.region_stride + offset + k]);
         });
     }
     if (a.fusion.num_groups > 0) {

@@ -1,36 +1,21 @@
-// Gradient of a transposed convolution's weight on Hopper's tensor cores, any stride as in stencil.h.
-//
-//   dweight[ci, co, k] = sum over n, p of dout[n, p, (phase, co)] * x[n, first + p - shift, ci],   k = kernel_index(shift, phase)
-//
-// A matrix product on the scaled fp16 copies that dx and the forward read (scaled_half.cuh), channels-last: GEMM_M = (phase, output
-// channel), GEMM_N = (neighbouring taps w, input channel), GEMM_K = positions p. Both operands are transposed ones, a row of shared
-// memory for each position; a tap is a shift of x by whole rows. Where there is one tap w, GEMM_N is several chunks of channels.
+// dweight.cuh on Hopper.
 //
 // A block is 1 producer and 3 consumer warpgroups. The consumers share x and dout and have neighbouring taps h, or, where there
 // is one tap h, neighbouring 64 rows of GEMM_M. A block of the grid is one group of taps and channels and one part of GEMM_K; the
 // parts' sums go to scratch memory and are added in a fixed order. dout has zeros between its rows, where x has its halo.
 //
-// Samples have scales of their own: where the scale changes, and after kChain positions, which keeps the tensor cores' chains of
-// additions short, the sums are scaled back and added to those in scratch memory.
 #pragma once
 
 #include "conv_launch_sm90.cuh"
-#include "dweight_tiles_sm90.h"
+#include "dweight.cuh"
 
 namespace dweight_sm90 {
+
+using namespace dweight;
 
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 152;
 static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
-constexpr int kChain = 32768;
-
-struct Parameters {
-    Problem p;
-    const scaled_half::SampleMax *x_max, *dout_max;    // (N)
-    float* partial;                    // (splits, groups, kConsumers, block_n / 8, 128, 4): a thread's sums, four by four
-};
-
-inline int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * kConsumers * kRows * t.block_n; }
 
 // --------------------------------------------------------------------------------------------------------- Kernel
 
@@ -63,11 +48,11 @@ __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& 
 
 // Adds a thread's sums to scratch memory, scaled back by 2^-shift_a and 2^-shift_b, and clears them.
 template <int kBlockN> __device__ __forceinline__ void flush(float (&d)[kBlockN / 2], float4* partial, bool first, int shift_a, int shift_b) {
-    const float small = scaled_half::power_of_two(-max(shift_a, shift_b)), large = scaled_half::power_of_two(-min(shift_a, shift_b));    // in this order nothing overflows
+    const ScaleBack back(shift_a, shift_b);
 #pragma unroll
     for (int i = 0; i < kBlockN / 8; i++) {
         const float4 before = first ? make_float4(0, 0, 0, 0) : partial[i * 128];
-        partial[i * 128] = make_float4(before.x + d[i * 4] * small * large, before.y + d[i * 4 + 1] * small * large, before.z + d[i * 4 + 2] * small * large, before.w + d[i * 4 + 3] * small * large);
+        partial[i * 128] = make_float4(before.x + back(d[i * 4]), before.y + back(d[i * 4 + 1]), before.z + back(d[i * 4 + 2]), before.w + back(d[i * 4 + 3]));
     }
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
@@ -162,28 +147,6 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 #endif
 }
 
-// dweight (C_in, C_out / groups, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
-template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(const __grid_constant__ Parameters a, T* __restrict__ dweight) {
-    const Tiling& t = a.p.t;
-    const int quads = t.block_n / 8, quad = blockIdx.x % quads, consumer = blockIdx.x / quads % kConsumers, index = blockIdx.x / quads / kConsumers;
-    const Group g(t, a.p.s, index);
-    if (!is_live(a.p, g, consumer)) return;
-    const float4* partial = reinterpret_cast<const float4*>(a.partial) + ((int64_t(index) * kConsumers + consumer) * quads + quad) * 128 + threadIdx.x;
-    const int64_t stride = int64_t(t.groups) * kConsumers * quads * 128;
-    double sums[4] = {};
-#pragma unroll 4
-    for (int split = 0; split < t.splits; split++) {
-        const float4 v = partial[split * stride];
-        sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
-    }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        const int64_t element = element_of(a.p, g, consumer, warp * 16 + lane / 4 + e / 2 * 8, quad * 8 + lane % 4 * 2 + e % 2);
-        if (element >= 0) dweight[element] = from_acc<T>(float(sums[e]));
-    }
-}
-
 // ------------------------------------------------------------------------------------------------------- Launcher
 
 template <int kBlockN> int launch_dweight(const CUtensorMap& x_map, const CUtensorMap& dout_map, const Parameters& a, cudaStream_t stream) {
@@ -205,13 +168,7 @@ inline int differentiate(const Parameters& a, const scaled_half::Activation& x, 
         case 128: RETURN_IF_ERROR(launch_dweight<128>(x_map, dout_map, a, stream)); break;
         default: RETURN_IF_ERROR(launch_dweight<192>(x_map, dout_map, a, stream)); break;
     }
-    const int64_t blocks = int64_t(t.groups) * kConsumers * (t.block_n / 8);
-    switch (dtype) {
-        case kFloat32: return launch(add_parts_kernel<float>, blocks, 128, stream, a, static_cast<float*>(dweight));
-        case kFloat16: return launch(add_parts_kernel<__half>, blocks, 128, stream, a, static_cast<__half*>(dweight));
-        case kBFloat16: return launch(add_parts_kernel<__nv_bfloat16>, blocks, 128, stream, a, static_cast<__nv_bfloat16*>(dweight));
-    }
-    return cudaErrorInvalidValue;
+    return add_parts(a, dtype, dweight, stream);
 }
 
 }  // namespace dweight_sm90

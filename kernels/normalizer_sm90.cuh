@@ -18,8 +18,6 @@ __device__ __forceinline__ void wait_for_sample(const Parameters& a, int n) {
     while (ld_acquire_gpu(a.workspace.runs_done + n) < a.p.t.sample_tiles * 2) __nanosleep(100);
 }
 
-struct GroupStatistics { double mean, rstd; };
-
 // One thread: the statistics of a group of a sample, from the sums of its channels.
 __device__ __forceinline__ GroupStatistics group_statistics(const Parameters& a, int n, int group) {
     const int channels = a.fusion.group_channels;
@@ -41,8 +39,7 @@ __device__ __forceinline__ GroupStatistics group_statistics(const Parameters& a,
         for (int i = 0; i < kBatch; i++)
             if (first + i < channels) sum += __longlong_as_double(s[i] ^ kPresent), squares += __longlong_as_double(q[i] ^ kPresent);
     }
-    const double values = double(channels) * a.p.out_volume, mean = sum / values, variance = squares / values - mean * mean;
-    return {mean, 1 / sqrt((variance < 0 ? 0 : variance) + a.fusion.eps)};
+    return statistics_of(a, {sum, squares});
 }
 
 __device__ __forceinline__ void leave_statistics(const Parameters& a, int n, int group) {
@@ -56,27 +53,17 @@ __device__ __forceinline__ void leave_statistics(const Parameters& a, int n, int
 __device__ __forceinline__ unsigned take_ticket(unsigned* queue, unsigned count) { return __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(queue, count) : 0, 0); }
 
 // One warp: of a sample, once it is complete, the sums of those channels that nobody has taken, each in a fixed order, and the
-// statistics of the groups that begin with them. Sums of squares in float64 lose nothing that float32 had.
+// statistics of the groups that begin with them.
 __device__ __forceinline__ void combine_sample(const Parameters& a, int n) {
     const Problem& p = a.p;
-    const int lane = threadIdx.x % 32, parts = parts_of_sample(p), group_channels = a.fusion.group_channels;
-    const float* counts = a.workspace.counts + int64_t(n) * parts;
+    const int lane = threadIdx.x % 32, group_channels = a.fusion.group_channels;
     int first = -1;    // a channel that begins a group
     while (true) {
         const int channel = take_ticket(a.workspace.channel_tickets + n, 1);
         if (channel >= p.C_out) break;
         wait_for_sample(a, n);
-        const float2* moments = a.workspace.moments + int64_t(n) * parts * p.t.channels() + channel;
-        double sum = 0, squares = 0;
-#pragma unroll 8
-        for (int part = lane; part < parts; part += 32) {
-            const double count = __ldcg(counts + part);
-            const float2 m = __ldcg(moments + int64_t(part) * p.t.channels());
-            sum += count == 0 ? 0 : count * m.x;
-            squares += count == 0 ? 0 : m.y + count * m.x * m.x;
-        }
-        for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset), squares += __shfl_xor_sync(~0u, squares, offset);
-        if (lane == 0) publish(a.workspace.channel_sums + n * p.C_out + channel, sum), publish(a.workspace.channel_sums + (p.N + n) * p.C_out + channel, squares);
+        const ChannelSums sums = sums_of_channel(a, n, channel);
+        if (lane == 0) publish(a.workspace.channel_sums + n * p.C_out + channel, sums.sum), publish(a.workspace.channel_sums + (p.N + n) * p.C_out + channel, sums.squares);
         if (channel % group_channels == 0) {
             if (first >= 0) leave_statistics(a, n, first / group_channels);
             first = channel;

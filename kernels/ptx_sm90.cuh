@@ -4,24 +4,13 @@
 
 #include <cuda.h>
 
-#include "launch.cuh"
+#include "ptx_sm80.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HAS_SM90A 1
 #endif
 
-// ----------------------------------------------------------------------------------------------------- Arithmetic
-
-// max that keeps NaN
-__device__ __forceinline__ float max_nan(float a, float b) {
-    float v;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-    return v;
-}
-
 // -------------------------------------------------------------------------------------------------- Shared memory
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // Orders this thread's ordinary shared-memory writes before later accesses by the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -1,4 +1,4 @@
-// Carries out the Hopper kernel's dweight on the host, with the kernel's own index arithmetic: random shapes, small integers.
+// Carries out the tensor cores' dweight on the host, with the kernels' own index arithmetic: random shapes, small integers.
 // Usage: dweight_emulation SHAPES SEED; exit code 1 where an element is wrong, written twice or not at all.
 #include <cmath>
 #include <cstdio>
@@ -6,9 +6,9 @@
 #include <random>
 #include <vector>
 
-#include "../kernels/dweight_tiles_sm90.h"
+#include "../kernels/dweight_tiles.h"
 
-using namespace dweight_sm90;
+using namespace dweight;
 
 #define REQUIRE(rule)                                                      \
     do {                                                                   \
@@ -78,8 +78,8 @@ static bool emulate(const Geometry& g, const Problem& p) {
     return true;
 }
 
-static bool fits(const Tiling& t) {
-    REQUIRE(kHeadBytes + t.stages * t.stage_bytes <= kSharedBytes && t.stages >= 2 && t.stages <= kMaxStages);
+static bool fits(const Tiling& t, int shared_bytes) {
+    REQUIRE(kHeadBytes + t.stages * t.stage_bytes <= shared_bytes && t.stages >= 2 && t.stages <= kMaxStages);
     REQUIRE(t.dout_bytes % 1024 == 0 && t.x_bytes % 1024 == 0 && t.pitch <= 256 && t.tile_w <= 256 && t.box_rows <= 256 && t.pitch >= t.tile_w);
     REQUIRE(t.stage_bytes == t.dout_boxes * t.dout_bytes + t.x_boxes * t.x_bytes && t.blocks * t.chunk <= t.block_n);
     return true;
@@ -105,10 +105,11 @@ int main(int, char** arguments) {
             products *= double(a.in) * a.kernel;
         }
         if (!valid || products > 1e6) continue;
-        Problem p = {make_stencil(Direction::kForward, g), {}, g.N, g.C_in, g.C_out, g.groups, conv_sm90::padded_channels(g.C_out)};
-        p.t = choose_tiling(p, conv_sm90::padded_channels(g.C_in), below(4) ? 132 : 1 + below(132));
+        Problem p = {make_stencil(Direction::kForward, g), {}, g.N, g.C_in, g.C_out, g.groups, conv::padded_channels(g.C_out)};
+        const int budgets[] = {99, 163, 227}, shared_bytes = budgets[below(3)] * 1024;
+        p.t = choose_tiling(p, conv::padded_channels(g.C_in), below(4) ? 132 : 1 + below(132), shared_bytes);
         done++;
-        if (p.t.block_n == 0 || (fits(p.t) && emulate(g, p))) continue;
+        if (p.t.block_n == 0 || (fits(p.t, shared_bytes) && emulate(g, p))) continue;
         std::printf("N %d, channels %d -> %d, groups %d, block_n %d, strips %d, rows %d", int(g.N), int(g.C_in), int(g.C_out), groups, p.t.block_n, p.t.strips, p.t.rows);
         for (const Axis& a : g.axis) std::printf(", (in %d, out %d, kernel %d, stride %d, padding %d, dilation %d)", int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation));
         std::printf("\n");

@@ -1,4 +1,4 @@
-"""The Hopper path: as accurate as PyTorch at the same flags, on shapes that reach every branch of its tiling."""
+"""The tensor cores' paths: as accurate as PyTorch at the same flags, on shapes that reach every branch of its tiling."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import model_new
 from harness.verify import relative_error
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+PATH = "sm90" if torch.cuda.is_available() and model_new._is_hopper(torch.device("cuda", 0)) else "sm80"
 
 PLAIN = [
     # input, output channels, kernel, stride, padding, output_padding, dilation
@@ -48,7 +49,7 @@ def tensors(shape, channels, kernel, dtype=torch.float32):
 def run(function, *arguments, **keywords):
     with model_new.record_launches() as launched:
         output = function(*arguments, **keywords)
-    assert launched and all(name.endswith("_sm90") for name in launched), launched
+    assert launched and all(name.endswith(PATH) for name in launched), launched
     return output
 
 
@@ -116,7 +117,7 @@ def check_gradients(shape, channels, groups, kernel, stride, padding, output_pad
     truth = gradients(F.conv_transpose3d, x.double(), w.double(), grad.double(), sizes)
     with model_new.record_launches() as launched:
         ours = gradients(model_new.conv_transpose3d, x, w, grad, sizes)
-    assert launched[-1] == "conv_transpose3d_gradients_sm90"
+    assert launched[-1] == f"conv_transpose3d_gradients_{PATH}"
     for result, again, exact in zip(ours, gradients(model_new.conv_transpose3d, x, w, grad, sizes), truth):
         # PyTorch's own gradients are sometimes those of TF32 truncated (8e-4), sometimes those of float32.
         assert relative_error(result, exact) <= {torch.float32: 3.1e-4, torch.float16: 4.5e-4, torch.bfloat16: 3.5e-3}[dtype]
@@ -154,7 +155,7 @@ def test_fused_gradients(arguments, biased):
     truth = differentiate(reference, torch.float64)
     with model_new.record_launches() as launched:
         ours = differentiate(lambda x, w, bias, gamma, beta: model_new.conv_transpose3d_relu_group_norm(x, w, bias, gamma, beta, 4, 1e-5, *sizes), torch.float32)
-    assert launched[1].endswith("relu_group_norm_backward_generic" if biased else "relu_group_norm_gradients_sm90")
+    assert launched[1].endswith("relu_group_norm_backward_generic" if biased else f"relu_group_norm_gradients_{PATH}")
     for result, theirs, exact in zip(ours, differentiate(reference, torch.float32), truth):
         # The mask of ReLU flips where z is nearly zero, in other places for each of the two.
         assert relative_error(result, exact) <= 1.3 * relative_error(theirs, exact) + 1e-5

@@ -1,4 +1,4 @@
-"""The Hopper kernels' index arithmetic, carried out on the host for random shapes: it needs no GPU."""
+"""The tensor-core kernels' index arithmetic, carried out on the host for random shapes: it needs no GPU."""
 
 import os
 import subprocess

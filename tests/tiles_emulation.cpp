@@ -1,5 +1,5 @@
-// Carries out the Hopper convolution's tiles on the host, with the kernel's own index arithmetic, forward and for dx: random shapes,
-// small integers.
+// Carries out the tiles of the tensor cores' convolutions on the host, with the kernels' own index arithmetic, forward and for dx:
+// random shapes, small integers, the tilings of sm_90 and of sm_80.
 // Usage: tiles_emulation SHAPES SEED; exit code 1 where an output is wrong, written twice or not at all.
 #include <cmath>
 #include <cstdio>
@@ -7,9 +7,11 @@
 #include <random>
 #include <vector>
 
-#include "../kernels/tiles_sm90.h"
+#include "../kernels/conv_tiles.h"
+#include "../kernels/tiling_sm80.h"
+#include "../kernels/tiling_sm90.h"
 
-using namespace conv_sm90;
+using namespace conv;
 
 #define REQUIRE(rule)                                                      \
     do {                                                                   \
@@ -51,6 +53,8 @@ static Tensor reference(Direction direction, const Geometry& g, Tensor& source, 
     });
     return result;
 }
+
+static bool on_sm80(const Tiling& t) { return t.column_warps > 1; }
 
 // The rows of GEMM_M at every tap, as scaled_half::copy_weight_tile lays them out, (taps, rows, source phases, channels); NaN where nothing is written.
 static std::vector<float> pack(Direction direction, const Geometry& g, const Problem& p, int C, Tensor& w) {
@@ -94,7 +98,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
             for (int q = 0; q < t.block_n; q++) {
                 const int row = run.b_row + q + tap.rows + rows_of_item(p, item);    // of shared memory
                 const int h = at.source_row() + row / t.pitch, v = aw->first + tile.w0 - aw->shift[aw->taps - 1] + row % t.pitch;
-                const bool loaded = row < t.box_rows * t.pitch, inside = loaded && h >= 0 && h < ah->sources && v >= 0 && v < aw->sources;
+                const bool loaded = row < t.box_rows * t.pitch + (on_sm80(t) ? aw->shift[aw->taps - 1] : 0), inside = loaded && h >= 0 && h < ah->sources && v >= 0 && v < aw->sources;
                 const bool margin = !loaded && int64_t(row + 1) * t.chunk * 2 <= t.input_bytes;
                 const int od = at.plane() * ad->source_phases + phase_d - ad->source_crop, oh = h * ah->source_phases + phase_h - ah->source_crop, ow = v * aw->source_phases + phase_w - aw->source_crop;
                 const bool is_element = inside && od >= 0 && od < ad->source_out && oh >= 0 && oh < ah->source_out && ow >= 0 && ow < aw->source_out;
@@ -121,8 +125,9 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
                     put(((tile.n * p.C_out + run.channel0 + c) * ad->out + run.od0) * int64_t(ah->out) * aw->out + run.h0 * t.tile_w + run.q0 + k, buffer[c * t.run + k]);
         } else {
             bool aligned = true;
-            for_each_piece(p, tile, run, 0, 1, [&](int64_t first, int staged, int count) {
-                aligned = aligned && (!t.bulk || (first - staged) % 4 == 0);
+            for_each_piece(p, tile, run, 0, regions_of(p, run), 1, [&](int64_t first, int region, int offset, int count) {
+                const int staged = region * t.region_stride + offset;
+                aligned = aligned && (!t.bulk || on_sm80(t) || (first - staged) % 4 == 0);
                 for (int k = 0; k < count; k++) put(first + k, buffer[staged + k]);
             });
             REQUIRE(aligned);
@@ -132,10 +137,10 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
     return true;
 }
 
-static bool fits(const Tiling& t) {
-    REQUIRE(shared_bytes(t) <= kSharedBytes);
+static bool fits(const Tiling& t, int shared) {
+    REQUIRE((on_sm80(t) ? conv_sm80::shared_bytes(t) : conv_sm90::shared_bytes(t)) <= shared);
     REQUIRE(t.weight_stages >= 3 && t.weight_rings * t.weight_stages <= kMaxStages && t.norm_stages <= kMaxNormStages);
-    REQUIRE(t.pitch <= 256 && t.box_rows <= 256 && (!t.tensor_store || (t.run <= 256 && t.run % 4 == 0)));
+    REQUIRE(on_sm80(t) || (t.pitch <= 256 && t.box_rows <= 256 && (!t.tensor_store || (t.run <= 256 && t.run % 4 == 0))));
     REQUIRE(t.buffer_bytes % 128 == 0 && t.table_bytes % 128 == 0 && t.weight_bytes % 1024 == 0 && t.input_bytes % 1024 == 0);
     return true;
 }
@@ -161,10 +166,13 @@ int main(int, char** arguments) {
         const bool forward = direction == Direction::kForward;
         if (!valid || (forward ? out_volume(g) * g.C_out : in_volume(g) * g.C_in * kernel_volume(g) / 8) > 400000) continue;
         Problem p = {g.N, forward ? g.C_out : g.C_in, forward ? out_volume(g) : in_volume(g), make_stencil(direction, g), {}};
-        p.t = choose_tiling(p.s, g.N, forward ? g.C_in : g.C_out, p.C_out, 1, forward && below(2), below(4) ? 132 : 1 + below(132));
+        const int multiprocessors = below(4) ? 132 : 1 + below(132), budgets[] = {99, 163, 227}, sm80_bytes = budgets[below(3)] * 1024;
+        const bool sm80 = below(2);
+        p.t = sm80 ? conv_sm80::choose_tiling(p.s, g.N, forward ? g.C_in : g.C_out, p.C_out, 1, multiprocessors, sm80_bytes)
+                   : conv_sm90::choose_tiling(p.s, g.N, forward ? g.C_in : g.C_out, p.C_out, 1, forward && below(2), multiprocessors);
         done++;
-        if (p.t.block_n == 0 || (fits(p.t) && emulate(direction, g, p))) continue;
-        std::printf("%s: N %d, channels %d -> %d, block_n %d, strips %d", forward ? "forward" : "dx", int(g.N), int(g.C_in), int(g.C_out), p.t.block_n, p.t.strips);
+        if (p.t.block_n == 0 || (fits(p.t, sm80 ? sm80_bytes : conv_sm90::kSharedBytes) && emulate(direction, g, p))) continue;
+        std::printf("%s on %s: N %d, channels %d -> %d, block_n %d, strips %d", forward ? "forward" : "dx", sm80 ? "sm_80" : "sm_90", int(g.N), int(g.C_in), int(g.C_out), p.t.block_n, p.t.strips);
         for (const Axis& a : g.axis) std::printf(", (in %d, out %d, kernel %d, stride %d, padding %d, dilation %d)", int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation));
         std::printf("\n");
         return 1;

@@ -1,11 +1,9 @@
-// How the Hopper kernel for dweight cuts its work, and which element is where: for host and device. dweight_sm90.cuh tells the method.
+// How the tensor cores' kernels for dweight cut their work, and which element is where: for host and device. dweight.cuh tells the method.
 #pragma once
 
-#include "tiling_sm90.h"
+#include "conv_tiling.h"
 
-namespace dweight_sm90 {
-
-using conv_sm90::kSharedBytes;
+namespace dweight {
 
 constexpr int kConsumers = 3;
 constexpr int kRows = 64;              // GEMM_M of a consumer
@@ -88,7 +86,7 @@ struct Boxes {
 HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
 
 // The tiling of least estimated time; block_n 0 where none fits.
-inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, int multiprocessors) {
+inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, int multiprocessors, int shared_bytes) {
     const Stencil& s = problem.s;
     const StencilAxis &h = s.axis[1], &w = s.axis[2];
     Tiling best = {};
@@ -121,14 +119,14 @@ inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, in
     for (int rows = 1; rows <= h.positions && rows <= 64; rows++) {
         t.strips = strips, t.rows = rows;
         t.tile_w = int(ceil_div(w.positions, strips));
-        t.pitch = conv_sm90::box_pitch(w, t.tile_w, strips);
+        t.pitch = conv::box_pitch(w, t.tile_w, strips);
         t.row_groups = int(ceil_div(h.positions, rows));
         t.steps = int(ceil_div(int64_t(rows) * t.pitch, 16));
         t.box_rows = rows + halo_h;
         if (t.pitch > 256 || t.tile_w > 256 || t.box_rows > 256) continue;
         const int64_t reach = int64_t(halo_h) * t.pitch + t.steps * 16 + halo_w + int64_t(t.block_n / t.chunk) * step_w(s), box = int64_t(t.box_rows) * t.pitch;
         const int64_t dout_bytes = ceil_div(int64_t(t.steps) * 16 * kRows * 2, 1024) * 1024, x_bytes = ceil_div((reach > box ? reach : box) * row_bytes, 1024) * 1024;
-        const int64_t stage = t.dout_boxes * dout_bytes + t.x_boxes * x_bytes, stages = (kSharedBytes - kHeadBytes) / stage;
+        const int64_t stage = t.dout_boxes * dout_bytes + t.x_boxes * x_bytes, stages = (shared_bytes - kHeadBytes) / stage;
         if (stages < 2) break;
         t.dout_bytes = int(dout_bytes), t.x_bytes = int(x_bytes), t.stage_bytes = int(stage), t.stages = int(stages < kMaxStages ? stages : kMaxStages);
         // Cycles of a stage: the products, bound by the tensor cores or by shared memory, or the loads, at 18 bytes a cycle.
@@ -195,4 +193,4 @@ HOST_DEVICE int64_t element_of(const Problem& a, const Group& g, int consumer, i
     return k >= 0 && ci / group_in == co / group_out ? (int64_t(ci) * group_out + co % group_out) * kernel_volume(a.s) + k : -1;
 }
 
-}  // namespace dweight_sm90
+}  // namespace dweight

@@ -1,9 +1,9 @@
-// Where a tile of the Hopper convolution reads and writes: the index arithmetic of the kernel, for host and device.
+// Where a tile of the tensor cores' convolutions reads and writes: the index arithmetic of the kernels, for host and device.
 #pragma once
 
-#include "tiling_sm90.h"
+#include "conv_tiling.h"
 
-namespace conv_sm90 {
+namespace conv {
 
 // ---------------------------------------------------------------------------------------------------------- Problem
 
@@ -45,7 +45,7 @@ HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.
 // Sets of moments of a channel: of each run and phase.
 HOST_DEVICE int parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
-    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * p.s.phases() : 0;
+    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * t.column_warps * p.s.phases() : 0;
 }
 
 // Bit t: tap t has weights in some row of a row tile.
@@ -61,7 +61,7 @@ HOST_DEVICE int lowest_bit(int bits) {
 
 // A tile's boxes, in the order in which everyone takes them: of every tap d, some taps h, and a chunk of GEMM_K.
 struct Cursor {
-    const Problem& p;
+    const Problem* p;
     int d, h0;
     int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d)
     int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
@@ -69,14 +69,14 @@ struct Cursor {
 
     // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
-        : p(p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad) {}
+        : p(&p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad) {}
     // Whether there is another box with live taps, which it then is at.
     HOST_DEVICE bool next_box() {
-        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const StencilAxis &ad = p->s.axis[0], &ah = p->s.axis[1], &aw = p->s.axis[2];
         while (true) {
-            c += p.t.chunk;
-            if (c >= p.t.C_pad) {
-                first += p.t.taps_per_box;
+            c += p->t.chunk;
+            if (c >= p->t.C_pad) {
+                first += p->t.taps_per_box;
                 if (first >= ah.taps) {
                     do {
                         if (++td >= ad.taps) return false;
@@ -85,27 +85,27 @@ struct Cursor {
                 }
                 c = 0;
             }
-            live_h = tile_live & ((1 << p.t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
-            if (p.t.phase_channels < p.t.C_pad) {
-                const int phase = c / p.t.phase_channels;    // of the source
+            live_h = tile_live & ((1 << p->t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
+            if (p->t.phase_channels < p->t.C_pad) {
+                const int phase = c / p->t.phase_channels;    // of the source
                 if (!(ad.live[phase / aw.source_phases / ah.source_phases] >> td & 1)) continue;
                 live_h &= ah.live[phase / aw.source_phases % ah.source_phases], live_w = aw.live[phase % aw.source_phases];
             }
             if (live_h == 0 || live_w == 0) continue;
-            if (p.t.item_taps > 1) live_w = 1;             // all taps w are one stage,
-            if (p.t.item_taps > aw.taps) live_h = 1;       // all taps h too
+            if (p->t.item_taps > 1) live_w = 1;             // all taps w are one stage,
+            if (p->t.item_taps > aw.taps) live_h = 1;       // all taps h too
             return true;
         }
     }
 
-    HOST_DEVICE int last_shift() const { return p.s.axis[1].shift[first + p.t.taps_per_box - 1]; }
-    HOST_DEVICE int plane() const { return p.s.axis[0].first + d - p.s.axis[0].shift[td]; }    // of the source
-    HOST_DEVICE int source_row() const { return p.s.axis[1].first + h0 - last_shift(); }
+    HOST_DEVICE int last_shift() const { return p->s.axis[1].shift[min_of(first + p->t.taps_per_box, p->s.axis[1].taps) - 1]; }
+    HOST_DEVICE int plane() const { return p->s.axis[0].first + d - p->s.axis[0].shift[td]; }    // of the source
+    HOST_DEVICE int source_row() const { return p->s.axis[1].first + h0 - last_shift(); }
 };
 
 // The taps of the box that a cursor is at, each with its products.
 struct BoxTaps {
-    const Problem& p;
+    const Problem* p;
     int bits_h, bits_w, live_w;         // still to come; of every tap h
     int first_tap, last_shift, c;
     int rows_h = 0, tap_h = 0;          // of the tap h
@@ -113,15 +113,15 @@ struct BoxTaps {
 
     // Before the first.
     HOST_DEVICE BoxTaps(const Cursor& at)
-        : p(at.p), bits_h(at.live_h), bits_w(0), live_w(at.live_w), first_tap(at.td * at.p.s.axis[1].taps * at.p.s.axis[2].taps), last_shift(at.last_shift()), c(at.c), product(products() - 1) {}
+        : p(at.p), bits_h(at.live_h), bits_w(0), live_w(at.live_w), first_tap(at.td * at.p->s.axis[1].taps * at.p->s.axis[2].taps), last_shift(at.last_shift()), c(at.c), product(products() - 1) {}
     HOST_DEVICE bool next() {
-        const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const StencilAxis &ah = p->s.axis[1], &aw = p->s.axis[2];
         if (++product < products()) return true;
         if (bits_w == 0) {
             if (bits_h == 0) return false;
             const int th = lowest_bit(bits_h);
             bits_h &= bits_h - 1, bits_w = live_w;
-            rows_h = (last_shift - ah.shift[th]) * p.t.pitch + aw.shift[aw.taps - 1], tap_h = first_tap + th * aw.taps;
+            rows_h = (last_shift - ah.shift[th]) * p->t.pitch + aw.shift[aw.taps - 1], tap_h = first_tap + th * aw.taps;
         }
         const int tw = lowest_bit(bits_w);
         bits_w &= bits_w - 1;
@@ -129,10 +129,10 @@ struct BoxTaps {
         return true;
     }
     HOST_DEVICE bool last() const { return bits_h == 0 && bits_w == 0 && product == products() - 1; }
-    HOST_DEVICE int weight_column() const { return c + product * p.t.chunk; }
+    HOST_DEVICE int weight_column() const { return c + product * p->t.C_pad; }
 
 private:
-    HOST_DEVICE int products() const { return p.t.items > 1 ? 1 : p.t.products; }    // that have a stage of their own
+    HOST_DEVICE int products() const { return p->t.items > 1 ? 1 : p->t.products; }    // that have a stage of their own
 };
 
 HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
@@ -148,7 +148,7 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     tile.d = index % ad.positions, tile.n = index / ad.positions;
     tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
     tile.h0 = first_run * t.run / t.tile_w;
-    tile.source_channel = t.split ? row_tile % t.rows.channel_tiles / t.group_tiles * t.chunk : 0;
+    tile.source_channel = t.split ? row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
     tile.live_d = tile.live_h = 0;
     for (int i = 0; i < 2; i++) {
         Run& run = tile.run[i];
@@ -201,21 +201,24 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
     return inside ? (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first : -1;
 }
 
-// Calls f(global index, staged float, count) for the pieces of every `step`-th staged region, from `first` on.
-template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int step, F f) {
+// Staged regions of a run: (channel, packed phase of D).
+HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.rows.octets * 8 * packed_phases(p.t, p.s, 0) : 0; }
+
+// Calls f(global index, region, float of the region, count) for the pieces of every `step`-th region from `first` to `end`.
+template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int end, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int phases_d = packed_phases(p.t, p.s, 0), regions = run.count > 0 ? p.t.rows.octets * 8 * phases_d : 0;
+    const int phases_d = packed_phases(p.t, p.s, 0);
     const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
     const int count = !p.t.contiguous ? run.ow_end - run.ow0 : p.t.whole_rows ? (run.oh_end - run.oh0) * aw.out : run.count;
-    for (int region = first; region < regions; region += step) {
+    for (int region = first; region < end; region += step) {
         const int channel = run.channel0 + (phases_d == 1 ? region : region / phases_d), od = run.od0 + (phases_d == 1 ? 0 : region % phases_d);
         if (channel >= p.C_out || od < 0 || od >= p.s.axis[0].out) continue;
         const int64_t origin = region_origin(p, tile, run, channel, od);
         for (int row = 0; row < rows; row++) {
             const int oh = run.oh0 + row * row_step;
-            if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region * p.t.region_stride + (p.t.contiguous ? int(origin & 3) : row * staged_row(p)), count);
+            if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region, p.t.contiguous ? int(origin & 3) : row * staged_row(p), count);
         }
     }
 }
 
-}  // namespace conv_sm90
+}  // namespace conv

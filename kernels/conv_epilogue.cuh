@@ -1,0 +1,90 @@
+// What the tensor cores' convolutions are given and leave behind, on every architecture.
+#pragma once
+
+#include "conv_tiles.h"
+#include "scaled_half.cuh"
+
+namespace conv {
+
+// ---------------------------------------------------------------------------------------------------- Parameters
+
+// Scratch of a call. Counters start at zero.
+struct Workspace {
+    unsigned* tile_ticket;                         // queue
+    unsigned *channel_tickets, *item_tickets;      // (N): queues
+    unsigned* runs_done;                           // (N): runs of tiles that have landed
+    unsigned long long* channel_sums;              // (2, N, C_out): sum and sum of squares, encoded (normalizer_sm90.cuh); start at zero
+    float2* moments;                               // (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
+    float* counts;                                 // (N, parts): how many values they are of; starts at zero
+};
+
+struct Fusion {
+    int num_groups, group_channels;        // 0: convolution alone
+    bool in_kernel;                        // normalize while the convolution runs; else only the statistics are computed
+    double eps;
+    const float *gamma, *beta;             // (C_out), or null
+    void* y;                               // (N, C_out, D_out, H_out, W_out); may be `out`
+    double *mean, *rstd;                   // (N, num_groups)
+};
+
+struct Parameters {
+    Problem p;
+    int dtype;
+    bool apply_relu;
+    const void* bias;                                // (C_out), or null
+    void* out;                                       // (N, C_out, D_out, H_out, W_out)
+    const scaled_half::SampleMax* activation_max;    // (N)
+    const unsigned* weight_max;                      // (C_out)
+    Workspace workspace;
+    Fusion fusion;
+};
+
+// -------------------------------------------------------------------------------------------------------- Values
+
+__device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
+    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
+    return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
+__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v) {
+    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
+    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
+    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
+}
+
+// Sum over the four lanes that share a row.
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// ------------------------------------------------------------------------------------------------------ Statistics
+
+// Sums of squares in float64 lose nothing that float32 had.
+struct ChannelSums { double sum, squares; };
+struct GroupStatistics { double mean, rstd; };
+
+// One warp: the sums of a channel of a sample from its moments, in a fixed order.
+__device__ __forceinline__ ChannelSums sums_of_channel(const Parameters& a, int n, int channel) {
+    const int parts = parts_of_sample(a.p), channels = a.p.t.channels();
+    const float* counts = a.workspace.counts + int64_t(n) * parts;
+    const float2* moments = a.workspace.moments + int64_t(n) * parts * channels + channel;
+    ChannelSums s = {0, 0};
+#pragma unroll 8
+    for (int part = threadIdx.x % 32; part < parts; part += 32) {
+        const double count = __ldcg(counts + part);
+        const float2 m = __ldcg(moments + int64_t(part) * channels);
+        s.sum += count == 0 ? 0 : count * m.x;
+        s.squares += count == 0 ? 0 : m.y + count * m.x * m.x;
+    }
+    for (int offset = 16; offset > 0; offset /= 2) s.sum += __shfl_xor_sync(~0u, s.sum, offset), s.squares += __shfl_xor_sync(~0u, s.squares, offset);
+    return s;
+}
+
+// Of a group, from the sums of all its values.
+__device__ __forceinline__ GroupStatistics statistics_of(const Parameters& a, ChannelSums s) {
+    const double values = double(a.fusion.group_channels) * a.p.out_volume, mean = s.sum / values, variance = s.squares / values - mean * mean;
+    return {mean, 1 / sqrt((variance < 0 ? 0 : variance) + a.fusion.eps)};
+}
+
+}  // namespace conv

@@ -1,0 +1,417 @@
+// Convolution of stride 1 by mma.sync, on any tensor core from sm_80 up: what conv_sm90.cuh does, cut by the same tiles and with
+// the same operands, where there are no wgmma, TMA and warps that only load.
+//
+// A block is two warpgroups, with other rows or other positions each. Each of a warpgroup's four warps has all of its 64 rows and a
+// quarter of its positions, which balances what it reads of shared memory for both operands. Weights come by cp.async through a ring
+// of stages, one for each tap and chunk of GEMM_K; a box of the source comes with its first tap. All threads load, a barrier a stage.
+//
+// The epilogue stages the outputs where the stages were, half a row tile at a time, and whole warps store rows of memory.
+// Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
+#pragma once
+
+#include "conv_epilogue.cuh"
+#include "ptx_sm80.cuh"
+#include "tiling_sm80.h"
+
+namespace conv_sm80 {
+
+constexpr int kThreads = 256;
+constexpr int kMaxWeightStages = 4;
+
+struct Operands {
+    Parameters a;
+    const __half *x, *w;            // packed
+    int x_pitch, w_pitch;           // elements of a position, of a row
+};
+
+struct RowConstants { float scale, bias; };
+
+// What is loaded at a time: the weights of a tap and a chunk of GEMM_K, and a box where it is the first tap of one.
+struct Step {
+    int rows;                       // of shared memory, by which the tap is shifted in its box; and flags
+    int tap, column;                // of the packed weights
+    int plane, source_row, channel; // of the box
+};
+constexpr int kOpensBox = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
+constexpr int kStepSlots = 8;       // a power of two above kMaxWeightStages
+
+struct SharedHead {
+    Tile tile;
+    RowConstants rows[2][kRows];
+    int4 table_keys[2];             // what the warpgroups' tables were made for
+    Cursor at;                      // of the walk over the tile's steps: in shared memory, since one thread walks and all need registers
+    BoxTaps tap;
+    Step steps[kStepSlots];
+};
+static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind the head");
+
+// ------------------------------------------------------------------------------------------------------------ Walk
+
+// One thread: a tile's steps from `begin` to `end`, to be called without gaps.
+__device__ __forceinline__ void publish_steps(const Problem& p, SharedHead& head, int begin, int end) {
+    Cursor at = begin == 0 ? Cursor(p, head.tile) : head.at;
+    BoxTaps tap = begin == 0 ? BoxTaps(at) : head.tap;
+    at.p = tap.p = &p;
+#pragma unroll 1
+    for (int i = begin; i < end; i++) {
+        Step& step = head.steps[i % kStepSlots];
+        int opens_box = 0;
+        if (!tap.next()) {
+            if (head.tile.empty || !at.next_box()) {
+                step.rows = kNoMore;
+                break;
+            }
+            tap = BoxTaps(at), opens_box = kOpensBox;
+            tap.next();
+        }
+        step = {tap.rows | opens_box, tap.tap, tap.weight_column(), at.plane(), at.source_row(), at.c};
+    }
+    head.at = at, head.tap = tap;
+}
+
+// The next stage of a ring.
+__device__ __forceinline__ int next_of(int slot, int stages) { return slot + 1 == stages ? 0 : slot + 1; }
+
+// --------------------------------------------------------------------------------------------------------- Loading
+
+// All threads: loads what the steps need.
+template <int kChunk> struct Loader {
+    static constexpr int kRowBytes = kChunk * 2, kPieces = kRowBytes / 16, kAtOnce = kThreads / kPieces;    // rows that the block loads at a time
+    const Operands& o;
+    const SharedHead& head;
+    uint32_t stages;                // in shared memory
+    int issued = 0;                 // steps so far
+    int boxes = 0;                  // whose stages are in use, or were until now
+    int box_slot = 0, slot = 0;     // the stages of the next ones
+
+    __device__ __forceinline__ Loader(const Operands& o, const SharedHead& head, uint32_t stages) : o(o), head(head), stages(stages) {}
+
+    __device__ __forceinline__ uint32_t input_stage(int slot) const { return stages + slot * o.a.p.t.input_bytes; }
+    __device__ __forceinline__ uint32_t weight_stage(int slot) const {
+        const Tiling& t = o.a.p.t;
+        return stages + t.input_stages * t.input_bytes + slot * t.weight_bytes;
+    }
+
+    // Behind the box there are the zeros that rows share.
+    __device__ __forceinline__ void load_box(const Step& step) const {
+        const Problem& p = o.a.p;
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int w0 = aw.first + head.tile.w0 - aw.shift[aw.taps - 1], piece = threadIdx.x % kPieces, step_h = kAtOnce / p.t.pitch, step_w = kAtOnce % p.t.pitch;
+        const __half* plane = o.x + (int64_t(head.tile.n) * ad.sources + step.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + step.channel + piece * 8;
+        const uint32_t to = input_stage(box_slot);
+        int row = threadIdx.x / kPieces, h = step.source_row + row / p.t.pitch, column = row % p.t.pitch;
+        const int rows = p.t.box_rows * p.t.pitch + aw.shift[aw.taps - 1];
+#pragma unroll 1
+        for (; row < rows; row += kAtOnce) {
+            const int w = w0 + column;
+            const bool inside = unsigned(h) < unsigned(ah.sources) && unsigned(w) < unsigned(aw.sources);
+            cp_async_16(to + swizzled(row, piece, kRowBytes), inside ? plane + (int64_t(h) * aw.sources + w) * o.x_pitch : o.x, inside);
+            h += step_h, column += step_w;
+            if (column >= p.t.pitch) column -= p.t.pitch, h++;
+        }
+    }
+
+    __device__ __forceinline__ void load_weights(const Step& step) const {
+        const Tiling& t = o.a.p.t;
+        const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, rows = t.split_m ? 2 * kRows : kRows;
+        const __half* from = o.w + (int64_t(step.tap) * t.M_pad + head.tile.run[0].row_tile * kRows + row) * o.w_pitch + step.column + piece * 8;
+        const uint32_t to = weight_stage(slot) + swizzled(row, piece, kRowBytes);    // kAtOnce rows on, the swizzle is the same
+#pragma unroll
+        for (int i = 0; i < (2 * kRows + kAtOnce - 1) / kAtOnce; i++)
+            if (row + i * kAtOnce < rows) cp_async_16(to + i * kAtOnce * kRowBytes, from + int64_t(i * kAtOnce) * o.w_pitch, true);
+    }
+
+    // Loads for the next steps until the ring is full, or until a box is needed whose stage is in use. done: steps that nobody reads any more.
+    __device__ __forceinline__ void advance(int done, int most_boxes) {
+        const Tiling& t = o.a.p.t;
+#pragma unroll 1
+        while (issued < done + t.weight_stages) {
+            const Step& step = head.steps[issued % kStepSlots];
+            const bool opens_box = step.rows & kOpensBox;
+            if (step.rows & kNoMore || (opens_box && boxes >= most_boxes)) break;
+            if (opens_box) {
+                load_box(step);
+                boxes++, box_slot = next_of(box_slot, t.input_stages);
+            }
+            load_weights(step);
+            cp_async_commit_group();
+            issued++, slot = next_of(slot, t.weight_stages);
+        }
+    }
+
+    // Waits for this thread's copies of a step.
+    __device__ __forceinline__ void wait_for(int step) const {
+        switch (issued - 1 - step) {
+            case 0: cp_async_wait_group<0>(); break;
+            case 1: cp_async_wait_group<1>(); break;
+            case 2: cp_async_wait_group<2>(); break;
+            default: cp_async_wait_group<3>();
+        }
+    }
+};
+
+// -------------------------------------------------------------------------------------------------------- Products
+
+// Element (granule, j, e) of a lane: row granule * 8 + lane / 4 of the row tile, position j * 8 + lane % 4 * 2 + e of the warp's.
+template <int kColumns> struct Sums {
+    float v[4][kColumns / 8][4];
+    __device__ __forceinline__ float& at(int granule, int j, int e) { return v[granule / 2][j][granule % 2 * 2 + e]; }
+};
+
+// One tap's products: 64 rows of weights at `weights`, kColumns positions from row `row` of the box on.
+template <int kColumns, int kChunk>
+__device__ __forceinline__ void multiply(uint32_t weights, uint32_t box, int row, Sums<kColumns>& sums) {
+    constexpr int kRowBytes = kChunk * 2, kSteps = kChunk / 16;
+    const int lane = threadIdx.x % 32, a_row = lane % 16, a_half = lane / 16, b_row = row + lane / 16 * 8 + lane % 8, b_half = lane / 8 % 2;
+    // 16 rows on, the swizzle is the same.
+    const auto from_a = [&](int step) { return weights + swizzled(a_row, step * 2 + a_half, kRowBytes); };
+    const auto from_b = [&](int step) { return box + swizzled(b_row, step * 2 + b_half, kRowBytes); };
+    if constexpr (blocks_of(kColumns * kColumnWarps) == 1) {    // few warps, many registers: operands are loaded a step in advance
+        uint32_t a[2][4][4], b[2][kColumns / 16][4];
+        auto load = [&](int step) {
+#pragma unroll
+            for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4(b[step % 2][j], from_b(step) + j * 16 * kRowBytes);
+#pragma unroll
+            for (int m = 0; m < 4; m++) ldmatrix_x4(a[step % 2][m], from_a(step) + m * 16 * kRowBytes);
+        };
+        load(0);
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) {
+            if (step + 1 < kSteps) load(step + 1);
+#pragma unroll
+            for (int m = 0; m < 4; m++)
+#pragma unroll
+                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(sums.v[m][j], a[step % 2][m], b[step % 2][j / 2][j % 2 * 2], b[step % 2][j / 2][j % 2 * 2 + 1]);
+        }
+    } else {
+#pragma unroll 2
+        for (int step = 0; step < kSteps; step++) {
+            uint32_t b[kColumns / 16][4];
+#pragma unroll
+            for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4(b[j], from_b(step) + j * 16 * kRowBytes);
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                uint32_t a[4];
+                ldmatrix_x4(a, from_a(step) + m * 16 * kRowBytes);
+#pragma unroll
+                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(sums.v[m][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+            }
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- Epilogue
+
+// What a row of a row tile is. Its phases' numbers are powers of two (choose_tiling).
+struct LaneRow { int channel, phase, phase_hw, packed_d, region; bool live; };
+
+__device__ __forceinline__ LaneRow lane_row(const Problem& p, const Run& run, int row) {
+    const Tiling& t = p.t;
+    const int log_d = __ffs(packed_phases(t, p.s, 0)) - 1, log_phases = __ffs(t.rows.packed_phases) - 1, log_hw = log_phases - log_d, granule = row / 8;
+    LaneRow r;
+    r.phase = granule & (t.rows.packed_phases - 1), r.packed_d = r.phase >> log_hw;
+    r.channel = (granule >> log_phases) * 8 + row % 8, r.region = (r.channel << log_d) + r.packed_d;
+    r.phase_hw = r.phase & ((1 << log_hw) - 1);
+    const int od = run.od0 + r.packed_d;
+    r.live = run.count > 0 && run.channel0 + r.channel < p.C_out && od >= 0 && od < p.s.axis[0].out;
+    return r;
+}
+
+// The regions of the first and the second half of a row tile's granules. Where the halves are phases of D, they take turns.
+__device__ __forceinline__ bool halves_are_phases(const Problem& p) { return p.t.rows.octets == 1 && packed_phases(p.t, p.s, 0) == 2; }
+__device__ __forceinline__ int slot_of(const Problem& p, int region) { return halves_are_phases(p) ? region / 2 : region & (p.t.rows.octets * 4 * packed_phases(p.t, p.s, 0) - 1); }
+
+// Which of a warp's positions are outputs: 16 bits for each packed phase (h, w), bit j * 2 + e tells of position j * 8 + lane % 4 * 2 + e.
+template <int kColumns> __device__ __forceinline__ uint64_t valid_positions(const Tiling& t, int phases_hw, const int* table) {
+    uint64_t valid = 0;
+#pragma unroll 1
+    for (int phase = phases_hw - 1; phase >= 0; phase--) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; j++) {
+            const int2 place = *reinterpret_cast<const int2*>(table + phase * t.block_n + j * 8);
+            bits |= (place.x >= 0 ? 1u << j * 2 : 0u) | (place.y >= 0 ? 2u << j * 2 : 0u);
+        }
+        valid = valid << 16 | bits;
+    }
+    return valid;
+}
+
+// The moments of a lane's rows, by its quad, and of the warp's positions: in two passes over registers.
+template <int kColumns>
+__device__ __forceinline__ void leave_moments(const Parameters& a, int64_t part, const Run& run, uint64_t valid, Sums<kColumns>& sums) {
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int granule = 0; granule < 8; granule++) {
+        const LaneRow row = lane_row(p, run, granule * 8 + lane / 4);
+        const uint32_t bits = uint32_t(valid >> row.phase_hw * 16) & 0xffff;
+        float sum = 0, squares = 0;
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i++) sum += bits & 1u << i ? sums.at(granule, i / 2, i % 2) : 0.0f;
+        const float count = quad_sum(float(__popc(bits))), total = quad_sum(sum), mean = count > 0 ? total / count : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i++) {
+            const float deviation = bits & 1u << i ? sums.at(granule, i / 2, i % 2) - mean : 0.0f;
+            squares = fmaf(deviation, deviation, squares);
+        }
+        squares = quad_sum(squares);
+        if (lane % 4 == 0 && row.live) {
+            const int64_t set = part * p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
+            a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
+            a.workspace.counts[set] = count;    // the same from every channel
+        }
+    }
+}
+
+// One warp: stores a piece of staged outputs, 16 bytes at a time where they are staged as they are aligned in memory.
+__device__ __forceinline__ void store_piece(const Parameters& a, int64_t at, const float* from, int count) {
+    const int lane = threadIdx.x % 32;
+    if (a.dtype == kFloat32 && a.p.t.bulk) {
+        float* out = static_cast<float*>(a.out) + at;
+        const int head = min(count, int(-at & 3)), body = (count - head) / 4, tail = head + body * 4;
+        if (lane < head) out[lane] = from[lane];
+        if (lane < count - tail) out[tail + lane] = from[tail + lane];
+#pragma unroll 4
+        for (int k = lane; k < body; k += 32) reinterpret_cast<float4*>(out + head)[k] = reinterpret_cast<const float4*>(from + head)[k];
+    } else {
+#pragma unroll 4
+        for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, from[k]);
+    }
+}
+
+// Scales back, adds the bias, applies ReLU and stages half of a lane's rows.
+template <int kColumns, int kHalf>
+__device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, const Run& run, const RowConstants* rows, const int* table, float* buffer, float first_scale, Sums<kColumns>& sums) {
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const float lowest = a.apply_relu ? 0.0f : -INFINITY;
+#pragma unroll
+    for (int granule = kHalf * 4; granule < kHalf * 4 + 4; granule++) {
+        const int index = granule * 8 + threadIdx.x % 32 / 4;
+        const LaneRow row = lane_row(p, run, index);
+        const RowConstants constants = rows[index];
+        float* region = buffer + slot_of(p, row.region) * t.region_stride + (t.contiguous ? int(region_origin(p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d)) & 3 : 0);
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; j++) {
+            const int2 place = *reinterpret_cast<const int2*>(table + row.phase_hw * t.block_n + j * 8);
+            float &low = sums.at(granule, j, 0), &high = sums.at(granule, j, 1);
+            low = max_nan(fmaf(low * first_scale, constants.scale, constants.bias), lowest);
+            high = max_nan(fmaf(high * first_scale, constants.scale, constants.bias), lowest);
+            if (row.live && place.x >= 0) region[place.x] = low;
+            if (row.live && place.y >= 0) region[place.y] = high;
+        }
+    }
+}
+
+// Stages and stores a tile's outputs, and leaves the moments where the fusion wants them.
+template <int kColumns>
+__device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, int* tables, float* buffers, Sums<kColumns>& sums) {
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const Tile& tile = head.tile;
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
+    const Run& run = tile.run[warpgroup];
+    const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
+    const int phases_w = p.s.axis[2].phases, phases_hw = packed_phases(t, p.s, 1) * phases_w, regions = regions_of(p, run);
+    int* table = tables + warpgroup * (t.table_bytes / 4);
+    float* buffer = buffers + warpgroup * (t.buffer_bytes / 8);
+    if (threadIdx.x % 128 < kRows) {
+        const LaneRow row = lane_row(p, run, threadIdx.x % 128);
+        const int channel = run.channel0 + row.channel;
+        head.rows[warpgroup][threadIdx.x % 128] = {row.live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])) : 0.0f, row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f};
+    }
+    // Runs of the same form, all but those at the edges, have the same table.
+    const int4 key = {run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * p.s.axis[1].phases) * 8 + run.phase_h) * 2 + (run.h0 == 0)};
+    const int4 known = head.table_keys[warpgroup];
+    const bool same = key.x == known.x && key.y == known.y && key.z == known.z && key.w == known.w;
+#pragma unroll 1
+    for (int i = threadIdx.x % 128; !same && i < phases_hw * t.block_n; i += 128)
+        table[i] = staged_place(p, tile, run, run.q0 + i % t.block_n, i / t.block_n / phases_w, i / t.block_n % phases_w);
+    __syncthreads();
+    if (threadIdx.x % 128 == 0) head.table_keys[warpgroup] = key;
+    const int* lane_table = table + warp * kColumns + threadIdx.x % 4 * 2;
+    const bool turns = halves_are_phases(p);
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+        if (half == 0) stage<kColumns, 0>(a, tile, run, head.rows[warpgroup], lane_table, buffer, first_scale, sums);
+        else stage<kColumns, 1>(a, tile, run, head.rows[warpgroup], lane_table, buffer, first_scale, sums);
+        __syncthreads();
+        const int first = turns ? half + 2 * warp : half * regions / 2 + warp, end = turns ? regions : (half + 1) * regions / 2;
+        for_each_piece(p, tile, run, first, end, turns ? 8 : 4, [&](int64_t at, int region, int offset, int count) {
+            store_piece(a, at, buffer + slot_of(p, region) * t.region_stride + offset, count);
+        });
+        __syncthreads();
+    }
+    if (a.fusion.num_groups > 0) {
+        const int64_t part = (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : warpgroup);
+        leave_moments<kColumns>(a, part * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- Kernel
+
+template <int kBlockN, int kChunk>
+__global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(const __grid_constant__ Operands o) {
+    extern __shared__ __align__(1024) uint8_t base[];
+    const Problem& p = o.a.p;
+    const Tiling& t = p.t;
+    SharedHead& head = *reinterpret_cast<SharedHead*>(base);
+    int* tables = reinterpret_cast<int*>(base + kSharedHeadBytes);
+    uint8_t* stages = base + kSharedHeadBytes + 2 * t.table_bytes;
+    constexpr int kColumns = kBlockN / kColumnWarps;
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
+    if (threadIdx.x < 2) head.table_keys[threadIdx.x] = make_int4(-1, 0, 0, 0);
+    for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            locate(p, index, head.tile);
+            publish_steps(p, head, 0, t.weight_stages);
+        }
+        Sums<kColumns> sums = {};
+        Loader<kChunk> loader(o, head, shared_address(stages));
+        int slot = 0, box_slot = -1;    // the stages of this step and of its box
+        for (int done = 0;;) {
+            const bool ready = done < loader.issued;    // else nothing is under way: at the beginning, in the end, and where a box had to wait for its stage
+            if (ready) loader.wait_for(done);
+            __syncthreads();
+            const int step = ready ? head.steps[done % kStepSlots].rows : 0;
+            const bool opened = box_slot >= 0;
+            if (step & kOpensBox) loader.boxes -= opened, box_slot = next_of(box_slot, t.input_stages);
+            // One warpgroup loads while the other multiplies.
+#pragma unroll 1
+            for (int turn = 0; turn < 2; turn++) {
+                if (turn == warpgroup) {
+                    loader.advance(done, t.input_stages + (!ready && opened));
+                    if (ready && threadIdx.x == 0) publish_steps(p, head, done + t.weight_stages, done + t.weight_stages + 1);
+                } else if (ready) {
+                    multiply<kColumns, kChunk>(loader.weight_stage(slot) + (t.split_m ? warpgroup * kRows * kChunk * 2 : 0), loader.input_stage(box_slot),
+                                               head.tile.run[warpgroup].b_row + warp * kColumns + (step & kRowsOfStep), sums);
+                }
+            }
+            if (ready) done++, slot = next_of(slot, t.weight_stages);
+            else if (done == loader.issued) break;
+        }
+        finish<kColumns>(o.a, head, tables, reinterpret_cast<float*>(stages), sums);
+    }
+}
+
+// Mean and reciprocal standard deviation of a group of a sample, a block each, from its channels' moments.
+__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ Parameters a) {
+    const int group = blockIdx.x % a.fusion.num_groups, n = blockIdx.x / a.fusion.num_groups, channels = a.fusion.group_channels;
+    ChannelSums total = {0, 0};
+    for (int c = threadIdx.x / 32; c < channels; c += kThreads / 32) {
+        const ChannelSums of_channel = sums_of_channel(a, n, group * channels + c);
+        total.sum += of_channel.sum, total.squares += of_channel.squares;
+    }
+    __shared__ ChannelSums warps[kThreads / 32];
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int i = 1; i < kThreads / 32; i++) total.sum += warps[i].sum, total.squares += warps[i].squares;
+    const GroupStatistics s = statistics_of(a, total);
+    a.fusion.mean[blockIdx.x] = s.mean, a.fusion.rstd[blockIdx.x] = s.rstd;
+}
+
+}  // namespace conv_sm80

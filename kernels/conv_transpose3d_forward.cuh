@@ -1,0 +1,82 @@
+// Transposed convolution on the tensor cores, alone or with ReLU and GroupNorm behind it.
+//
+//   out[n, co, o] = bias[co] + sum over ci, k of x[n, ci, i] * w[ci, co, k] with i * stride - padding + k * dilation = o
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
+//
+// Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
+
+#pragma once
+
+#include "conv_plan.cuh"
+#include "group_norm.cuh"
+
+namespace conv {
+
+struct ForwardMemory {
+    Scratch scratch;
+    Workspace workspace;
+    scaled_half::Activation source;
+    scaled_half::Weight weight;
+    ForwardMemory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
+        const Problem& p = plan.problem;
+        auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        workspace = take_workspace(scratch, p, fused);
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
+        weight = take_weight(scratch, plan, g, w);
+    }
+};
+
+// Whether tilings fit: 1 or 0.
+template <typename Path> int forward_supports(const Geometry& g, int device) { return plan_of<Path>(g, Use::kFused, device).problem.t.block_n > 0; }
+
+template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused, int device) {
+    return ForwardMemory(g, plan_of<Path>(g, fused ? Use::kFused : Use::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
+}
+
+// bias may be null; apply_relu writes relu(out).
+template <typename Path>
+int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion = {}) {
+    const bool fused = fusion.num_groups > 0;
+    const Plan& plan = plan_of<Path>(g, fused ? Use::kFused : Use::kForward, device);
+    if (plan.problem.t.block_n == 0) return cudaErrorNotSupported;
+    const ForwardMemory memory(g, plan, fused, base, x, w);
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(Path::convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream));
+    if (fused) return cudaSuccess;    // a group with a value that is not finite is NaN as a whole
+    return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
+}
+
+// activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.
+template <typename Path>
+int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int device, cudaStream_t stream, void* workspace, const void* x, const void* w, const void* bias,
+                            const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
+    const bool in_kernel = Path::normalizes(g, dtype);
+    double* rstd = statistics + g.N * num_groups;
+    const Fusion fusion = {num_groups, int(g.C_out) / num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
+    RETURN_IF_ERROR(forward<Path>(g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion));
+    if (in_kernel) return cudaSuccess;
+    const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
+    return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
+        return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
+    });
+}
+
+}  // namespace conv
+
+// The C functions of a path.
+#define FORWARD_LAUNCHERS(path, Path)                                                                                                                      \
+    extern "C" int conv_transpose3d_forward_supports_##path(const Geometry* g, int device) { return conv::forward_supports<Path>(*g, device); }            \
+    extern "C" int64_t conv_transpose3d_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_workspace<Path>(*g, false, device); } \
+    extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_workspace<Path>(*g, true, device); } \
+    extern "C" int conv_transpose3d_forward_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* x, const void* w, const void* bias, \
+                                                   int apply_relu, void* out) {                                                                            \
+        DeviceGuard guard(device);                                                                                                                         \
+        return conv::forward<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, x, w, bias, apply_relu != 0, out);                     \
+    }                                                                                                                                                      \
+    extern "C" int conv_transpose3d_relu_group_norm_forward_##path(const Geometry* g, int dtype, int y_dtype, int device, void* stream, void* workspace, const void* x, const void* w, const void* bias, \
+                                                                   const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) { \
+        DeviceGuard guard(device);                                                                                                                         \
+        return conv::forward_relu_group_norm<Path>(*g, dtype, y_dtype, device, static_cast<cudaStream_t>(stream), workspace, x, w, bias, gamma, beta, num_groups, eps, activation, y, statistics); \
+    }

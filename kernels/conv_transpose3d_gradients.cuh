@@ -1,0 +1,105 @@
+// Gradients of a transposed convolution's input and weight on the tensor cores.
+//
+//   dx[n, ci, i]       = sum over co, k of dout[n, co, i * stride - padding + k * dilation] * w[ci, co, k]
+//   dweight[ci, co, k] = sum over n, i of x[n, ci, i] * dout[n, co, i * stride - padding + k * dilation]
+//
+// Both read one packed copy of dout, in which the phases of the stride are channels. dx is the forward's convolution, its
+// stencil the other way round; dweight is in dweight.cuh.
+
+#pragma once
+
+#include "dweight.cuh"
+#include "group_norm_backward.cuh"
+
+namespace conv {
+
+template <typename Path> static const dweight::Problem& dweight_plan_of(const Geometry& g, int device) {
+    static Memo<dweight::Problem> plans;
+    return plans.get(g, int64_t(Use::kDInput), device, [&] {
+        dweight::Problem p = {};
+        if (!has_stencil(g)) return p;
+        p.s = make_stencil(Direction::kForward, g);
+        p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
+        p.t = dweight::choose_tiling(p, padded_channels(g.C_in), plan_of<Path>(g, Use::kDInput, device).multiprocessors, Path::shared_bytes(device));
+        return p;
+    });
+}
+
+struct GradientsMemory {
+    Scratch scratch;
+    Workspace workspace;
+    scaled_half::Activation dout, x;
+    scaled_half::Weight weight;
+    float* partial;
+    GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
+        auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        workspace = take_workspace(scratch, plan.problem, false);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
+        weight = take_weight(scratch, plan, g, w);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
+        partial = scratch.take<float>(dweight::partial_count(dweight.t));
+    }
+};
+
+// dx (and w) or dweight (and x) may be null: not wanted.
+template <typename Path>
+int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
+    const Plan& plan = plan_of<Path>(g, Use::kDInput, device);
+    const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
+    GradientsMemory memory(g, plan, dweight_plan, workspace, dout, x, w);
+    memory.dout.norm = norm;
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    scaled_half::Weight none = memory.weight;
+    none.channels = 0;
+    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
+    if (dx) RETURN_IF_ERROR(Path::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, Fusion{}, stream));
+    if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
+    if (!dweight) return cudaSuccess;
+    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
+    const dweight::Parameters a = {dweight_plan, memory.x.max, memory.dout.max, memory.partial};
+    return Path::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
+}
+
+// Whether tilings fit for both: 1 or 0.
+template <typename Path> int gradients_supports(const Geometry& g, int device) {
+    return plan_of<Path>(g, Use::kDInput, device).problem.t.block_n > 0 && dweight_plan_of<Path>(g, device).t.block_n > 0;
+}
+
+template <typename Path> int64_t gradients_workspace(const Geometry& g, int device) {
+    return GradientsMemory(g, plan_of<Path>(g, Use::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr).scratch.bytes();
+}
+
+// The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
+// (2, N, num_groups) in place of dout.
+template <typename Path> int64_t relu_group_norm_gradients_workspace(const Geometry& g, int device) {
+    const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), g.C_out};    // the largest, whatever num_groups is
+    return gradients_workspace<Path>(g, device) + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
+}
+
+template <typename Path>
+int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dy, const void* r, const double* statistics, const void* gamma,
+                              int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) {
+    if (dtype != kFloat32) return cudaErrorNotSupported;
+    const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
+    const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + gradients_workspace<Path>(g, device));
+    RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
+    const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
+    return gradients<Path>(g, dtype, device, stream, workspace, dy, norm, x, w, dx, dweight);
+}
+
+}  // namespace conv
+
+// The C functions of a path.
+#define GRADIENTS_LAUNCHERS(path, Path)                                                                                                                    \
+    extern "C" int conv_transpose3d_gradients_supports_##path(const Geometry* g, int device) { return conv::gradients_supports<Path>(*g, device); }        \
+    extern "C" int64_t conv_transpose3d_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::gradients_workspace<Path>(*g, device); } \
+    extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::relu_group_norm_gradients_workspace<Path>(*g, device); } \
+    extern "C" int conv_transpose3d_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dout, const void* x, const void* w, void* dx, void* dweight) { \
+        DeviceGuard guard(device);                                                                                                                         \
+        return conv::gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dout, {}, x, w, dx, dweight);                        \
+    }                                                                                                                                                      \
+    extern "C" int conv_transpose3d_relu_group_norm_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dy, const void* r, const double* statistics, \
+                                                                     const void* gamma, int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) { \
+        DeviceGuard guard(device);                                                                                                                         \
+        return conv::relu_group_norm_gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, r, statistics, gamma, num_groups, x, w, dx, dweight, dgamma, dbeta); \
+    }

@@ -1,0 +1,79 @@
+// The mma.sync convolution's choice among the ways to cut its work (conv_sm80.cuh).
+#pragma once
+
+#include <initializer_list>
+
+#include "conv_tiling.h"
+
+namespace conv_sm80 {
+
+using namespace conv;
+
+constexpr int kSharedHeadBytes = 3072;
+constexpr int kColumnWarps = 4;    // of a warpgroup, each with a quarter of the positions
+
+// Blocks of a multiprocessor, as many as its registers hold.
+HOST_DEVICE constexpr int blocks_of(int block_n) { return block_n == 128 ? 2 : 1; }
+
+// Shared memory of a block: the pipeline's stages, and behind the last product, in their place, half of each warpgroup's staged outputs.
+inline int64_t pipeline_bytes(const Tiling& t) { return int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_stages) * t.weight_bytes; }
+inline int64_t shared_bytes(const Tiling& t) {
+    const int64_t pipeline = pipeline_bytes(t), staged = t.buffer_bytes;
+    return kSharedHeadBytes + 2 * t.table_bytes + (pipeline > staged ? pipeline : staged);
+}
+
+// The tiling of least estimated time, or one of block_n 0 where none fits. groups: of the split, or 1. most_shared: bytes that a block
+// can have; a multiprocessor has a kilobyte more, and keeps one for each block.
+inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int64_t most_shared) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    Tiling best = {};
+    double best_time = 0;
+    for (int packing = 0; packing < 3; packing++)
+    for (int split_m = 0; split_m < 2; split_m++)
+    for (int block_n : {256, 128})
+    for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
+    for (int taps_per_box : {h.taps, 1})
+    for (int chunk : {64, 32, 16})
+    for (int input_stages : {1, 2}) {
+        Tiling t = {};
+        t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
+        const int blocks = blocks_of(block_n);
+        const int64_t shared = (most_shared + 1024) / blocks - 1024;
+        t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
+        if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
+        t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
+        if (8 % t.rows.packed_phases != 0 || (t.rows.packed_phases == 8 && packed_phases(t, s, 0) != 2)) continue;    // half a row tile has whole regions
+        t.rows.octets = 8 / t.rows.packed_phases;
+        if (!set_channels(t, s, source_channels, channels, groups) || t.phase_channels % chunk != 0) continue;
+        t.chunk = chunk;
+        t.item_taps = t.items = 1;
+        t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
+        t.pitch = box_pitch(w, t.tile_w, strips);
+        if (!cut_runs(t, s)) continue;
+        lay_out_regions(t, s, false);
+        const int halo_w = w.shift[w.taps - 1], row_bytes = 2 * chunk;
+        t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
+        t.weight_bytes = (split_m ? 2 : 1) * kRows * row_bytes, t.weight_rings = 1;
+        const int64_t left = shared - kSharedHeadBytes - 2 * t.table_bytes - int64_t(input_stages) * t.input_bytes;
+        t.weight_stages = int(left / t.weight_bytes < 4 ? left / t.weight_bytes : 4);
+        // Positions that are no outputs read whatever follows the box.
+        const int64_t reach = (int64_t(t.box_rows) * t.pitch + block_n + halo_w) * row_bytes + (input_stages - 1) * t.input_bytes;
+        if (t.weight_stages < 3 || shared_bytes(t) > shared || reach > shared_bytes(t)) continue;
+        if (!count_tiles(t, s, samples)) continue;
+        // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp
+        // stores piece after piece; or what it loads, at 20 bytes a cycle.
+        const double taps = steps_of(t, s) / (chunk / 16), boxes = boxes_of(t, s), wide = blocks == 1;
+        const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), values = out_bytes / 8 / pieces;
+        const double pipeline = taps * (wide ? 700 + 300 * chunk / 16 : 350 + 200 * chunk / 16) + boxes * (t.box_bytes() / (wide ? 9 : 12) + (input_stages > 1 ? 0 : wide ? 3000 + t.box_bytes() / 20 : 500));
+        const double epilogue = 0.2 * out_bytes + pieces / kColumnWarps / blocks * (150 + values / (t.bulk ? 128 : 32) * 50) + 2000;
+        const double loads = (taps * t.weight_bytes + boxes * t.box_bytes()) / 20;
+        const int64_t at_once = int64_t(multiprocessors) * blocks;
+        const double waves = t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) * blocks : double(t.tiles) / multiprocessors + 0.5;
+        const double time = waves * ((pipeline > loads ? pipeline : loads) + epilogue);
+        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+    }
+    return best;
+}
+
+}  // namespace conv_sm80
