@@ -3,6 +3,7 @@
 
     python bench.py                      every problem against every competitor (slow: torch.compile tunes)
     python bench.py --quick              without the compiled competitors
+    python bench.py --peer eager         against this one only (may be given several times)
     python bench.py --problem fused      one problem (several with commas)
     python bench.py --compare A.json B.json
     python bench.py --tables A.json B.json    the tables of earlier runs, of some problems each, in one
@@ -35,6 +36,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", action="append", default=[], help="a problem's name, or several with commas")
     parser.add_argument("--quick", action="store_true", help="leave out the competitors that compile")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME", choices=[p.name for p in peers.PEERS if not p.ours], help="only this competitor, or these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE", help="write the results here too")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two files of --json; nothing is run")
@@ -65,16 +67,18 @@ def run_peer(peer, problems, device, seed):
     return {line.pop("problem"): line for line in lines}
 
 
-def run_all(problems, device, quick):
+def run_all(problems, device, quick, names):
     """(results {problem: {peer: times}}, names of wrong results)."""
     seed = random.SystemRandom().randrange(2**31)
     results, wrong = {p.name: {} for p in problems}, []
-    chosen = [p for p in peers.PEERS if not (quick and p.slow)]
+    chosen = [p for p in peers.PEERS if not (quick and p.slow) and (p.ours or not names or p.name in names)]
     if device.type == "cpu":
         chosen = [p for p in chosen if p.name in ("ours", "eager")]
     for peer in chosen:
         print(f"# timing: {peer.name}", file=sys.stderr, flush=True)
         for name, times in run_peer(peer, problems, device, seed).items():
+            if peer.ours:
+                print(f"# {name}: {', '.join(times['paths'])}")
             bad = {tensor: error for tensor, error in times["errors"].items() if not error <= WRONG}
             if bad:
                 wrong.append(f"{peer.name} on {name}: relative errors {bad}")
@@ -110,7 +114,7 @@ def main(arguments=None):
         if limits:
             print(f"# ceilings: copy {limits['copy_bytes_per_s'] / 1e12:.2f} TB/s (read and written), fp16 product {limits['fp16_flop_per_s'] / 1e12:.0f} TFLOP/s")
             torch.cuda.empty_cache()
-        results, wrong = run_all(problems, device, args.quick)
+        results, wrong = run_all(problems, device, args.quick, args.peer)
     except ModuleNotFoundError as error:
         print(f"bench.py: {error}; --plot needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 2

@@ -1584,6 +1584,7 @@ struct Shape {
 // r - mean without losing the mean's low bits: the mean is kept as a sum of two numbers of the accumulation type.
 template <typename A> struct Mean {
     A high, low;
+    Mean() = default;
     __device__ explicit Mean(double mean) : high(A(mean)), low(A(mean - double(A(mean)))) {}
     __device__ __forceinline__ A center(A r) const { return (r - high) - low; }
 };
@@ -1718,6 +1719,7 @@ __global__ void parameter_gradients_kernel(Shape s, const Pair* __restrict__ cha
 template <typename A> struct ChannelGradient {
     Mean<A> m;
     A inv, weight, mean1, mean2;
+    ChannelGradient() = default;
     __device__ __forceinline__ ChannelGradient(double mean, double rstd, A weight, Pair group_means) : m(mean), inv(A(rstd)), weight(weight), mean1(A(group_means.a)), mean2(A(group_means.b)) {}
     __device__ __forceinline__ A dz(A dy, A r) const {
         const A dr = inv * (weight * dy - mean1 - m.center(r) * inv * mean2);
@@ -2155,6 +2157,11 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
             load(source, values[i][half]);
             if constexpr (kKind == Kind::kNorm) load(static_cast<const T*>(a.norm.r) + n * a.C * volume, activations[i][half]);
         }
+    __shared__ group_norm::ChannelGradient<float> channels[kKind == Kind::kNorm ? kChannels : 1];    // taken while those loads are under way
+    if constexpr (kKind == Kind::kNorm) {
+        if (threadIdx.x < kChannels) channels[threadIdx.x] = a.norm.channel(n, min(c0 + int(threadIdx.x), int(a.C) - 1));
+        __syncthreads();
+    }
     Extremes max = {0, 0};
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
@@ -2163,8 +2170,7 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
         if constexpr (kKind == Kind::kNorm) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int64_t c = c0 + item / kParts * 2 + half;
-                const group_norm::ChannelGradient<float> channel = a.norm.channel(n, c < a.C ? c : 0);
+                const group_norm::ChannelGradient<float> channel = channels[item / kParts * 2 + half];
 #pragma unroll
                 for (int e = 0; e < 4; e++) gradients[half][e] = channel.dz(to_acc(values[i][half].v[e]), to_acc(activations[i][half].v[e]));    // zero where r is zero: outside too
             }
@@ -3415,6 +3421,7 @@ _SOURCES['tiling_sm80.h'] = r'''
 // The mma.sync convolution's choice among the ways to cut its work (conv_sm80.cuh).
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "conv_tiling.h"
@@ -3465,14 +3472,20 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.pitch = box_pitch(w, t.tile_w, strips);
         if (!cut_runs(t, s)) continue;
         lay_out_regions(t, s, false);
-        const int halo_w = w.shift[w.taps - 1], row_bytes = 2 * chunk;
-        t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
+        const int halo_w = w.shift[w.taps - 1], halo_h = taps_per_box == 1 ? 0 : h.shift[h.taps - 1], row_bytes = 2 * chunk;
+        // Rows of shared memory that a box's stage has: positions that are no outputs read beyond the box.
+        int64_t first = 0;    // of a run, at most
+        for (int64_t begin = 0, group = int64_t(split_m ? 1 : 2) * t.run; begin < int64_t(t.tile_w) * h.positions; begin += group) {
+            const int64_t last = begin + group - t.run, row = (last / t.tile_w - begin / t.tile_w) * t.pitch + last % t.tile_w;
+            first = std::max({first, begin % t.tile_w, row});
+        }
+        const int64_t reach = first + block_n + halo_h * t.pitch + halo_w;
+        const int64_t loaded = int64_t(t.box_rows) * t.pitch + halo_w;
+        t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 1024);
         t.weight_bytes = (split_m ? 2 : 1) * kRows * row_bytes, t.weight_rings = 1;
         const int64_t left = shared - kSharedHeadBytes - 2 * t.table_bytes - int64_t(input_stages) * t.input_bytes;
         t.weight_stages = int(left / t.weight_bytes < 4 ? left / t.weight_bytes : 4);
-        // Positions that are no outputs read whatever follows the box.
-        const int64_t reach = (int64_t(t.box_rows) * t.pitch + block_n + halo_w) * row_bytes + (input_stages - 1) * t.input_bytes;
-        if (t.weight_stages < 3 || shared_bytes(t) > shared || reach > shared_bytes(t)) continue;
+        if (t.weight_stages < 3 || shared_bytes(t) > shared) continue;
         if (!count_tiles(t, s, samples)) continue;
         // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp
         // stores piece after piece; or what it loads, at 20 bytes a cycle.

@@ -1,9 +1,12 @@
 """The machine and the flags in force, for the headers of check.py and bench.py, and for --doctor."""
 
+import os
 import shutil
 import subprocess
 
 import torch
+
+FORCED = "CONV_TRANSPOSE3D_NEW_ARCHITECTURE"    # the architecture whose kernels run (model_new.py)
 
 
 def _output(*command):
@@ -22,6 +25,7 @@ def describe(device):
             "GPU": torch.cuda.get_device_name(device), "compute capability": "%d.%d" % torch.cuda.get_device_capability(device),
             "torch": torch.__version__, "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version(),
             "driver, SM clock, memory clock": query,
+            **({FORCED: os.environ[FORCED]} if os.environ.get(FORCED) else {}),
             "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32, "cuda.matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         }
     return facts

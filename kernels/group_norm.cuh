@@ -18,6 +18,7 @@ struct Shape {
 // r - mean without losing the mean's low bits: the mean is kept as a sum of two numbers of the accumulation type.
 template <typename A> struct Mean {
     A high, low;
+    Mean() = default;
     __device__ explicit Mean(double mean) : high(A(mean)), low(A(mean - double(A(mean)))) {}
     __device__ __forceinline__ A center(A r) const { return (r - high) - low; }
 };

@@ -70,6 +70,7 @@ __global__ void parameter_gradients_kernel(Shape s, const Pair* __restrict__ cha
 template <typename A> struct ChannelGradient {
     Mean<A> m;
     A inv, weight, mean1, mean2;
+    ChannelGradient() = default;
     __device__ __forceinline__ ChannelGradient(double mean, double rstd, A weight, Pair group_means) : m(mean), inv(A(rstd)), weight(weight), mean1(A(group_means.a)), mean2(A(group_means.b)) {}
     __device__ __forceinline__ A dz(A dy, A r) const {
         const A dr = inv * (weight * dy - mean1 - m.center(r) * inv * mean2);

@@ -277,6 +277,11 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
             load(source, values[i][half]);
             if constexpr (kKind == Kind::kNorm) load(static_cast<const T*>(a.norm.r) + n * a.C * volume, activations[i][half]);
         }
+    __shared__ group_norm::ChannelGradient<float> channels[kKind == Kind::kNorm ? kChannels : 1];    // taken while those loads are under way
+    if constexpr (kKind == Kind::kNorm) {
+        if (threadIdx.x < kChannels) channels[threadIdx.x] = a.norm.channel(n, min(c0 + int(threadIdx.x), int(a.C) - 1));
+        __syncthreads();
+    }
     Extremes max = {0, 0};
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
@@ -285,8 +290,7 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
         if constexpr (kKind == Kind::kNorm) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int64_t c = c0 + item / kParts * 2 + half;
-                const group_norm::ChannelGradient<float> channel = a.norm.channel(n, c < a.C ? c : 0);
+                const group_norm::ChannelGradient<float> channel = channels[item / kParts * 2 + half];
 #pragma unroll
                 for (int e = 0; e < 4; e++) gradients[half][e] = channel.dz(to_acc(values[i][half].v[e]), to_acc(activations[i][half].v[e]));    // zero where r is zero: outside too
             }

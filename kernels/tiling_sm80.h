@@ -1,6 +1,7 @@
 // The mma.sync convolution's choice among the ways to cut its work (conv_sm80.cuh).
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "conv_tiling.h"
@@ -51,14 +52,20 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.pitch = box_pitch(w, t.tile_w, strips);
         if (!cut_runs(t, s)) continue;
         lay_out_regions(t, s, false);
-        const int halo_w = w.shift[w.taps - 1], row_bytes = 2 * chunk;
-        t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
+        const int halo_w = w.shift[w.taps - 1], halo_h = taps_per_box == 1 ? 0 : h.shift[h.taps - 1], row_bytes = 2 * chunk;
+        // Rows of shared memory that a box's stage has: positions that are no outputs read beyond the box.
+        int64_t first = 0;    // of a run, at most
+        for (int64_t begin = 0, group = int64_t(split_m ? 1 : 2) * t.run; begin < int64_t(t.tile_w) * h.positions; begin += group) {
+            const int64_t last = begin + group - t.run, row = (last / t.tile_w - begin / t.tile_w) * t.pitch + last % t.tile_w;
+            first = std::max({first, begin % t.tile_w, row});
+        }
+        const int64_t reach = first + block_n + halo_h * t.pitch + halo_w;
+        const int64_t loaded = int64_t(t.box_rows) * t.pitch + halo_w;
+        t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 1024);
         t.weight_bytes = (split_m ? 2 : 1) * kRows * row_bytes, t.weight_rings = 1;
         const int64_t left = shared - kSharedHeadBytes - 2 * t.table_bytes - int64_t(input_stages) * t.input_bytes;
         t.weight_stages = int(left / t.weight_bytes < 4 ? left / t.weight_bytes : 4);
-        // Positions that are no outputs read whatever follows the box.
-        const int64_t reach = (int64_t(t.box_rows) * t.pitch + block_n + halo_w) * row_bytes + (input_stages - 1) * t.input_bytes;
-        if (t.weight_stages < 3 || shared_bytes(t) > shared || reach > shared_bytes(t)) continue;
+        if (t.weight_stages < 3 || shared_bytes(t) > shared) continue;
         if (!count_tiles(t, s, samples)) continue;
         // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp
         // stores piece after piece; or what it loads, at 20 bytes a cycle.

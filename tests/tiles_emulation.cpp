@@ -99,6 +99,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
                 const int row = run.b_row + q + tap.rows + rows_of_item(p, item);    // of shared memory
                 const int h = at.source_row() + row / t.pitch, v = aw->first + tile.w0 - aw->shift[aw->taps - 1] + row % t.pitch;
                 const bool loaded = row < t.box_rows * t.pitch + (on_sm80(t) ? aw->shift[aw->taps - 1] : 0), inside = loaded && h >= 0 && h < ah->sources && v >= 0 && v < aw->sources;
+                REQUIRE(!on_sm80(t) || int64_t(row + 1) * t.chunk * 2 <= t.input_bytes);    // reads its own stage only
                 const bool margin = !loaded && int64_t(row + 1) * t.chunk * 2 <= t.input_bytes;
                 const int od = at.plane() * ad->source_phases + phase_d - ad->source_crop, oh = h * ah->source_phases + phase_h - ah->source_crop, ow = v * aw->source_phases + phase_w - aw->source_crop;
                 const bool is_element = inside && od >= 0 && od < ad->source_out && oh >= 0 && oh < ah->source_out && ow >= 0 && ow < aw->source_out;
