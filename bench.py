@@ -67,8 +67,8 @@ def run_peer(peer, problems, device, seed):
     return {line.pop("problem"): line for line in lines}
 
 
-def run_all(problems, device, quick, names):
-    """(results {problem: {peer: times}}, names of wrong results)."""
+def run_all(problems, device, quick, names, save):
+    """(results {problem: {peer: times}}, names of wrong results); ``save`` is called with the results so far."""
     seed = random.SystemRandom().randrange(2**31)
     results, wrong = {p.name: {} for p in problems}, []
     chosen = [p for p in peers.PEERS if not (quick and p.slow) and (p.ours or not names or p.name in names)]
@@ -84,6 +84,7 @@ def run_all(problems, device, quick, names):
                 wrong.append(f"{peer.name} on {name}: relative errors {bad}")
                 continue
             results[name][peer.name] = times
+        save(results)
     if device.type == "cuda" and not quick:
         for name, times in run_peer(peers.PEERS[0], problems, device, seed).items():
             first, last = (t["forward_backward"]["ms"] for t in (results[name]["ours"], times))
@@ -114,7 +115,8 @@ def main(arguments=None):
         if limits:
             print(f"# ceilings: copy {limits['copy_bytes_per_s'] / 1e12:.2f} TB/s (read and written), fp16 product {limits['fp16_flop_per_s'] / 1e12:.0f} TFLOP/s")
             torch.cuda.empty_cache()
-        results, wrong = run_all(problems, device, args.quick, args.peer)
+        described = environment.describe(device)
+        results, wrong = run_all(problems, device, args.quick, args.peer, lambda results: save(args.json, results, limits, described))
     except ModuleNotFoundError as error:
         print(f"bench.py: {error}; --plot needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 2
@@ -125,7 +127,7 @@ def main(arguments=None):
         print("WRONG: " + "\nWRONG: ".join(wrong))
     if any("ours" not in times for times in results.values()):
         return 1
-    publish(args, problems, results, limits, environment.describe(device))
+    publish(args, problems, results, limits, described)
     return 1 if wrong else 0
 
 
@@ -136,15 +138,20 @@ def load(paths):
     return [p for p in reference.PROBLEMS if p.name in results], results, runs[0]["ceilings"], runs[0]["environment"]
 
 
+def save(path, results, limits, described):
+    """Writes the results so far, so that a run that is stopped has not been in vain."""
+    if path:
+        with open(path, "w") as file:
+            json.dump({"environment": described, "ceilings": limits, "results": results}, file, indent=1, default=str)
+
+
 def publish(args, problems, results, limits, described):
     table = report.rows(problems, results, limits)
     text = report.markdown(table) + "\n\n" + report.geometric_means(table)
     print(text + "\n\n" + report.peers_table(problems, results))
     if limits is None:
         print("\nThis is the CPU backend at batch 1, beside torch's: it shows that the package works here. The kernels' speed needs a GPU.")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"environment": described, "ceilings": limits, "results": results}, file, indent=1, default=str)
+    save(args.json, results, limits, described)
     if args.plot:
         report.plot(args.plot, problems, results)
     if args.update_readme:

@@ -101,3 +101,24 @@ def test_tables_of_earlier_runs_in_one(tmp_path, capsys):
     assert bench.main(["--tables", str(tmp_path / "dense.json"), str(tmp_path / "fused.json")]) == 0
     out = capsys.readouterr().out
     assert out.index("| fused | forward |") < out.index("| dense | forward |")
+
+
+def test_a_run_that_is_stopped_leaves_what_it_has(tmp_path, monkeypatch):
+    def run_peer(peer, problems, device, seed):
+        if peer.name != "ours":
+            raise KeyboardInterrupt
+        return {"fused": fake_results()["fused"]["ours"] | {"paths": ["a", "b"]}}
+
+    monkeypatch.setattr(bench, "run_peer", run_peer)
+    path = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_all([PROBLEMS[0]], torch.device("cpu"), False, ["eager"], lambda results: bench.save(path, results, None, {}))
+    _, results, _, _ = bench.load([path])
+    assert list(results["fused"]) == ["ours"]
+
+
+def test_chosen_competitors(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "run_peer", lambda peer, *rest: asked.append(peer.name) or {})
+    bench.run_all([PROBLEMS[0]], torch.device("cuda"), True, ["eager", "channels_last"], lambda results: None)
+    assert asked == ["ours", "eager", "channels_last"]

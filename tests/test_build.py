@@ -35,9 +35,12 @@ def test_every_source_is_listed():
 NVCC = (model_new._cuda_root() or "") + "/bin/nvcc"
 
 
+def architectures_of(source):
+    return ["90a"] if source.endswith("_sm90.cu") else ["80", "89", "100", "120"] if source.endswith("_sm80.cu") else ["80", "90a", "120"]
+
+
 @pytest.mark.skipif(not os.path.exists(NVCC), reason="no nvcc")
-@pytest.mark.parametrize("architecture", ["80", "90a", "100"])
-@pytest.mark.parametrize("source", [name for name in kernels.SOURCES if name.endswith(".cu")])
+@pytest.mark.parametrize("source, architecture", [(name, a) for name in kernels.SOURCES if name.endswith(".cu") for a in architectures_of(name)])
 def test_compiles_without_warnings(source, architecture, tmp_path):
     command = [NVCC, "-std=c++17", "-O1", "-c", str(kernels.FOLDER / source), "-o", str(tmp_path / "out.o"), f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
                "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v"]
@@ -74,6 +77,26 @@ def test_a_killed_build_does_not_hang_the_next_import(tmp_path):
     killed.wait()
     done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("architectures, paths", [(["90a"], {"sm90"}), (["80", "120"], {"sm80"}), (["80", "90a"], {"sm80", "sm90"})])
+def test_a_library_has_the_paths_of_its_architectures(architectures, paths, monkeypatch):
+    monkeypatch.setattr(model_new, "_architectures", lambda: architectures)
+    source = model_new._source("cuda")
+    assert {path for path in ("sm80", "sm90") if f"LAUNCHERS({path}," in source} == paths
+    assert "conv_transpose3d_forward_generic" in source
+
+
+def test_a_forced_architecture_must_be_known(monkeypatch):
+    monkeypatch.setenv("CONV_TRANSPOSE3D_NEW_ARCHITECTURE", "75")
+    model_new._forced_capability.cache_clear()
+    try:
+        with pytest.raises(ImportError, match="CONV_TRANSPOSE3D_NEW_ARCHITECTURE: expected one of 80, .*, got '75'"):
+            model_new._forced_capability()
+        monkeypatch.setenv("CONV_TRANSPOSE3D_NEW_ARCHITECTURE", "120")
+        assert model_new._forced_capability() == (12, 0)
+    finally:
+        model_new._forced_capability.cache_clear()
 
 
 def test_what_is_missing_is_named(tmp_path):
