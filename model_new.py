@@ -2495,6 +2495,12 @@ HOST_DEVICE int parts_of_sample(const Problem& p) {
     return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * t.column_warps * p.s.phases() : 0;
 }
 
+// The index of a run among all runs of all samples that have moments of their own.
+HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgroup) {
+    const Tiling& t = p.t;
+    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : warpgroup);
+}
+
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
@@ -2671,11 +2677,65 @@ template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Ti
 }  // namespace conv
 '''
 
+_SOURCES['ptx_sm80.cuh'] = r'''
+// PTX instructions of sm_80 and up, one per wrapper, named after it. Reference: the PTX ISA's chapters "mma.m16n8k16", "ldmatrix" and
+// "cp.async".
+#pragma once
+
+#include "launch.cuh"
+
+// ----------------------------------------------------------------------------------------------------- Arithmetic
+
+// max that keeps NaN
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float v;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
+
+// -------------------------------------------------------------------------------------------------- Shared memory
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
+__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(inside ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but kPending of this thread's groups are complete.
+template <int kPending> __device__ __forceinline__ void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+
+// Rows of a tile in shared memory, 32, 64 or 128 bytes each, are swizzled as the TMA unit does it: by the row's place in 128-byte lines,
+// so that eight neighbouring rows' equal pieces lie in different banks. The offset of a 16-byte piece:
+__device__ __forceinline__ uint32_t swizzled(int row, int piece, int row_bytes) {
+    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
+    return row * row_bytes + ((piece ^ turn) << 4);
+}
+
+// --------------------------------------------------------------------------------------------------- Tensor cores
+
+// Four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 give the rows of matrix i, 16 bytes each. Element (lane / 4, lane % 4 * 2)
+// and its neighbour go to a lane; transposed: element (lane % 4 * 2, lane / 4) and the one below it.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+
+// d (16, 8) += a (16, 16) * b (16, 8): fp16 operands, fp32 sums. Element i of a lane is row lane / 4 + i / 2 * 8, column lane % 4 * 2 + i % 2.
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+'''
+
 _SOURCES['conv_epilogue.cuh'] = r'''
 // What the tensor cores' convolutions are given and leave behind, on every architecture.
 #pragma once
 
 #include "conv_tiles.h"
+#include "ptx_sm80.cuh"
 #include "scaled_half.cuh"
 
 namespace conv {
@@ -2730,6 +2790,23 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v)
 __device__ __forceinline__ float quad_sum(float v) {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// A product scaled back, with its bias, and ReLU where `lowest` is zero.
+__device__ __forceinline__ float value_of(float product, float first_scale, float scale, float bias, float lowest) { return max_nan(fmaf(product * first_scale, scale, bias), lowest); }
+
+// What the table of a run's staged places depends on: runs of the same form, all but those at the edges, have the same one.
+__device__ __forceinline__ int4 table_key(const Problem& p, const Tile& tile, const Run& run) {
+    return make_int4(run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * p.s.axis[1].phases) * 8 + run.phase_h) * 2 + (run.h0 == 0));
+}
+__device__ __forceinline__ bool same_key(int4 a, int4 b) { return a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w; }
+
+// A warpgroup: table() = (packed phases of H and W, kBlockN positions) places.
+template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(const Problem& p, const Tile& tile, const Run& run, F table) {
+    const StencilAxis& aw = p.s.axis[2];
+    const int phases_hw = packed_phases(p.t, p.s, 1) * aw.phases;
+    for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
+        table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
 }
 
 // ------------------------------------------------------------------------------------------------------ Statistics
@@ -3364,59 +3441,6 @@ int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStre
     }
 '''
 
-_SOURCES['ptx_sm80.cuh'] = r'''
-// PTX instructions of sm_80 and up, one per wrapper, named after it. Reference: the PTX ISA's chapters "mma.m16n8k16", "ldmatrix" and
-// "cp.async".
-#pragma once
-
-#include "launch.cuh"
-
-// ----------------------------------------------------------------------------------------------------- Arithmetic
-
-// max that keeps NaN
-__device__ __forceinline__ float max_nan(float a, float b) {
-    float v;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-    return v;
-}
-
-// -------------------------------------------------------------------------------------------------- Shared memory
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-// Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
-__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(inside ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all but kPending of this thread's groups are complete.
-template <int kPending> __device__ __forceinline__ void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
-
-// Rows of a tile in shared memory, 32, 64 or 128 bytes each, are swizzled as the TMA unit does it: by the row's place in 128-byte lines,
-// so that eight neighbouring rows' equal pieces lie in different banks. The offset of a 16-byte piece:
-__device__ __forceinline__ uint32_t swizzled(int row, int piece, int row_bytes) {
-    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
-    return row * row_bytes + ((piece ^ turn) << 4);
-}
-
-// --------------------------------------------------------------------------------------------------- Tensor cores
-
-// Four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 give the rows of matrix i, 16 bytes each. Element (lane / 4, lane % 4 * 2)
-// and its neighbour go to a lane; transposed: element (lane % 4 * 2, lane / 4) and the one below it.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&v)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&v)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
-}
-
-// d (16, 8) += a (16, 16) * b (16, 8): fp16 operands, fp32 sums. Element i of a lane is row lane / 4 + i / 2 * 8, column lane % 4 * 2 + i % 2.
-__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-'''
-
 _SOURCES['tiling_sm80.h'] = r'''
 // The mma.sync convolution's choice among the ways to cut its work (conv_sm80.cuh).
 #pragma once
@@ -3519,7 +3543,6 @@ _SOURCES['conv_sm80.cuh'] = r'''
 #pragma once
 
 #include "conv_epilogue.cuh"
-#include "ptx_sm80.cuh"
 #include "tiling_sm80.h"
 
 namespace conv_sm80 {
@@ -3806,8 +3829,8 @@ __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, con
         for (int j = 0; j < kColumns / 8; j++) {
             const int2 place = *reinterpret_cast<const int2*>(table + row.phase_hw * t.block_n + j * 8);
             float &low = sums.at(granule, j, 0), &high = sums.at(granule, j, 1);
-            low = max_nan(fmaf(low * first_scale, constants.scale, constants.bias), lowest);
-            high = max_nan(fmaf(high * first_scale, constants.scale, constants.bias), lowest);
+            low = value_of(low, first_scale, constants.scale, constants.bias, lowest);
+            high = value_of(high, first_scale, constants.scale, constants.bias, lowest);
             if (row.live && place.x >= 0) region[place.x] = low;
             if (row.live && place.y >= 0) region[place.y] = high;
         }
@@ -3823,7 +3846,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
     const Run& run = tile.run[warpgroup];
     const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
-    const int phases_w = p.s.axis[2].phases, phases_hw = packed_phases(t, p.s, 1) * phases_w, regions = regions_of(p, run);
+    const int phases_hw = packed_phases(t, p.s, 1) * p.s.axis[2].phases, regions = regions_of(p, run);
     int* table = tables + warpgroup * (t.table_bytes / 4);
     float* buffer = buffers + warpgroup * (t.buffer_bytes / 8);
     if (threadIdx.x % 128 < kRows) {
@@ -3831,13 +3854,8 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
         const int channel = run.channel0 + row.channel;
         head.rows[warpgroup][threadIdx.x % 128] = {row.live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])) : 0.0f, row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f};
     }
-    // Runs of the same form, all but those at the edges, have the same table.
-    const int4 key = {run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * p.s.axis[1].phases) * 8 + run.phase_h) * 2 + (run.h0 == 0)};
-    const int4 known = head.table_keys[warpgroup];
-    const bool same = key.x == known.x && key.y == known.y && key.z == known.z && key.w == known.w;
-#pragma unroll 1
-    for (int i = threadIdx.x % 128; !same && i < phases_hw * t.block_n; i += 128)
-        table[i] = staged_place(p, tile, run, run.q0 + i % t.block_n, i / t.block_n / phases_w, i / t.block_n % phases_w);
+    const int4 key = table_key(p, tile, run);
+    if (!same_key(key, head.table_keys[warpgroup])) fill_table<kColumns * kColumnWarps>(p, tile, run, [&] { return table; });
     __syncthreads();
     if (threadIdx.x % 128 == 0) head.table_keys[warpgroup] = key;
     const int* lane_table = table + warp * kColumns + threadIdx.x % 4 * 2;
@@ -3854,8 +3872,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
         __syncthreads();
     }
     if (a.fusion.num_groups > 0) {
-        const int64_t part = (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : warpgroup);
-        leave_moments<kColumns>(a, part * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
+        leave_moments<kColumns>(a, index_of_run(p, tile, warpgroup) * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
     }
 }
 
@@ -4844,7 +4861,7 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     const Tiling& t = p.t;
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
-    const int64_t part = (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : me.warpgroup);
+    const int64_t part = index_of_run(p, tile, me.warpgroup);
     const int phases = p.s.phases();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -4887,27 +4904,21 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     }
 }
 
-__device__ __forceinline__ float value_of(float product, float first_scale, const LaneRow& row, float lowest) { return max_nan(fmaf(product * first_scale, row.scale, row.bias), lowest); }
-
 // Scales back, adds the bias, applies ReLU, stages and stores, and leaves the moments where the fusion wants them.
 template <int kBlockN>
 __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
     const Problem& p = a.p;
     const Tiling& t = p.t;
-    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
     const float lowest = a.apply_relu ? 0.0f : -INFINITY;
     me.prepare_rows();
     me.wait_for_buffer();
     if (!t.dense) {
-        // Runs of the same form, all but those at the edges, have the same table.
-        const int4 key = {run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 2 + (run.h0 == 0)};
+        const int4 key = table_key(p, tile, run);
         if (key.x != me.table_key.x || key.y != me.table_key.y || key.z != me.table_key.z || key.w != me.table_key.w) {
-            const int phases_hw = packed_phases(t, p.s, 1) * aw.phases;
-            for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
-                me.table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
+            fill_table<kBlockN>(p, tile, run, [&] { return me.table(); });
             me.table_key = key;
         }
         me.sync();
@@ -4916,7 +4927,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
         if (!row.live) continue;
-        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row, lowest); };
+        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row.scale, row.bias, lowest); };
         float* region = staged_region(me, tile, row);
         if (t.dense) {    // position q is float q of its region
             float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "conv_tiles.h"
+#include "ptx_sm80.cuh"
 #include "scaled_half.cuh"
 
 namespace conv {
@@ -56,6 +57,23 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v)
 __device__ __forceinline__ float quad_sum(float v) {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// A product scaled back, with its bias, and ReLU where `lowest` is zero.
+__device__ __forceinline__ float value_of(float product, float first_scale, float scale, float bias, float lowest) { return max_nan(fmaf(product * first_scale, scale, bias), lowest); }
+
+// What the table of a run's staged places depends on: runs of the same form, all but those at the edges, have the same one.
+__device__ __forceinline__ int4 table_key(const Problem& p, const Tile& tile, const Run& run) {
+    return make_int4(run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * p.s.axis[1].phases) * 8 + run.phase_h) * 2 + (run.h0 == 0));
+}
+__device__ __forceinline__ bool same_key(int4 a, int4 b) { return a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w; }
+
+// A warpgroup: table() = (packed phases of H and W, kBlockN positions) places.
+template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(const Problem& p, const Tile& tile, const Run& run, F table) {
+    const StencilAxis& aw = p.s.axis[2];
+    const int phases_hw = packed_phases(p.t, p.s, 1) * aw.phases;
+    for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
+        table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
 }
 
 // ------------------------------------------------------------------------------------------------------ Statistics

@@ -10,7 +10,6 @@
 #pragma once
 
 #include "conv_epilogue.cuh"
-#include "ptx_sm80.cuh"
 #include "tiling_sm80.h"
 
 namespace conv_sm80 {
@@ -297,8 +296,8 @@ __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, con
         for (int j = 0; j < kColumns / 8; j++) {
             const int2 place = *reinterpret_cast<const int2*>(table + row.phase_hw * t.block_n + j * 8);
             float &low = sums.at(granule, j, 0), &high = sums.at(granule, j, 1);
-            low = max_nan(fmaf(low * first_scale, constants.scale, constants.bias), lowest);
-            high = max_nan(fmaf(high * first_scale, constants.scale, constants.bias), lowest);
+            low = value_of(low, first_scale, constants.scale, constants.bias, lowest);
+            high = value_of(high, first_scale, constants.scale, constants.bias, lowest);
             if (row.live && place.x >= 0) region[place.x] = low;
             if (row.live && place.y >= 0) region[place.y] = high;
         }
@@ -314,7 +313,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
     const Run& run = tile.run[warpgroup];
     const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
-    const int phases_w = p.s.axis[2].phases, phases_hw = packed_phases(t, p.s, 1) * phases_w, regions = regions_of(p, run);
+    const int phases_hw = packed_phases(t, p.s, 1) * p.s.axis[2].phases, regions = regions_of(p, run);
     int* table = tables + warpgroup * (t.table_bytes / 4);
     float* buffer = buffers + warpgroup * (t.buffer_bytes / 8);
     if (threadIdx.x % 128 < kRows) {
@@ -322,13 +321,8 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
         const int channel = run.channel0 + row.channel;
         head.rows[warpgroup][threadIdx.x % 128] = {row.live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])) : 0.0f, row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f};
     }
-    // Runs of the same form, all but those at the edges, have the same table.
-    const int4 key = {run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * p.s.axis[1].phases) * 8 + run.phase_h) * 2 + (run.h0 == 0)};
-    const int4 known = head.table_keys[warpgroup];
-    const bool same = key.x == known.x && key.y == known.y && key.z == known.z && key.w == known.w;
-#pragma unroll 1
-    for (int i = threadIdx.x % 128; !same && i < phases_hw * t.block_n; i += 128)
-        table[i] = staged_place(p, tile, run, run.q0 + i % t.block_n, i / t.block_n / phases_w, i / t.block_n % phases_w);
+    const int4 key = table_key(p, tile, run);
+    if (!same_key(key, head.table_keys[warpgroup])) fill_table<kColumns * kColumnWarps>(p, tile, run, [&] { return table; });
     __syncthreads();
     if (threadIdx.x % 128 == 0) head.table_keys[warpgroup] = key;
     const int* lane_table = table + warp * kColumns + threadIdx.x % 4 * 2;
@@ -345,8 +339,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
         __syncthreads();
     }
     if (a.fusion.num_groups > 0) {
-        const int64_t part = (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : warpgroup);
-        leave_moments<kColumns>(a, part * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
+        leave_moments<kColumns>(a, index_of_run(p, tile, warpgroup) * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
     }
 }
 

@@ -378,7 +378,7 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     const Tiling& t = p.t;
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
-    const int64_t part = (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : me.warpgroup);
+    const int64_t part = index_of_run(p, tile, me.warpgroup);
     const int phases = p.s.phases();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -421,27 +421,21 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     }
 }
 
-__device__ __forceinline__ float value_of(float product, float first_scale, const LaneRow& row, float lowest) { return max_nan(fmaf(product * first_scale, row.scale, row.bias), lowest); }
-
 // Scales back, adds the bias, applies ReLU, stages and stores, and leaves the moments where the fusion wants them.
 template <int kBlockN>
 __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
     const Problem& p = a.p;
     const Tiling& t = p.t;
-    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
     const float lowest = a.apply_relu ? 0.0f : -INFINITY;
     me.prepare_rows();
     me.wait_for_buffer();
     if (!t.dense) {
-        // Runs of the same form, all but those at the edges, have the same table.
-        const int4 key = {run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 2 + (run.h0 == 0)};
+        const int4 key = table_key(p, tile, run);
         if (key.x != me.table_key.x || key.y != me.table_key.y || key.z != me.table_key.z || key.w != me.table_key.w) {
-            const int phases_hw = packed_phases(t, p.s, 1) * aw.phases;
-            for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
-                me.table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
+            fill_table<kBlockN>(p, tile, run, [&] { return me.table(); });
             me.table_key = key;
         }
         me.sync();
@@ -450,7 +444,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
         if (!row.live) continue;
-        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row, lowest); };
+        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row.scale, row.bias, lowest); };
         float* region = staged_region(me, tile, row);
         if (t.dense) {    // position q is float q of its region
             float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);

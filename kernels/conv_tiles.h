@@ -48,6 +48,12 @@ HOST_DEVICE int parts_of_sample(const Problem& p) {
     return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * t.column_warps * p.s.phases() : 0;
 }
 
+// The index of a run among all runs of all samples that have moments of their own.
+HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgroup) {
+    const Tiling& t = p.t;
+    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : warpgroup);
+}
+
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
