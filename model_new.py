@@ -533,7 +533,10 @@ def _fused_forward_fake(input, weight, bias, gn_weight, gn_bias, num_groups, eps
 
 def _parameter(tensor, input):
     """A parameter of the norm in the type that the norm computes in."""
-    return None if tensor is None else tensor.to(torch.float64 if input.dtype == torch.float64 else torch.float32).contiguous()
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def _fused_backward(grad, activation, statistics, input, weight, gn_weight, input_shape, weight_shape, num_groups,
@@ -3963,9 +3966,9 @@ template <int kBlockN, int kChunk> int launch_conv(const Operands& o, int multip
 // The launches of the tensor cores from sm_80 up (conv_plan.cuh).
 struct Path {
     // Shared memory that a block can have. SHARED_BYTES: of the architecture that this one is to be taken for.
-    static int shared_bytes(int device) {
+    static int shared_bytes([[maybe_unused]] int device) {
 #ifdef SHARED_BYTES
-        return device >= 0 ? SHARED_BYTES : 0;
+        return SHARED_BYTES;
 #else
         int bytes = 0;
         cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);

@@ -17,9 +17,9 @@ template <int kBlockN, int kChunk> int launch_conv(const Operands& o, int multip
 // The launches of the tensor cores from sm_80 up (conv_plan.cuh).
 struct Path {
     // Shared memory that a block can have. SHARED_BYTES: of the architecture that this one is to be taken for.
-    static int shared_bytes(int device) {
+    static int shared_bytes([[maybe_unused]] int device) {
 #ifdef SHARED_BYTES
-        return device >= 0 ? SHARED_BYTES : 0;
+        return SHARED_BYTES;
 #else
         int bytes = 0;
         cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
