@@ -2275,12 +2275,6 @@ _SOURCES['conv_tiling.h'] = r'''
 namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
-constexpr int kMaxStages = 16;                 // of weights, all rings together
-constexpr int kMaxInputStages = 6;
-constexpr int kMaxItems = 64;
-constexpr int kHeadBytes = 2048;               // barriers and the like
-constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
-constexpr int kMaxNormStages = 8;
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
@@ -3458,6 +3452,7 @@ namespace conv_sm80 {
 using namespace conv;
 
 constexpr int kSharedHeadBytes = 3072;
+constexpr int kMaxWeightStages = 4;
 constexpr int kColumnWarps = 4;    // of a warpgroup, each with a quarter of the positions
 
 // Blocks of a multiprocessor, as many as its registers hold.
@@ -3511,7 +3506,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 1024);
         t.weight_bytes = (split_m ? 2 : 1) * kRows * row_bytes, t.weight_rings = 1;
         const int64_t left = shared - kSharedHeadBytes - 2 * t.table_bytes - int64_t(input_stages) * t.input_bytes;
-        t.weight_stages = int(left / t.weight_bytes < 4 ? left / t.weight_bytes : 4);
+        t.weight_stages = int(left / t.weight_bytes < kMaxWeightStages ? left / t.weight_bytes : kMaxWeightStages);
         if (t.weight_stages < 3 || shared_bytes(t) > shared) continue;
         if (!count_tiles(t, s, samples)) continue;
         // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp
@@ -3539,7 +3534,9 @@ _SOURCES['conv_sm80.cuh'] = r'''
 //
 // A block is two warpgroups, with other rows or other positions each. Each of a warpgroup's four warps has all of its 64 rows and a
 // quarter of its positions, which balances what it reads of shared memory for both operands. Weights come by cp.async through a ring
-// of stages, one for each tap and chunk of GEMM_K; a box of the source comes with its first tap. All threads load, a barrier a stage.
+// of stages, one for each tap and chunk of GEMM_K; a box of the source comes with its first tap. One thread finds out what comes next, some
+// steps ahead; all load it, one warpgroup while the other multiplies; there is a barrier a step. With 128 positions a warpgroup, two
+// blocks share a multiprocessor.
 //
 // The epilogue stages the outputs where the stages were, half a row tile at a time, and whole warps store rows of memory.
 // Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
@@ -3551,7 +3548,6 @@ _SOURCES['conv_sm80.cuh'] = r'''
 namespace conv_sm80 {
 
 constexpr int kThreads = 256;
-constexpr int kMaxWeightStages = 4;
 
 struct Operands {
     Parameters a;
@@ -3568,7 +3564,8 @@ struct Step {
     int plane, source_row, channel; // of the box
 };
 constexpr int kOpensBox = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
-constexpr int kStepSlots = 8;       // a power of two above kMaxWeightStages
+constexpr int kStepSlots = 8;
+static_assert(kStepSlots > kMaxWeightStages, "the step that is multiplied and those ahead");
 
 struct SharedHead {
     Tile tile;
@@ -4401,6 +4398,12 @@ namespace conv_sm90 {
 using namespace conv;
 
 constexpr int kSharedBytes = 227 * 1024;
+constexpr int kMaxStages = 16;                 // of weights, all rings together
+constexpr int kMaxInputStages = 6;
+constexpr int kMaxItems = 64;
+constexpr int kHeadBytes = 2048;               // barriers and the like
+constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
+constexpr int kMaxNormStages = 8;
 
 inline int64_t shared_bytes(const Tiling& t) {
     return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;

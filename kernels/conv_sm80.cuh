@@ -3,7 +3,9 @@
 //
 // A block is two warpgroups, with other rows or other positions each. Each of a warpgroup's four warps has all of its 64 rows and a
 // quarter of its positions, which balances what it reads of shared memory for both operands. Weights come by cp.async through a ring
-// of stages, one for each tap and chunk of GEMM_K; a box of the source comes with its first tap. All threads load, a barrier a stage.
+// of stages, one for each tap and chunk of GEMM_K; a box of the source comes with its first tap. One thread finds out what comes next, some
+// steps ahead; all load it, one warpgroup while the other multiplies; there is a barrier a step. With 128 positions a warpgroup, two
+// blocks share a multiprocessor.
 //
 // The epilogue stages the outputs where the stages were, half a row tile at a time, and whole warps store rows of memory.
 // Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
@@ -15,7 +17,6 @@
 namespace conv_sm80 {
 
 constexpr int kThreads = 256;
-constexpr int kMaxWeightStages = 4;
 
 struct Operands {
     Parameters a;
@@ -32,7 +33,8 @@ struct Step {
     int plane, source_row, channel; // of the box
 };
 constexpr int kOpensBox = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
-constexpr int kStepSlots = 8;       // a power of two above kMaxWeightStages
+constexpr int kStepSlots = 8;
+static_assert(kStepSlots > kMaxWeightStages, "the step that is multiplied and those ahead");
 
 struct SharedHead {
     Tile tile;

@@ -6,12 +6,6 @@
 namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
-constexpr int kMaxStages = 16;                 // of weights, all rings together
-constexpr int kMaxInputStages = 6;
-constexpr int kMaxItems = 64;
-constexpr int kHeadBytes = 2048;               // barriers and the like
-constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
-constexpr int kMaxNormStages = 8;
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //

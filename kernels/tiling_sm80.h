@@ -11,6 +11,7 @@ namespace conv_sm80 {
 using namespace conv;
 
 constexpr int kSharedHeadBytes = 3072;
+constexpr int kMaxWeightStages = 4;
 constexpr int kColumnWarps = 4;    // of a warpgroup, each with a quarter of the positions
 
 // Blocks of a multiprocessor, as many as its registers hold.
@@ -64,7 +65,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 1024);
         t.weight_bytes = (split_m ? 2 : 1) * kRows * row_bytes, t.weight_rings = 1;
         const int64_t left = shared - kSharedHeadBytes - 2 * t.table_bytes - int64_t(input_stages) * t.input_bytes;
-        t.weight_stages = int(left / t.weight_bytes < 4 ? left / t.weight_bytes : 4);
+        t.weight_stages = int(left / t.weight_bytes < kMaxWeightStages ? left / t.weight_bytes : kMaxWeightStages);
         if (t.weight_stages < 3 || shared_bytes(t) > shared) continue;
         if (!count_tiles(t, s, samples)) continue;
         // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp

@@ -10,6 +10,12 @@ namespace conv_sm90 {
 using namespace conv;
 
 constexpr int kSharedBytes = 227 * 1024;
+constexpr int kMaxStages = 16;                 // of weights, all rings together
+constexpr int kMaxInputStages = 6;
+constexpr int kMaxItems = 64;
+constexpr int kHeadBytes = 2048;               // barriers and the like
+constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
+constexpr int kMaxNormStages = 8;
 
 inline int64_t shared_bytes(const Tiling& t) {
     return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
