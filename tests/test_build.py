@@ -42,7 +42,7 @@ def architectures_of(source):
 @pytest.mark.skipif(not os.path.exists(NVCC), reason="no nvcc")
 @pytest.mark.parametrize("source, architecture", [(name, a) for name in kernels.SOURCES if name.endswith(".cu") for a in architectures_of(name)])
 def test_compiles_without_warnings(source, architecture, tmp_path):
-    command = [NVCC, "-std=c++17", "-O1", "-c", str(kernels.FOLDER / source), "-o", str(tmp_path / "out.o"), f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+    command = [NVCC, "-std=c++17", "-O1", "--split-compile=0", "-c", str(kernels.FOLDER / source), "-o", str(tmp_path / "out.o"), f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
                "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
