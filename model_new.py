@@ -261,37 +261,41 @@ def _always(geometry, dtype, tf32, device):
     return True
 
 
-def _tensor_cores(geometry, dtype, tf32):
-    """Strides of 1 or 2, TF32-equivalent arithmetic allowed, and enough work to fill tiles.
+def _tensor_cores(path, operation, geometry, dtype, tf32, device):
+    """Strides of 1 or 2, TF32-equivalent arithmetic allowed, enough work to fill tiles, and a tiling of ``path``, which is the device's.
 
     cuDNN computes in TF32 there too. For most other strides, and stride 2 with dilation, it is float32-accurate even where TF32
     is allowed, and so are we.
     """
     axes = geometry.axis
-    return ((tf32 if dtype == torch.float32 else dtype != torch.float64)
+    return (_tensor_core_path(_capability(device.index)) == path and (tf32 if dtype == torch.float32 else dtype != torch.float64)
             and all(axis.kernel <= 7 for axis in axes)
             and (all(axis.stride == 1 for axis in axes) or all(axis.stride == 2 and axis.dilation == 1 for axis in axes))
-            and _multiply_adds(geometry) >= 2**24)
+            and _multiply_adds(geometry) >= 2**24
+            and bool(getattr(_library("cuda"), f"conv_transpose3d_{operation}_supports_{path}")(ctypes.addressof(geometry), device.index)))
 
 
-def _forward_on(path, hopper):
+def _forward_on(path):
     def condition(geometry, dtype, tf32, device):
         """Several groups: cuDNN's forward is float32-accurate, and so are split operands, as long as no sum is too long."""
         terms = geometry.C_in // geometry.groups
         for axis in geometry.axis:
             terms *= -(-axis.kernel // axis.stride)
-        return (_is_hopper(device) == hopper and _tensor_cores(geometry, dtype, tf32) and (geometry.groups == 1 or (dtype == torch.float32 and terms <= 128))
-                and bool(getattr(_library("cuda"), f"conv_transpose3d_forward_supports_{path}")(ctypes.addressof(geometry), device.index)))
+        return (geometry.groups == 1 or (dtype == torch.float32 and terms <= 128)) and _tensor_cores(path, "forward", geometry, dtype, tf32, device)
     return condition
 
 
-def _gradients_on(path, hopper, dtypes=(torch.float32, torch.float16, torch.bfloat16)):
+def _gradients_on(path):
     def condition(geometry, dtype, tf32, device):
         """Groups are computed as one, with zeros between them: worth it where they have 8 channels or more."""
         channels = min(geometry.C_in, geometry.C_out) // geometry.groups
-        return (_is_hopper(device) == hopper and _tensor_cores(geometry, dtype, tf32) and dtype in dtypes and (geometry.groups == 1 or channels >= 8)
-                and bool(getattr(_library("cuda"), f"conv_transpose3d_gradients_supports_{path}")(ctypes.addressof(geometry), device.index)))
+        return (geometry.groups == 1 or channels >= 8) and _tensor_cores(path, "gradients", geometry, dtype, tf32, device)
     return condition
+
+
+def _norm_gradients_on(path):
+    gradients = _gradients_on(path)
+    return lambda geometry, dtype, tf32, device: dtype == torch.float32 and gradients(geometry, dtype, tf32, device)
 
 
 def _multiply_adds(geometry):
@@ -304,11 +308,10 @@ def _multiply_adds(geometry):
 _PATHS = {
     # operation: ((path, condition), ...)
     # sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
-    "conv_transpose3d_forward": (("sm90", _forward_on("sm90", True)), ("sm80", _forward_on("sm80", False)), ("generic", _always)),
-    "conv_transpose3d_relu_group_norm_forward": (("sm90", _forward_on("sm90", True)), ("sm80", _forward_on("sm80", False)), ("composed", _always)),
-    "conv_transpose3d_gradients": (("sm90", _gradients_on("sm90", True)), ("sm80", _gradients_on("sm80", False)), ("composed", _always)),
-    "conv_transpose3d_relu_group_norm_gradients": (
-        ("sm90", _gradients_on("sm90", True, (torch.float32,))), ("sm80", _gradients_on("sm80", False, (torch.float32,))), ("composed", _always)),
+    "conv_transpose3d_forward": (("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("generic", _always)),
+    "conv_transpose3d_relu_group_norm_forward": (("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("composed", _always)),
+    "conv_transpose3d_gradients": (("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("composed", _always)),
+    "conv_transpose3d_relu_group_norm_gradients": (("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
     "conv_transpose3d_dinput": (("generic", _always),),
     "conv_transpose3d_dweight": (("generic", _always),),
     "conv_transpose3d_dbias": (("generic", _always),),
@@ -382,8 +385,8 @@ def _capability(device_index):
     return forced or own
 
 
-def _is_hopper(device):
-    return _capability(device.index) == (9, 0)
+def _tensor_core_path(capability):
+    return "sm90" if capability == (9, 0) else "sm80"
 
 
 class record_launches:
@@ -713,8 +716,8 @@ def _source(backend):
     """One translation unit of the backend's sources; of those for the tensor cores, what the visible GPUs need."""
     suffix, unused = ".cpp" if backend == "cpu" else ".cu", ()
     if backend == "cuda":
-        hoppers = {architecture.startswith("90") for architecture in _architectures()}
-        unused = tuple(f"_{path}.cu" for path, hopper in (("sm90", True), ("sm80", False)) if hopper not in hoppers)
+        wanted = {_tensor_core_path((int(name.rstrip("a")[:-1]), int(name.rstrip("a")[-1]))) for name in _architectures()}
+        unused = tuple(f"_{path}.cu" for path in ("sm90", "sm80") if path not in wanted)
     included = set()
     return "".join(_expand(name, included) for name in _SOURCES if name.endswith(suffix) and not name.endswith(unused))
 

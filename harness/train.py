@@ -1,7 +1,7 @@
 """A training loop with the layers of model_new.py and with torch.nn's: the same losses, and the time of a step.
 
 ``python -m harness.train [--steps N] [--seed N]`` trains an autoencoder of volumes of random blobs, whose decoder is made of
-transposed convolutions (three upsamplers with ReLU and GroupNorm, and a last layer), three times from the same weights and on the
+transposed convolutions (three upsamplers and a stage of stride 1, with ReLU and GroupNorm, and a last layer), three times from the same weights and on the
 same volumes: with torch.nn's layers, with torch.nn's once more under ``cudnn.benchmark``, where cuDNN chooses other algorithms,
 which tells how far apart equally good arithmetic drifts, and with ours; each in a process of its own, since cuDNN keeps what it
 has chosen. Exit code 1 where our losses are further from the first run's than ``LIMIT`` allows.

@@ -8,7 +8,7 @@ import model_new
 from harness.verify import relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-PATH = "sm90" if torch.cuda.is_available() and model_new._is_hopper(torch.device("cuda", 0)) else "sm80"
+PATH = torch.cuda.is_available() and model_new._tensor_core_path(model_new._capability(0))
 
 PLAIN = [
     # input, output channels, kernel, stride, padding, output_padding, dilation
