@@ -1088,6 +1088,9 @@ template <typename F> int with_dtype(int dtype, F f) {
     return cudaErrorInvalidValue;
 }
 
+// Neighbours in memory, loaded and stored at once.
+template <typename T, int kCount> struct alignas(kCount * sizeof(T)) Vector { T v[kCount]; };
+
 inline int64_t acc_bytes(int dtype) { return dtype == kFloat64 ? 8 : 4; }
 
 // torch's relu: NaN stays NaN.
@@ -1615,20 +1618,27 @@ __device__ __forceinline__ Pair block_sum(Pair v) {
     return sums[0];
 }
 
-// gamma, beta may be null (1, 0). y may be r. Grid: (n, c, tile).
-template <typename T, typename Y>
+// gamma, beta may be null (1, 0). y may be r. Grid: (n, c, tile), the last first, which is still in the L2 cache. kWidth: elements that
+// are loaded and stored at once.
+template <typename T, typename Y, int kWidth>
 __global__ void __launch_bounds__(kThreads)
 normalize_kernel(Shape s, int64_t tiles, const T* r, const double* __restrict__ mean, const double* __restrict__ rstd,
                  const Acc<T>* __restrict__ gamma, const Acc<T>* __restrict__ beta, Y* y) {
     using A = Acc<T>;
-    const int64_t row = blockIdx.x / tiles, c = row % s.C, group = row / s.group_channels();
+    const int64_t block = gridDim.x - 1 - blockIdx.x, row = block / tiles, c = row % s.C, group = row / s.group_channels();
+    const int64_t begin = row * s.S + block % tiles * (kThreads * kApplyElements) + threadIdx.x * kWidth, end = (row + 1) * s.S;
+    Vector<T, kWidth> values[kApplyElements / kWidth];
+#pragma unroll
+    for (int i = 0; i < kApplyElements / kWidth; i++)
+        if (begin + i * kThreads * kWidth < end) values[i] = *reinterpret_cast<const Vector<T, kWidth>*>(r + begin + i * kThreads * kWidth);
     const Mean<A> m(mean[group]);
     const A scale = A(rstd[group]) * (gamma ? gamma[c] : A(1)), offset = beta ? beta[c] : A(0);
-    const int64_t begin = blockIdx.x % tiles * (kThreads * kApplyElements) + threadIdx.x;
 #pragma unroll
-    for (int e = 0; e < kApplyElements; e++) {
-        const int64_t i = begin + e * kThreads;
-        if (i < s.S) y[row * s.S + i] = from_acc<Y>(m.center(to_acc(r[row * s.S + i])) * scale + offset);
+    for (int i = 0; i < kApplyElements / kWidth; i++) {
+        Vector<Y, kWidth> normalized;
+#pragma unroll
+        for (int e = 0; e < kWidth; e++) normalized.v[e] = from_acc<Y>(m.center(to_acc(values[i].v[e])) * scale + offset);
+        if (begin + i * kThreads * kWidth < end) *reinterpret_cast<Vector<Y, kWidth>*>(y + begin + i * kThreads * kWidth) = normalized;
     }
 }
 
@@ -1645,7 +1655,8 @@ inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApply
 
 template <typename T, typename Y>
 int normalize(const Shape& s, void* stream, const void* r, const double* mean, const double* rstd, const void* gamma, const void* beta, void* y) {
-    return launch(normalize_kernel<T, Y>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
+    const bool vectors = s.S % 4 == 0 && reinterpret_cast<uintptr_t>(r) % sizeof(Vector<T, 4>) == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(Vector<Y, 4>) == 0;
+    return launch(vectors ? normalize_kernel<T, Y, 4> : normalize_kernel<T, Y, 1>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
                   static_cast<const Acc<T>*>(gamma), static_cast<const Acc<T>*>(beta), static_cast<Y*>(y));
 }
 
@@ -2097,7 +2108,7 @@ template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) lo
     if (threadIdx.x == 0) atomicMax(&a.max[n].part, max);
 }
 
-template <typename T> struct alignas(4 * sizeof(T)) Four { T v[4]; };
+template <typename T> using Four = Vector<T, 4>;
 
 enum class Kind { kPlain, kSplit, kNorm };
 
@@ -2304,7 +2315,7 @@ struct Tiling {
     int region_stride;                         // floats of the staged outputs of a channel
     int buffers, table_bytes;                  // how many warpgroups can stage at a time; what tells a warpgroup where to stage
     int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
-    int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages, norm_stages;    // stages of each ring; one ring where both warpgroups have the same rows
+    int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where both warpgroups have the same rows
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
     int row_pairs, sample_tiles, tiles;        // row tiles of a block
@@ -2504,12 +2515,18 @@ HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgro
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
-HOST_DEVICE int lowest_bit(int bits) {
+HOST_DEVICE int count_bits(int bits) {
 #ifdef __CUDA_ARCH__
-    return __ffs(bits) - 1;
+    return __popc(bits);
 #else
-    return __builtin_ctz(bits);
+    return __builtin_popcount(bits);
 #endif
+}
+
+// The place of the bit that has `rank` lower ones.
+HOST_DEVICE int place_of_bit(int bits, int rank) {
+    for (; rank > 0; rank--) bits &= bits - 1;
+    return count_bits((bits & -bits) - 1);
 }
 
 // A tile's boxes, in the order in which everyone takes them: of every tap d, some taps h, and a chunk of GEMM_K.
@@ -2558,34 +2575,24 @@ struct Cursor {
 
 // The taps of the box that a cursor is at, each with its products.
 struct BoxTaps {
+    struct Tap {
+        int rows;                       // of shared memory, by which the tap is shifted in its box
+        int tap, column;                // the tap (d, h, w); of the packed weights
+    };
     const Problem* p;
-    int bits_h, bits_w, live_w;         // still to come; of every tap h
-    int first_tap, last_shift, c;
-    int rows_h = 0, tap_h = 0;          // of the tap h
-    int rows = 0, tap = 0, product;     // by how many rows of shared memory the tap is shifted in its box; the tap (d, h, w)
+    int live_h, live_w, live_taps_w;    // of every tap h; how many
+    int td, last_shift, c, products;    // products: that have a stage of their own
+    int count;
 
-    // Before the first.
     HOST_DEVICE BoxTaps(const Cursor& at)
-        : p(at.p), bits_h(at.live_h), bits_w(0), live_w(at.live_w), first_tap(at.td * at.p->s.axis[1].taps * at.p->s.axis[2].taps), last_shift(at.last_shift()), c(at.c), product(products() - 1) {}
-    HOST_DEVICE bool next() {
+        : p(at.p), live_h(at.live_h), live_w(at.live_w), live_taps_w(count_bits(at.live_w)), td(at.td), last_shift(at.last_shift()), c(at.c), products(p->t.items > 1 ? 1 : p->t.products),
+          count(count_bits(live_h) * live_taps_w * products) {}
+    HOST_DEVICE Tap operator[](int i) const {
         const StencilAxis &ah = p->s.axis[1], &aw = p->s.axis[2];
-        if (++product < products()) return true;
-        if (bits_w == 0) {
-            if (bits_h == 0) return false;
-            const int th = lowest_bit(bits_h);
-            bits_h &= bits_h - 1, bits_w = live_w;
-            rows_h = (last_shift - ah.shift[th]) * p->t.pitch + aw.shift[aw.taps - 1], tap_h = first_tap + th * aw.taps;
-        }
-        const int tw = lowest_bit(bits_w);
-        bits_w &= bits_w - 1;
-        rows = rows_h - aw.shift[tw], tap = tap_h + tw, product = 0;
-        return true;
+        const int product = products == 1 ? 0 : i % 2, live = products == 1 ? i : i / 2, rank_h = live / live_taps_w;
+        const int th = place_of_bit(live_h, rank_h), tw = place_of_bit(live_w, live - rank_h * live_taps_w);
+        return {(last_shift - ah.shift[th]) * p->t.pitch + aw.shift[aw.taps - 1] - aw.shift[tw], (td * ah.taps + th) * aw.taps + tw, c + product * p->t.C_pad};
     }
-    HOST_DEVICE bool last() const { return bits_h == 0 && bits_w == 0 && product == products() - 1; }
-    HOST_DEVICE int weight_column() const { return c + product * p->t.C_pad; }
-
-private:
-    HOST_DEVICE int products() const { return p->t.items > 1 ? 1 : p->t.products; }    // that have a stage of their own
 };
 
 HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
@@ -2742,23 +2749,11 @@ namespace conv {
 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
-// Scratch of a call. Counters start at zero.
+// Scratch of a call.
 struct Workspace {
-    unsigned* tile_ticket;                         // queue
-    unsigned *channel_tickets, *item_tickets;      // (N): queues
-    unsigned* runs_done;                           // (N): runs of tiles that have landed
-    unsigned long long* channel_sums;              // (2, N, C_out): sum and sum of squares, encoded (normalizer_sm90.cuh); start at zero
+    unsigned* tile_ticket;                         // queue; starts at zero
     float2* moments;                               // (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
-};
-
-struct Fusion {
-    int num_groups, group_channels;        // 0: convolution alone
-    bool in_kernel;                        // normalize while the convolution runs; else only the statistics are computed
-    double eps;
-    const float *gamma, *beta;             // (C_out), or null
-    void* y;                               // (N, C_out, D_out, H_out, W_out); may be `out`
-    double *mean, *rstd;                   // (N, num_groups)
 };
 
 struct Parameters {
@@ -2770,7 +2765,7 @@ struct Parameters {
     const scaled_half::SampleMax* activation_max;    // (N)
     const unsigned* weight_max;                      // (C_out)
     Workspace workspace;
-    Fusion fusion;
+    bool leaves_moments;                             // of what it stores
 };
 
 // -------------------------------------------------------------------------------------------------------- Values
@@ -2809,22 +2804,31 @@ template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(co
         table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
 }
 
-// ------------------------------------------------------------------------------------------------------ Statistics
+}  // namespace conv
+'''
+
+_SOURCES['conv_statistics.cuh'] = r'''
+// Statistics of GroupNorm from the moments that the convolution's epilogue leaves.
+#pragma once
+
+#include "conv_epilogue.cuh"
+#include "group_norm.cuh"
+
+namespace conv {
 
 // Sums of squares in float64 lose nothing that float32 had.
 struct ChannelSums { double sum, squares; };
-struct GroupStatistics { double mean, rstd; };
 
 // One warp: the sums of a channel of a sample from its moments, in a fixed order.
-__device__ __forceinline__ ChannelSums sums_of_channel(const Parameters& a, int n, int channel) {
-    const int parts = parts_of_sample(a.p), channels = a.p.t.channels();
-    const float* counts = a.workspace.counts + int64_t(n) * parts;
-    const float2* moments = a.workspace.moments + int64_t(n) * parts * channels + channel;
+__device__ __forceinline__ ChannelSums sums_of_channel(const Problem& p, const Workspace& workspace, int n, int channel) {
+    const int parts = parts_of_sample(p), channels = p.t.channels();
+    const float* counts = workspace.counts + int64_t(n) * parts;
+    const float2* moments = workspace.moments + int64_t(n) * parts * channels + channel;
     ChannelSums s = {0, 0};
 #pragma unroll 8
     for (int part = threadIdx.x % 32; part < parts; part += 32) {
-        const double count = __ldcg(counts + part);
-        const float2 m = __ldcg(moments + int64_t(part) * channels);
+        const double count = counts[part];
+        const float2 m = moments[int64_t(part) * channels];
         s.sum += count == 0 ? 0 : count * m.x;
         s.squares += count == 0 ? 0 : m.y + count * m.x * m.x;
     }
@@ -2832,10 +2836,24 @@ __device__ __forceinline__ ChannelSums sums_of_channel(const Parameters& a, int 
     return s;
 }
 
-// Of a group, from the sums of all its values.
-__device__ __forceinline__ GroupStatistics statistics_of(const Parameters& a, ChannelSums s) {
-    const double values = double(a.fusion.group_channels) * a.p.out_volume, mean = s.sum / values, variance = s.squares / values - mean * mean;
-    return {mean, 1 / sqrt((variance < 0 ? 0 : variance) + a.fusion.eps)};
+constexpr int kStatisticsThreads = 512;
+
+// mean, rstd (N, num_groups): a block for each.
+__global__ void __launch_bounds__(kStatisticsThreads)
+statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, double eps, double* mean, double* rstd) {
+    const int group = blockIdx.x % shape.num_groups, n = blockIdx.x / shape.num_groups, channels = int(shape.group_channels());
+    ChannelSums total = {0, 0};
+    for (int c = threadIdx.x / 32; c < channels; c += kStatisticsThreads / 32) {
+        const ChannelSums of_channel = sums_of_channel(p, workspace, n, group * channels + c);
+        total.sum += of_channel.sum, total.squares += of_channel.squares;
+    }
+    __shared__ ChannelSums warps[kStatisticsThreads / 32];
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int i = 1; i < kStatisticsThreads / 32; i++) total.sum += warps[i].sum, total.squares += warps[i].squares;
+    const double mean_of_all = total.sum / double(shape.group_count()), variance = total.squares / double(shape.group_count()) - mean_of_all * mean_of_all;
+    mean[blockIdx.x] = mean_of_all, rstd[blockIdx.x] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
 }
 
 }  // namespace conv
@@ -2856,15 +2874,13 @@ namespace conv {
 
 // ----------------------------------------------------------------------------------------------------------- Plan
 
-enum class Use { kForward, kFused, kDInput };
-
-// What was found for a shape, a use and a device, once. (To be held by static functions: an inline function's static variables would
+// What was found for a shape, a direction and a device, once. (To be held by static functions: an inline function's static variables would
 // be shared with other builds of this file in the same process.)
 template <typename T> class Memo {
 public:
-    template <typename F> const T& get(const Geometry& g, int64_t use, int device, F find) {
+    template <typename F> const T& get(const Geometry& g, Direction direction, int device, F find) {
         std::lock_guard<std::mutex> lock(mutex_);
-        const Key key = {g, use, device};
+        const Key key = {g, int64_t(direction), device};
         const auto found = values_.find(key);
         return found != values_.end() ? found->second : values_[key] = find();
     }
@@ -2872,7 +2888,7 @@ public:
 private:
     struct Key {
         Geometry g;
-        int64_t use, device;
+        int64_t direction, device;
         bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
     };
     std::mutex mutex_;
@@ -2889,10 +2905,10 @@ struct Plan {
 };
 
 // Path: the launches of an architecture (conv_launch_sm90.cuh, conv_launch_sm80.cuh).
-template <typename Path> Plan make_plan(const Geometry& g, Use use, int device) {
-    const bool forward = use != Use::kDInput;
+template <typename Path> Plan make_plan(const Geometry& g, Direction direction, int device) {
+    const bool forward = direction == Direction::kForward;
     Plan plan = {};
-    plan.direction = forward ? Direction::kForward : Direction::kDInput;
+    plan.direction = direction;
     cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     plan.source_channels = forward ? g.C_in : g.C_out;
     plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
@@ -2903,14 +2919,14 @@ template <typename Path> Plan make_plan(const Geometry& g, Use use, int device) 
             for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
         const bool split = forward && g.groups > 1;
         if (!split || can_split(g))
-            plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, use == Use::kFused, plan.multiprocessors, device);
+            plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
     }
     return plan;
 }
 
-template <typename Path> static const Plan& plan_of(const Geometry& g, Use use, int device) {
+template <typename Path> static const Plan& plan_of(const Geometry& g, Direction direction, int device) {
     static Memo<Plan> plans;
-    return plans.get(g, int64_t(use), device, [&] { return make_plan<Path>(g, use, device); });
+    return plans.get(g, direction, device, [&] { return make_plan<Path>(g, direction, device); });
 }
 
 // -------------------------------------------------------------------------------------------------- Scratch memory
@@ -2942,9 +2958,6 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     w.tile_ticket = scratch.take_zeroed<unsigned>(1);
     if (!fused) return w;
     const int64_t parts = parts_of_sample(p);
-    w.channel_tickets = scratch.take_zeroed<unsigned>(p.N), w.item_tickets = scratch.take_zeroed<unsigned>(p.N);
-    w.runs_done = scratch.take_zeroed<unsigned>(p.N);
-    w.channel_sums = scratch.take_zeroed<unsigned long long>(2 * p.N * p.C_out);
     w.counts = scratch.take_zeroed<float>(p.N * parts);
     w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
     return w;
@@ -2990,7 +3003,7 @@ _SOURCES['conv_transpose3d_forward.cuh'] = r'''
 #pragma once
 
 #include "conv_plan.cuh"
-#include "group_norm.cuh"
+#include "conv_statistics.cuh"
 
 namespace conv {
 
@@ -3008,37 +3021,41 @@ struct ForwardMemory {
     }
 };
 
-// Whether tilings fit: 1 or 0.
-template <typename Path> int forward_supports(const Geometry& g, int device) { return plan_of<Path>(g, Use::kFused, device).problem.t.block_n > 0; }
+// Whether a tiling fits: 1 or 0.
+template <typename Path> int forward_supports(const Geometry& g, int device) { return plan_of<Path>(g, Direction::kForward, device).problem.t.block_n > 0; }
 
 template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused, int device) {
-    return ForwardMemory(g, plan_of<Path>(g, fused ? Use::kFused : Use::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
+    return ForwardMemory(g, plan_of<Path>(g, Direction::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
 }
 
-// bias may be null; apply_relu writes relu(out).
+// bias may be null; apply_relu writes relu(out). The memory's moments, if it has room for them, are then those of out.
 template <typename Path>
-int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion = {}) {
-    const bool fused = fusion.num_groups > 0;
-    const Plan& plan = plan_of<Path>(g, fused ? Use::kFused : Use::kForward, device);
+int convolve(const Geometry& g, int dtype, cudaStream_t stream, const Plan& plan, const ForwardMemory& memory, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
     if (plan.problem.t.block_n == 0) return cudaErrorNotSupported;
-    const ForwardMemory memory(g, plan, fused, base, x, w);
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
-    RETURN_IF_ERROR(Path::convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream));
-    if (fused) return cudaSuccess;    // a group with a value that is not finite is NaN as a whole
+    return Path::convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, stream);
+}
+
+template <typename Path>
+int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
+    const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
+    const ForwardMemory memory(g, plan, false, base, x, w);
+    RETURN_IF_ERROR(convolve<Path>(g, dtype, stream, plan, memory, x, w, bias, apply_relu, out));
     return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
 
-// activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.
+// activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd. Needs no repair: a group
+// with a value that is not finite is NaN as a whole.
 template <typename Path>
-int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int device, cudaStream_t stream, void* workspace, const void* x, const void* w, const void* bias,
+int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias,
                             const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
-    const bool in_kernel = Path::normalizes(g, dtype);
-    double* rstd = statistics + g.N * num_groups;
-    const Fusion fusion = {num_groups, int(g.C_out) / num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
-    RETURN_IF_ERROR(forward<Path>(g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion));
-    if (in_kernel) return cudaSuccess;
+    const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
+    const ForwardMemory memory(g, plan, true, base, x, w);
+    RETURN_IF_ERROR(convolve<Path>(g, dtype, stream, plan, memory, x, w, bias, true, activation));
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
+    double* rstd = statistics + g.N * num_groups;
+    RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, eps, statistics, rstd));
     return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
         return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
     });
@@ -3351,12 +3368,12 @@ namespace conv {
 
 template <typename Path> static const dweight::Problem& dweight_plan_of(const Geometry& g, int device) {
     static Memo<dweight::Problem> plans;
-    return plans.get(g, int64_t(Use::kDInput), device, [&] {
+    return plans.get(g, Direction::kDInput, device, [&] {
         dweight::Problem p = {};
         if (!has_stencil(g)) return p;
         p.s = make_stencil(Direction::kForward, g);
         p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
-        p.t = dweight::choose_tiling(p, padded_channels(g.C_in), plan_of<Path>(g, Use::kDInput, device).multiprocessors, Path::shared_bytes(device));
+        p.t = dweight::choose_tiling(p, padded_channels(g.C_in), plan_of<Path>(g, Direction::kDInput, device).multiprocessors, Path::shared_bytes(device));
         return p;
     });
 }
@@ -3380,7 +3397,7 @@ struct GradientsMemory {
 // dx (and w) or dweight (and x) may be null: not wanted.
 template <typename Path>
 int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
-    const Plan& plan = plan_of<Path>(g, Use::kDInput, device);
+    const Plan& plan = plan_of<Path>(g, Direction::kDInput, device);
     const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
     GradientsMemory memory(g, plan, dweight_plan, workspace, dout, x, w);
     memory.dout.norm = norm;
@@ -3388,7 +3405,7 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
-    if (dx) RETURN_IF_ERROR(Path::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, Fusion{}, stream));
+    if (dx) RETURN_IF_ERROR(Path::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
@@ -3398,11 +3415,11 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
 
 // Whether tilings fit for both: 1 or 0.
 template <typename Path> int gradients_supports(const Geometry& g, int device) {
-    return plan_of<Path>(g, Use::kDInput, device).problem.t.block_n > 0 && dweight_plan_of<Path>(g, device).t.block_n > 0;
+    return plan_of<Path>(g, Direction::kDInput, device).problem.t.block_n > 0 && dweight_plan_of<Path>(g, device).t.block_n > 0;
 }
 
 template <typename Path> int64_t gradients_workspace(const Geometry& g, int device) {
-    return GradientsMemory(g, plan_of<Path>(g, Use::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr).scratch.bytes();
+    return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr).scratch.bytes();
 }
 
 // The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
@@ -3575,7 +3592,7 @@ struct SharedHead {
     RowConstants rows[2][kRows];
     int4 table_keys[2];             // what the warpgroups' tables were made for
     Cursor at;                      // of the walk over the tile's steps: in shared memory, since one thread walks and all need registers
-    BoxTaps tap;
+    int tap;                        // the next one of the box
     Step steps[kStepSlots];
 };
 static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind the head");
@@ -3585,21 +3602,22 @@ static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind t
 // One thread: a tile's steps from `begin` to `end`, to be called without gaps.
 __device__ __forceinline__ void publish_steps(const Problem& p, SharedHead& head, int begin, int end) {
     Cursor at = begin == 0 ? Cursor(p, head.tile) : head.at;
-    BoxTaps tap = begin == 0 ? BoxTaps(at) : head.tap;
-    at.p = tap.p = &p;
+    at.p = &p;
+    int tap = begin == 0 ? 0 : head.tap;
+    bool in_box = begin > 0;
 #pragma unroll 1
     for (int i = begin; i < end; i++) {
         Step& step = head.steps[i % kStepSlots];
-        int opens_box = 0;
-        if (!tap.next()) {
+        if (!in_box || tap == BoxTaps(at).count) {
             if (head.tile.empty || !at.next_box()) {
                 step.rows = kNoMore;
                 break;
             }
-            tap = BoxTaps(at), opens_box = kOpensBox;
-            tap.next();
+            tap = 0, in_box = true;
         }
-        step = {tap.rows | opens_box, tap.tap, tap.weight_column(), at.plane(), at.source_row(), at.c};
+        const BoxTaps::Tap t = BoxTaps(at)[tap];
+        step = {t.rows | (tap == 0 ? kOpensBox : 0), t.tap, t.column, at.plane(), at.source_row(), at.c};
+        tap++;
     }
     head.at = at, head.tap = tap;
 }
@@ -3840,7 +3858,7 @@ __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, con
     }
 }
 
-// Stages and stores a tile's outputs, and leaves the moments where the fusion wants them.
+// Stages and stores a tile's outputs, and leaves the moments where they are wanted.
 template <int kColumns>
 __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, int* tables, float* buffers, Sums<kColumns>& sums) {
     const Problem& p = a.p;
@@ -3874,7 +3892,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
         });
         __syncthreads();
     }
-    if (a.fusion.num_groups > 0) {
+    if (a.leaves_moments) {
         leave_moments<kColumns>(a, index_of_run(p, tile, warpgroup) * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
     }
 }
@@ -3926,23 +3944,6 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
     }
 }
 
-// Mean and reciprocal standard deviation of a group of a sample, a block each, from its channels' moments.
-__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ Parameters a) {
-    const int group = blockIdx.x % a.fusion.num_groups, n = blockIdx.x / a.fusion.num_groups, channels = a.fusion.group_channels;
-    ChannelSums total = {0, 0};
-    for (int c = threadIdx.x / 32; c < channels; c += kThreads / 32) {
-        const ChannelSums of_channel = sums_of_channel(a, n, group * channels + c);
-        total.sum += of_channel.sum, total.squares += of_channel.squares;
-    }
-    __shared__ ChannelSums warps[kThreads / 32];
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    for (int i = 1; i < kThreads / 32; i++) total.sum += warps[i].sum, total.squares += warps[i].squares;
-    const GroupStatistics s = statistics_of(a, total);
-    a.fusion.mean[blockIdx.x] = s.mean, a.fusion.rstd[blockIdx.x] = s.rstd;
-}
-
 }  // namespace conv_sm80
 '''
 
@@ -3975,22 +3976,20 @@ struct Path {
         return bytes;
 #endif
     }
-    static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool, int multiprocessors, int device) {
+    static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int device) {
         return conv_sm80::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors, shared_bytes(device));
     }
-    static bool normalizes(const Geometry&, int) { return false; }    // a fused convolution computes the statistics only
 
-    // out = the convolution of packed operands, with whatever `fusion` wants behind it.
+    // out = the convolution of packed operands, and its moments where there is room for them.
     static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
-                        void* out, const Fusion& fusion, cudaStream_t stream) {
+                        void* out, cudaStream_t stream) {
         const Problem& p = plan.problem;
-        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
+        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, workspace.moments != nullptr}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
             return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, plan.multiprocessors, stream) : launch_conv<128, kChunk>(o, plan.multiprocessors, stream);
         };
-        RETURN_IF_ERROR(p.t.chunk == 64 ? launch_chunk(std::integral_constant<int, 64>{}) : p.t.chunk == 32 ? launch_chunk(std::integral_constant<int, 32>{}) : launch_chunk(std::integral_constant<int, 16>{}));
-        return fusion.num_groups > 0 ? launch(statistics_kernel, p.N * fusion.num_groups, kThreads, stream, o.a) : int(cudaSuccess);
+        return p.t.chunk == 64 ? launch_chunk(std::integral_constant<int, 64>{}) : p.t.chunk == 32 ? launch_chunk(std::integral_constant<int, 32>{}) : launch_chunk(std::integral_constant<int, 16>{});
     }
 };
 
@@ -4405,15 +4404,13 @@ constexpr int kMaxStages = 16;                 // of weights, all rings together
 constexpr int kMaxInputStages = 6;
 constexpr int kMaxItems = 64;
 constexpr int kHeadBytes = 2048;               // barriers and the like
-constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
-constexpr int kMaxNormStages = 8;
 
 inline int64_t shared_bytes(const Tiling& t) {
-    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
+    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes);
 }
 
 // The tiling of least estimated time, or one of block_n 0 where none fits into shared memory. groups: of the split, or 1.
-inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool fused, int multiprocessors) {
+inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     const int halo_w = w.shift[w.taps - 1];
     Tiling best = {};
@@ -4445,7 +4442,6 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = t.items * kRows * row_bytes;
         t.weight_rings = split_m ? 2 : 1;
-        t.norm_stages = fused ? 4 : 0;
         t.buffers = 2;
         if (kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
@@ -4454,8 +4450,6 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         // With one ring, the stages between the two warpgroups are not there to load weights in advance.
         const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
         t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
-        if (fused) t.norm_stages += (left_bytes - int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes) / kNormBytes;
-        if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
         if (!count_tiles(t, s, samples)) continue;
         t.column_warps = 1;
         // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
@@ -4476,7 +4470,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
         // A warp issues the copies of a run's pieces one after another.
         const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
-        const double store_time = t.bulk ? pieces * 50 * (split_m ? 1 : 2) : 0;
+        const double store_time = t.bulk ? pieces * 50 : 0;
         if (products < store_time) products = store_time;
         const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
@@ -4518,13 +4512,6 @@ constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 constexpr int kTileSlots = 3;
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
-// A stage of the ring through which samples are normalized.
-struct NormPiece {
-    float high, low, scale, offset;        // y = ((r - high) - low) * scale + offset
-    float* y;
-    int bytes;                             // 0: no more
-};
-
 // What a stage of weights is for: rows of shared memory by which the tap is shifted in its box, and flags.
 constexpr int kOpensBox = 1 << 29, kLastTap = 1 << 30, kTapRows = kOpensBox - 1;
 
@@ -4532,25 +4519,22 @@ struct SharedHead {
     uint64_t input_full[kMaxInputStages], input_empty[kMaxInputStages];
     uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];    // one ring behind the other
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
-    uint64_t norm_full[kMaxNormStages], norm_empty[kMaxNormStages];
     uint64_t buffer_free[2], staged[2];    // by the consumer that used it
     int taps[kMaxStages];                  // of the weights' stages
-    int item_rows[kMaxItems];              // of a stage's items, where there are several
+    int item_rows[kMaxItems + 1];          // of a stage's items, where there are several
     Tile tiles[kTileSlots];
-    NormPiece pieces[kMaxNormStages];
 };
 static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the head");
 
 // The parts of shared memory.
 struct SharedParts {
     SharedHead& head;
-    uint8_t *input, *weights, *buffers, *tables, *norm;    // (input_stages, box_rows, pitch, chunk) fp16 and margins; (weight_rings, weight_stages, 64, chunk) fp16; ...
+    uint8_t *input, *weights, *buffers, *tables;    // (input_stages, box_rows, pitch, chunk) fp16 and margins; (weight_rings, weight_stages, 64, chunk) fp16; ...
     __device__ SharedParts(uint8_t* base, const Tiling& t) : head(*reinterpret_cast<SharedHead*>(base)) {
         input = base + kHeadBytes;
         weights = input + t.input_stages * t.input_bytes;
         buffers = weights + t.weight_rings * t.weight_stages * t.weight_bytes;
         tables = buffers + t.buffers * t.buffer_bytes;
-        norm = tables + 2 * t.table_bytes;
     }
     // Where a consumer stages.
     __device__ float* buffer(const Tiling& t, int consumer) const { return reinterpret_cast<float*>(buffers + (t.buffers == 2 ? consumer : 0) * t.buffer_bytes); }
@@ -4558,42 +4542,128 @@ struct SharedParts {
 
 #ifdef HAS_SM90A
 
-// ------------------------------------------------------------------------------------------------------- Producer
+// ------------------------------------------------------------------------------------------------------ Producers
+
+// A warp: takes tiles from the queue and tells everyone.
+struct Publisher {
+    const Parameters& a;
+    SharedHead& head;
+    unsigned next;                          // tile
+    RingPosition slot;                      // to fill next
+
+    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head) { take(); }
+    __device__ __forceinline__ void take() { next = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_ticket, 1u) : 0, 0); }
+
+    // False: there was no more, which everyone knows now.
+    __device__ __forceinline__ bool operator()() {
+        Tile& tile = head.tiles[slot.stage];
+        const bool more = next < a.p.t.tiles;
+        mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
+        if (threadIdx.x % 32 == 0) {
+            if (more) locate(a.p, next, tile);
+            else tile.n = -1;
+            mbarrier_arrive(head.tile_full + slot.stage);
+        }
+        __syncwarp();
+        slot.advance(kTileSlots);
+        if (more) take();
+        return more;
+    }
+};
+
+// A warp for each ring of weights: loads them, and the first one the boxes.
+struct Loader {
+    const Parameters& a;
+    const SharedParts& shared;
+    const CUtensorMap *x_map, *w_map;
+    int ring;
+    RingPosition slot, in, weight;
+
+    __device__ bool elected() const { return threadIdx.x % 32 == 0; }
+
+    __device__ __forceinline__ void load_box(const Tile& tile, const Cursor& at) {
+        const StencilAxis& aw = a.p.s.axis[2];
+        SharedHead& head = shared.head;
+        mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
+        if (elected()) {
+            mbarrier_arrive_expect_tx(head.input_full + in.stage, a.p.t.box_bytes());
+            tma_load_5d(shared.input + in.stage * a.p.t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + at.c, aw.first + tile.w0 - aw.shift[aw.taps - 1],
+                        at.source_row(), at.plane(), tile.n);
+        }
+        __syncwarp();
+        in.advance(a.p.t.input_stages);
+    }
+
+    // Loads the weights of a box's taps; each lane knows some of them. row: of the packed weights.
+    __device__ __forceinline__ void load_weights(const BoxTaps& taps, int row, bool last_box) {
+        const Tiling& t = a.p.t;
+        SharedHead& head = shared.head;
+        for (int first = 0; first < taps.count; first += 32) {
+            const int own = first + threadIdx.x % 32;
+            const BoxTaps::Tap tap = taps[min(own, taps.count - 1)];
+            const int info = tap.rows | (own == 0 ? kOpensBox : 0) | (last_box && own == taps.count - 1 ? kLastTap : 0);
+#pragma unroll 1
+            for (int i = first; i < min(first + 32, taps.count); i++) {
+                const int at = ring * t.weight_stages + weight.stage;
+                mbarrier_wait(head.weight_empty + at, weight.phase ^ 1);
+                if (i == own) {
+                    uint8_t* stage = shared.weights + at * t.weight_bytes;
+                    head.taps[at] = info;
+                    mbarrier_arrive_expect_tx(head.weight_full + at, t.weight_bytes);
+                    tma_load_3d(stage, w_map, head.weight_full + at, tap.column, row, tap.tap);
+                    if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, head.weight_full + at, tap.column + t.chunk, row, tap.tap);
+                }
+                __syncwarp();
+                weight.advance(t.weight_stages);
+            }
+        }
+    }
+
+    // publish(): called once before every tile, while the consumers have something to do with the one before.
+    template <typename F> __device__ __forceinline__ void run(F publish) {
+        SharedHead& head = shared.head;
+        publish();
+        while (true) {
+            mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+            const Tile& tile = head.tiles[slot.stage];
+            if (tile.n < 0) break;
+            const int row = tile.run[ring].row_tile * kRows;
+            Cursor at(a.p, tile);
+            bool more = at.next_box(), first = true;
+            while (more) {
+                if (ring == 0) load_box(tile, at);
+                const BoxTaps taps(at);
+                more = at.next_box();
+                load_weights(taps, row, !more);
+                if (first) publish();
+                first = false;
+            }
+            if (first) publish();
+            mbarrier_arrive(head.tile_empty + slot.stage);
+            slot.advance(kTileSlots);
+        }
+    }
+};
 
 // Whether bulk copies store the staged outputs.
 __device__ __forceinline__ bool stores_bulk(const Parameters& a) { return a.dtype == kFloat32 && a.p.t.bulk; }
 
-// One of two warps. The first takes tiles from the queue and loads the boxes. With two rings of weights, each loads those of one
-// consumer and stores its outputs (run); with one, the first loads them (run) and the second stores everything (run_stores).
-struct Producer {
+// A warp: stores what a consumer has staged, by bulk copies of what is 16-byte aligned.
+struct Storer {
     const Parameters& a;
     const SharedParts& shared;
-    const CUtensorMap *x_map, *w_map, *out_map;
+    const CUtensorMap* out_map;
     int consumer;
-    RingPosition slot, in, weight;
-    const Tile* storing = nullptr;    // the tile whose outputs are to be stored, or are being read by their copies
-    bool stored = false;
-    int stored_before = -1;           // the sample of the copies before those
-    uint32_t phases = 0;              // of the stagings, a bit for each consumer
 
-    __device__ bool elected() const { return threadIdx.x % 32 == 0; }
-
-    // Stores the outputs of the tile before: by bulk copies of what is 16-byte aligned.
-    __device__ __forceinline__ void store() {
-        if (storing == nullptr || stored) return;
-        stored = true;
-        mbarrier_wait(shared.head.staged + consumer, phases >> consumer & 1);
-        phases ^= 1u << consumer;
-        const float* buffer = shared.buffer(a.p.t, consumer);
-        const Run& run = storing->run[consumer];
-        if (a.p.t.tensor_store && a.dtype == kFloat32) {
-            if (elected() && run.count > 0 && run.od0 >= 0 && run.od0 < a.p.s.axis[0].out)
-                tma_store_4d(out_map, buffer, run.h0 * a.p.t.tile_w + run.q0, run.od0, run.channel0, storing->n);
-            bulk_commit_group();
+    __device__ __forceinline__ void store(const Tile& tile, const Run& run, const float* buffer) const {
+        const Tiling& t = a.p.t;
+        if (t.tensor_store && a.dtype == kFloat32) {
+            if (threadIdx.x % 32 == 0 && run.count > 0 && run.od0 >= 0 && run.od0 < a.p.s.axis[0].out)
+                tma_store_4d(out_map, buffer, run.h0 * t.tile_w + run.q0, run.od0, run.channel0, tile.n);
         } else if (stores_bulk(a)) {
             float* out = static_cast<float*>(a.out);
-            for_each_piece(a.p, *storing, run, threadIdx.x % 32, regions_of(a.p, run), 32, [&](int64_t at, int region, int offset, int count) {
-                const int staged = region * a.p.t.region_stride + offset;
+            for_each_piece(a.p, tile, run, threadIdx.x % 32, regions_of(a.p, run), 32, [&](int64_t at, int region, int offset, int count) {
+                const int staged = region * t.region_stride + offset;
                 const int head = min(count, int(-at & 3)), body = (count - head) / 4 * 4;
                 if (body > 0) bulk_store(out + at + head, buffer + staged + head, body * 4);
 #pragma unroll 1
@@ -4601,117 +4671,26 @@ struct Producer {
 #pragma unroll 1
                 for (int k = head + body; k < count; k++) out[at + k] = buffer[staged + k];
             });
-            bulk_commit_group();
         }
-        if (a.fusion.num_groups > 0) {
-            bulk_wait_group<1>();
-            report_landed();
-            stored_before = storing->n;
-        }
+        bulk_commit_group();
     }
 
-    // The copies have read the buffer.
-    __device__ __forceinline__ void free_buffer() {
-        if (storing == nullptr) return;
-        bulk_wait_group_read<0>();
-        mbarrier_arrive(shared.head.buffer_free + consumer);
-        __syncwarp();
-        if (elected()) mbarrier_arrive(shared.head.tile_empty + (storing - shared.head.tiles));
-        storing = nullptr;
-    }
-
-    __device__ __forceinline__ void report_landed() {
-        __syncwarp();
-        if (stored_before >= 0 && elected()) red_release_gpu(a.workspace.runs_done + stored_before, 1);
-    }
-
-    __device__ __forceinline__ void report_last() {
-        if (a.fusion.num_groups == 0) return;
-        bulk_wait_group<0>();
-        report_landed();
-    }
-
-    __device__ __forceinline__ void run_stores() {
+    __device__ __forceinline__ void run() const {
         SharedHead& head = shared.head;
-        while (true) {
+        const float* buffer = shared.buffer(a.p.t, consumer);
+        RingPosition slot;
+        for (uint32_t phase = 0;; phase ^= 1) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
-            for (consumer = 0; consumer < 2; consumer++) {
-                storing = &tile, stored = false;
-                store();
-                free_buffer();
-            }
+            mbarrier_wait(head.staged + consumer, phase);
+            store(tile, tile.run[consumer], buffer);
+            mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
+            bulk_wait_group_read<0>();
+            mbarrier_arrive(head.buffer_free + consumer);
         }
-        report_last();
-    }
-
-    __device__ __forceinline__ void run() {
-        const Tiling& t = a.p.t;
-        const bool stores = t.weight_rings == 2;
-        const int ring = consumer * t.weight_stages;
-        const StencilAxis& aw = a.p.s.axis[2];
-        SharedHead& head = shared.head;
-        const int box_bytes = t.box_bytes();
-        unsigned next = consumer == 0 && elected() ? atomicAdd(a.workspace.tile_ticket, 1u) : 0;
-        while (true) {
-            Tile& tile = head.tiles[slot.stage];
-            if (consumer == 0) {
-                mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
-                if (elected()) {
-                    if (next < t.tiles) locate(a.p, next, tile);
-                    else tile.n = -1;
-                    mbarrier_arrive(head.tile_full + slot.stage);
-                    if (next < t.tiles) next = atomicAdd(a.workspace.tile_ticket, 1u);
-                }
-                __syncwarp();
-            } else {
-                mbarrier_wait(head.tile_full + slot.stage, slot.phase);
-            }
-            const bool last = tile.n < 0;
-            const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
-            int taps = 0;
-            Cursor at(a.p, tile);
-            bool more = !last && at.next_box();
-            while (more) {
-                // The consumer stages the tile before, and then frees the next stage. The other one may need the buffer before it frees a box.
-                if (consumer == 0) {
-                    if (taps > 0) store(), free_buffer();
-                    mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
-                    if (elected()) {
-                        mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
-                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + at.c, w_start, at.source_row(), at.plane(), tile.n);
-                    }
-                    in.advance(t.input_stages);
-                }
-                BoxTaps tap(at);
-                more = at.next_box();
-                for (int flags = kOpensBox; tap.next(); flags = 0) {
-                    if (taps == t.weight_stages) store();
-                    if (taps == t.weight_stages + 2) free_buffer();
-                    const int info = tap.rows | flags | (tap.last() && !more ? kLastTap : 0), column = tap.weight_column();
-                    mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
-                    if (elected()) {
-                        uint64_t* full = head.weight_full + ring + weight.stage;
-                        uint8_t* stage = shared.weights + (ring + weight.stage) * t.weight_bytes;
-                        head.taps[ring + weight.stage] = info;
-                        mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                        tma_load_3d(stage, w_map, full, column, row, tap.tap);
-                        if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, full, column + t.chunk, row, tap.tap);
-                    }
-                    __syncwarp();
-                    weight.advance(t.weight_stages);
-                    taps++;
-                }
-            }
-            store();
-            free_buffer();
-            if (last) break;
-            if (stores) storing = &tile, stored = false;
-            slot.advance(kTileSlots);
-        }
-        if (stores) report_last();
+        bulk_wait_group<0>();
     }
 };
 
@@ -4789,67 +4768,89 @@ struct Consumer {
     }
 };
 
-// The sums of one tile: d (64 rows, kBlockN positions) of this warpgroup. kSteps: chunk / 16 where a stage has one item, known to the
-// compiler, which keeps the wgmmas closer together; or 0: any chunk, any number of items.
-template <int kBlockN, int kSteps>
+// The sums of one tile: d (64 rows, kBlockN positions) of this warpgroup. kSteps: chunk / 16; kItems: whether a stage may have several.
+//
+// A warp can have hardly more than one wgmma waiting behind the one that is carried out. So the next tap is looked up between those
+// of this one, or the tensor cores would be idle meanwhile.
+template <int kBlockN, int kSteps, bool kItems>
 __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (&d)[kBlockN / 2]) {
+    constexpr int row_bytes = kSteps * 32;
     const Tiling& t = me.a.p.t;
     SharedHead& head = me.shared.head;
-    const int row_bytes = kSteps > 0 ? kSteps * 32 : t.chunk * 2;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
     const int b_row = tile.run[me.warpgroup].b_row, ring = t.weight_rings == 2 ? me.warpgroup * t.weight_stages : 0;
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
-    int done_weight = -1, done_input = -1, open_input = -1;    // stages whose last reader is the wgmma group in flight
-    int taps = 0;
-    uint32_t box = 0;
     auto let_the_other_begin = [&] {
         if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
         me.first = false;
     };
-    for (int info = tile.empty ? kLastTap : 0; !(info & kLastTap);) {
-        mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
-        info = __shfl_sync(~0u, me.elected() ? head.taps[ring + me.weight.stage] : 0, 0);    // read by the lane that releases the stage
+    int info = kLastTap, weight_stage = -1, input_stage = -1;    // of a tap
+    uint32_t box = 0, b = 0, w = 0;
+    auto take_tap = [&] {
+        weight_stage = me.weight.stage;
+        mbarrier_wait(head.weight_full + ring + weight_stage, me.weight.phase);
+        info = __shfl_sync(~0u, me.elected() ? head.taps[ring + weight_stage] : 0, 0);    // read by the lane that releases the stage
+        me.weight.advance(t.weight_stages);
         if (info & kOpensBox) {
-            if (open_input >= 0) {
-                done_input = open_input;
-                let_the_other_begin();
-            }
-            mbarrier_wait(head.input_full + me.in.stage, me.in.phase);
-            box = shared_address(me.shared.input + me.in.stage * t.input_bytes) + b_row * row_bytes;
-            open_input = me.in.stage;
+            input_stage = me.in.stage;
+            mbarrier_wait(head.input_full + input_stage, me.in.phase);
+            box = shared_address(me.shared.input + input_stage * t.input_bytes) + b_row * row_bytes;
             me.in.advance(t.input_stages);
         }
-        uint32_t b = box + (info & kTapRows) * row_bytes, w = shared_address(me.shared.weights + (ring + me.weight.stage) * t.weight_bytes);
+        b = box + (info & kTapRows) * row_bytes, w = shared_address(me.shared.weights + (ring + weight_stage) * t.weight_bytes);
+    };
+    auto multiply_steps = [&](uint32_t w, uint32_t b, int first, int end) {
         wgmma_fence();
-        if constexpr (kSteps > 0) {
 #pragma unroll
-            for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < t.items; i++) {
-                if (t.items > 1) b = box + ((info & kTapRows) + head.item_rows[i]) * row_bytes;
-#pragma unroll 1
-                for (int at = 0; at < row_bytes; at += 32) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + at), wgmma_descriptor(descriptor, b + at));
-                w += kRows * row_bytes;
-            }
-        }
+        for (int step = first; step < end; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
         wgmma_commit_group();
-        ++taps;
-        if (taps == t.lag) let_the_other_begin();
-        wgmma_wait_group<1>();
+    };
+    int done_weight = -1, done_input = -1;    // stages whose last reader is in flight
+    auto release = [&] {
         if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
         if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
-        done_input = -1, done_weight = me.weight.stage;
-        me.weight.advance(t.weight_stages);
+    };
+    auto begin_tap = [&] {
+        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_bytes : b, 0, kSteps);
+        else multiply_steps(w, b, 0, kSteps / 2);
+        wgmma_wait_group<1>();    // the tap before is done
+        release();
+        done_weight = weight_stage, done_input = -1;
+    };
+    auto end_tap = [&](uint32_t w, uint32_t b) {
+        if constexpr (kItems) {
+            int rows = head.item_rows[1];
+#pragma unroll 1
+            for (int i = 1; i < t.items; i++) {
+                const uint32_t b_item = b + rows * row_bytes;
+                rows = head.item_rows[i + 1];
+                multiply_steps(w + i * kRows * row_bytes, b_item, 0, kSteps);
+            }
+        } else {
+            multiply_steps(w, b, kSteps / 2, kSteps);
+        }
+    };
+    if (!tile.empty) {
+        take_tap();
+        begin_tap();
+        for (int taps = 1; !(info & kLastTap); taps++) {
+            const uint32_t this_w = w, this_b = b;
+            const int this_input = input_stage;
+            take_tap();
+            if (info & kOpensBox) done_input = this_input;
+            if (taps == t.lag || done_input >= 0) let_the_other_begin();
+            end_tap(this_w, this_b);
+            begin_tap();
+        }
+        end_tap(w, b);
     }
     me.load_constants(tile);
     wgmma_wait_group<0>();
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
-    if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
-    if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
-    if (me.elected() && open_input >= 0) mbarrier_arrive(head.input_empty + open_input);
+    done_input = input_stage;
+    release();
     let_the_other_begin();
 }
 
@@ -4861,130 +4862,93 @@ __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& 
     return me.buffer() + row.region + (me.a.p.t.contiguous ? int(region_origin(me.a.p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d)) & 3 : 0);
 }
 
-// The moments of each row: sums of deviations from one of the lane's values, whose own squared deviation is part of the result,
-// which bounds the cancellation. valid: bit j * 2 + e tells that position j * 8 + lane % 4 * 2 + e is an output.
-template <int kBlockN>
-__device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& tile, const uint32_t (&valid)[2][(kBlockN + 127) / 128], const float (&v)[kBlockN / 2]) {
+// Scales back, adds the bias, applies ReLU, stages, and leaves each row's moments if kMoments.
+template <int kBlockN, bool kMoments>
+__device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile, const float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
-    const Problem& p = a.p;
-    const Tiling& t = p.t;
+    const Tiling& t = a.p.t;
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
-    const int64_t part = index_of_run(p, tile, me.warpgroup);
-    const int phases = p.s.phases();
+    const float lowest = a.apply_relu ? 0.0f : -INFINITY;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
-        float shift = 0.0f, sum = 0.0f, squares = 0.0f, count = 0.0f;
-#pragma unroll
-        for (int i = 0; i < (kBlockN + 127) / 128; i++) count += __popc(valid[half][i]);
-        const bool filled = t.dense ? run.count >= kBlockN : !t.whole_rows;    // positions that are no output hold the first one's value
-        if (filled) {
-            shift = __shfl_sync(~0u, v[half * 2], lane & ~3);
-        } else {
-#pragma unroll
-            for (int i = (kBlockN + 127) / 128 - 1; i >= 0; i--)
-                if (valid[half][i]) {
-                    const int bit = i * 32 + __ffs(valid[half][i]) - 1, q = bit / 2 * 8 + lane % 4 * 2 + bit % 2;
-                    shift = staged_region(me, tile, row)[t.dense ? q : me.table()[row.table + q]];
-                }
+        const auto value = [&](int i) { return value_of(v[i], me.first_scale, row.scale, row.bias, lowest); };
+        const int* table = me.table() + row.table + lane % 4 * 2;
+        float shift = 0, sum = 0, squares = 0;
+        int count = 0;
+        if (kMoments) {    // of deviations from one of the row's values, whose own squared deviation is part of the result, which bounds the cancellation
+            constexpr int kMiddle = kBlockN / 16;
+            shift = __shfl_sync(~0u, !t.dense && table[0] < 0 ? value(kMiddle * 4 + half * 2) : value(half * 2), lane & ~3);
         }
-        auto add = [&](float deviation) {
-            sum += deviation;
-            squares = fmaf(deviation, deviation, squares);
+        const auto add = [&](float value) {
+            const float deviation = value - shift;
+            sum += deviation, squares = fmaf(deviation, deviation, squares), count++;
         };
-        if (filled) {
+        if (row.live) {
+            float* region = staged_region(me, tile, row);
+            if (t.dense) {    // position q is float q of its region
+                float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);
+                const int outputs = run.count - lane % 4 * 2;
 #pragma unroll
-            for (int i = 0; i < kBlockN / 4; i++) add(v[i / 2 * 4 + half * 2 + i % 2] - shift);
-        } else {
+                for (int j = 0; j < kBlockN / 8; j++) {
+                    const float2 pair = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
+                    at[j * 4] = pair;
+                    if (kMoments && j * 8 < outputs) add(pair.x), add(pair.y);    // runs are even
+                }
+            } else {
 #pragma unroll
-            for (int i = 0; i < kBlockN / 4; i++) add(valid[half][i / 32] & 1u << i % 32 ? v[i / 2 * 4 + half * 2 + i % 2] - shift : 0.0f);
+                for (int j = 0; j < kBlockN / 8; j++) {
+                    const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
+                    const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
+                    if (place.x >= 0) {
+                        region[place.x] = low;
+                        if (kMoments) add(low);
+                    }
+                    if (place.y >= 0) {
+                        region[place.y] = high;
+                        if (kMoments) add(high);
+                    }
+                }
+            }
         }
-        const float of_lane = count > 0 ? sum / count : 0.0f, total = quad_sum(count);    // the lanes' means and squares, combined
-        squares -= sum * of_lane;
-        const float all = quad_sum(count * (shift + of_lane)), mean = total > 0 ? all / total : 0.0f;
-        const float off = shift + of_lane - mean;
-        squares = quad_sum(fmaf(count * off, off, squares));
-        if (lane % 4 == 0 && row.live) {
-            const int phase = run.outer * t.rows.packed_phases + row.phase;
-            a.workspace.moments[(part * phases + phase) * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
-            a.workspace.counts[part * phases + phase] = total;    // the same from every channel
+        if (kMoments) {
+            const float total = quad_sum(float(count)), of_row = quad_sum(sum), mean = total > 0 ? of_row / total : 0.0f, deviations = quad_sum(squares) - of_row * mean;
+            if (lane % 4 == 0 && row.live) {
+                const int64_t place = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
+                a.workspace.moments[place * t.channels() + run.channel0 + row.channel] = make_float2(shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
+                a.workspace.counts[place] = total;    // the same from every channel
+            }
         }
     }
 }
 
-// Scales back, adds the bias, applies ReLU, stages and stores, and leaves the moments where the fusion wants them.
+// What a consumer does behind a tile's products.
 template <int kBlockN>
-__device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
+__device__ __forceinline__ void finish(Consumer& me, const Tile& tile, const float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
     const Problem& p = a.p;
     const Tiling& t = p.t;
     const Run& run = tile.run[me.warpgroup];
-    const int lane = threadIdx.x % 32;
-    const float lowest = a.apply_relu ? 0.0f : -INFINITY;
     me.prepare_rows();
     me.wait_for_buffer();
     if (!t.dense) {
         const int4 key = table_key(p, tile, run);
-        if (key.x != me.table_key.x || key.y != me.table_key.y || key.z != me.table_key.z || key.w != me.table_key.w) {
+        if (!same_key(key, me.table_key)) {
             fill_table<kBlockN>(p, tile, run, [&] { return me.table(); });
             me.table_key = key;
         }
         me.sync();
     }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const LaneRow& row = me.rows[half];
-        if (!row.live) continue;
-        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row.scale, row.bias, lowest); };
-        float* region = staged_region(me, tile, row);
-        if (t.dense) {    // position q is float q of its region
-            float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);
-#pragma unroll
-            for (int j = 0; j < kBlockN / 8; j++) at[j * 4] = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
-        } else {
-            const int* table = me.table() + row.table + lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < kBlockN / 8; j++) {
-                const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
-                const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
-                if (place.x >= 0) region[place.x] = low;
-                if (place.y >= 0) region[place.y] = high;
-            }
-        }
-    }
+    if (a.leaves_moments) stage_rows<kBlockN, true>(me, tile, v);
+    else stage_rows<kBlockN, false>(me, tile, v);
     fence_proxy_async();
     if (!stores_bulk(a)) {
         me.sync();
         const float* buffer = me.buffer();
         for_each_piece(p, tile, run, threadIdx.x / 32 % 4, regions_of(p, run), 4, [&](int64_t at, int region, int offset, int count) {
-            for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[region * t.region_stride + offset + k]);
+            for (int k = threadIdx.x % 32; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[region * t.region_stride + offset + k]);
         });
-    }
-    if (a.fusion.num_groups > 0) {
-        uint32_t valid[2][(kBlockN + 127) / 128] = {};    // bit j * 2 + e: position j * 8 + lane % 4 * 2 + e is an output
-        const bool fill = !t.whole_rows && !t.dense;      // the first position is one: its value takes the place of those that are none
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const LaneRow& row = me.rows[half];
-            const float filling = __shfl_sync(~0u, v[half * 2], lane & ~3);
-            if (!row.live) continue;
-            if (t.dense) {
-                const int live = run.count - lane % 4 * 2, bits = max(0, live) / 8 * 2 + min(max(0, live) % 8, 2);
-#pragma unroll
-                for (int i = 0; i < (kBlockN + 127) / 128; i++) valid[half][i] = bits >= i * 32 + 32 ? ~0u : bits <= i * 32 ? 0u : (1u << (bits - i * 32)) - 1;
-            } else {
-                const int* table = me.table() + row.table + lane % 4 * 2;
-#pragma unroll
-                for (int j = 0; j < kBlockN / 8; j++) {
-                    const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
-                    if (place.x < 0 && fill) v[j * 4 + half * 2] = filling;
-                    if (place.y < 0 && fill) v[j * 4 + half * 2 + 1] = filling;
-                    valid[half][j / 16] |= (place.x >= 0 ? 1u << j * 2 % 32 : 0u) | (place.y >= 0 ? 2u << j * 2 % 32 : 0u);
-                }
-            }
-        }
-        leave_moments<kBlockN>(me, tile, valid, v);
     }
     mbarrier_arrive(me.shared.head.staged + me.warpgroup);
 }
@@ -4999,8 +4963,10 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         const Tile& tile = head.tiles[me.slot.stage];
         if (tile.n < 0) break;
         if (me.first && me.warpgroup == 1) named_barrier(3, 256);
-        if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4>(me, tile, d);
-        else multiply<kBlockN, 0>(me, tile, d);
+        if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4, false>(me, tile, d);
+        else if (a.p.t.chunk == 64) multiply<kBlockN, 4, true>(me, tile, d);
+        else if (a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);
+        else multiply<kBlockN, 1, true>(me, tile, d);
         finish<kBlockN>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);
@@ -5012,187 +4978,12 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
 }  // namespace conv_sm90
 '''
 
-_SOURCES['normalizer_sm90.cuh'] = r'''
-// GroupNorm of complete samples while the convolution works on the next ones: one warp combines moments and loads rows into a
-// ring, one normalizes them and sends them back. Work is taken from queues, sample after sample, so each waits only for what running
-// blocks have taken: blocks that find no multiprocessor yet cannot stop the others.
-#pragma once
-
-#include "conv_sm90.cuh"
-
-#ifdef HAS_SM90A
-
-namespace conv_sm90 {
-
-constexpr int kRowPieces = 8;    // pieces of one item of the row queue
-
-// A number that is not the zero of fresh memory: whoever reads zero knows that it is not there yet, and no fence is needed.
-constexpr unsigned long long kPresent = 0xfff4c0ffee000001ull;    // a NaN that no arithmetic makes
-__device__ __forceinline__ void publish(unsigned long long* p, double v) { *static_cast<volatile unsigned long long*>(p) = __double_as_longlong(v) ^ kPresent; }
-__device__ __forceinline__ void wait_for_sample(const Parameters& a, int n) {
-    while (ld_acquire_gpu(a.workspace.runs_done + n) < a.p.t.sample_tiles * 2) __nanosleep(100);
-}
-
-// One thread: the statistics of a group of a sample, from the sums of its channels.
-__device__ __forceinline__ GroupStatistics group_statistics(const Parameters& a, int n, int group) {
-    const int channels = a.fusion.group_channels;
-    const volatile unsigned long long* sums = a.workspace.channel_sums + n * a.p.C_out + group * channels;
-    const int64_t to_squares = a.p.N * a.p.C_out;
-    double sum = 0, squares = 0;
-    constexpr int kBatch = 4;    // loads at a time
-    for (int first = 0; first < channels; first += kBatch) {
-        unsigned long long s[kBatch], q[kBatch];
-        bool there;
-        do {
-            there = true;
-#pragma unroll
-            for (int i = 0; i < kBatch; i++) s[i] = sums[min(first + i, channels - 1)], q[i] = sums[min(first + i, channels - 1) + to_squares];
-#pragma unroll
-            for (int i = 0; i < kBatch; i++) there = there && s[i] != 0 && q[i] != 0;
-        } while (!there);
-#pragma unroll
-        for (int i = 0; i < kBatch; i++)
-            if (first + i < channels) sum += __longlong_as_double(s[i] ^ kPresent), squares += __longlong_as_double(q[i] ^ kPresent);
-    }
-    return statistics_of(a, {sum, squares});
-}
-
-__device__ __forceinline__ void leave_statistics(const Parameters& a, int n, int group) {
-    if (threadIdx.x % 32 != 0) return;
-    const GroupStatistics s = group_statistics(a, n, group);
-    a.fusion.mean[n * a.fusion.num_groups + group] = s.mean;
-    a.fusion.rstd[n * a.fusion.num_groups + group] = s.rstd;
-}
-
-// Lane 0's number, for all.
-__device__ __forceinline__ unsigned take_ticket(unsigned* queue, unsigned count) { return __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(queue, count) : 0, 0); }
-
-// One warp: of a sample, once it is complete, the sums of those channels that nobody has taken, each in a fixed order, and the
-// statistics of the groups that begin with them.
-__device__ __forceinline__ void combine_sample(const Parameters& a, int n) {
-    const Problem& p = a.p;
-    const int lane = threadIdx.x % 32, group_channels = a.fusion.group_channels;
-    int first = -1;    // a channel that begins a group
-    while (true) {
-        const int channel = take_ticket(a.workspace.channel_tickets + n, 1);
-        if (channel >= p.C_out) break;
-        wait_for_sample(a, n);
-        const ChannelSums sums = sums_of_channel(a, n, channel);
-        if (lane == 0) publish(a.workspace.channel_sums + n * p.C_out + channel, sums.sum), publish(a.workspace.channel_sums + (p.N + n) * p.C_out + channel, sums.squares);
-        if (channel % group_channels == 0) {
-            if (first >= 0) leave_statistics(a, n, first / group_channels);
-            first = channel;
-        }
-    }
-    if (first >= 0) leave_statistics(a, n, first / group_channels);
-}
-
-// One warp: loads rows (n, channel) of complete samples that nobody has taken, kRowPieces pieces of a row at a time.
-__device__ __forceinline__ void load_rows(const Parameters& a, const SharedParts& shared) {
-    SharedHead& head = shared.head;
-    const int lane = threadIdx.x % 32, norm_stages = a.p.t.norm_stages;
-    const int64_t row_bytes = a.p.out_volume * 4;
-    const int row_items = ceil_div(row_bytes, kRowPieces * kNormBytes), channels = a.p.C_out, group_channels = a.fusion.group_channels;
-    const int items = channels * row_items, share = min(32, int(ceil_div(items, gridDim.x)));    // of a sample, and how many are taken at a time
-    RingPosition stage;
-    for (int n = 0; n < a.p.N; n++) {
-        combine_sample(a, n);
-        bool ready = false;
-        while (true) {
-            const int batch = take_ticket(a.workspace.item_tickets + n, share);
-            if (batch >= items) break;
-            if (!ready) {
-                wait_for_sample(a, n);
-                fence_proxy_async_all();    // what other multiprocessors stored is now visible to the copy engine too
-                ready = true;
-            }
-            // Each lane prepares an item, so that its loads' latencies overlap.
-            const int own = batch + lane, end_item = min(batch + share, items);
-            NormPiece prepared = {};
-            if (own < end_item) {
-                const int channel = own / row_items;
-                const GroupStatistics statistics = group_statistics(a, n, channel / group_channels);
-                const group_norm::Mean<float> mean(statistics.mean);
-                prepared.high = mean.high, prepared.low = mean.low;
-                prepared.scale = float(statistics.rstd) * (a.fusion.gamma ? a.fusion.gamma[channel] : 1.0f);
-                prepared.offset = a.fusion.beta ? a.fusion.beta[channel] : 0.0f;
-            }
-            for (int item = batch; item < end_item; item++) {
-                const int i = item - batch;
-                const int64_t row = int64_t(n) * channels + item / row_items;
-                // Pieces begin at 128-byte lines, but for a row's first.
-                auto boundary = [&](int64_t at) { return at <= 0 ? 0 : at >= row_bytes ? row_bytes : (row * row_bytes + at) / 128 * 128 - row * row_bytes; };
-                const int64_t begin = boundary(int64_t(item % row_items) * kRowPieces * kNormBytes), end = boundary(int64_t(item % row_items + 1) * kRowPieces * kNormBytes);
-                NormPiece piece;
-                piece.high = __shfl_sync(~0u, prepared.high, i), piece.low = __shfl_sync(~0u, prepared.low, i);
-                piece.scale = __shfl_sync(~0u, prepared.scale, i), piece.offset = __shfl_sync(~0u, prepared.offset, i);
-#pragma unroll 1
-                for (int64_t at = begin; at < end; at += piece.bytes) {
-                    const int64_t next = boundary(at + kNormBytes);
-                    piece.bytes = (next < end ? next : end) - at;
-                    piece.y = static_cast<float*>(a.fusion.y) + (row * row_bytes + at) / 4;
-                    mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
-                    if (lane == 0) {
-                        head.pieces[stage.stage] = piece;
-                        mbarrier_arrive_expect_tx(head.norm_full + stage.stage, piece.bytes);
-                        bulk_load(shared.norm + stage.stage * kNormBytes, static_cast<const uint8_t*>(a.out) + row * row_bytes + at, piece.bytes, head.norm_full + stage.stage);
-                    }
-                    __syncwarp();
-                    stage.advance(norm_stages);
-                }
-            }
-        }
-    }
-    mbarrier_wait(head.norm_empty + stage.stage, stage.phase ^ 1);
-    if (lane == 0) {
-        head.pieces[stage.stage].bytes = 0;
-        mbarrier_arrive(head.norm_full + stage.stage);
-    }
-}
-
-// One warp: normalizes the pieces in place and stores them.
-__device__ __forceinline__ void normalize_rows(const SharedParts& shared, int norm_stages) {
-    SharedHead& head = shared.head;
-    const int lane = threadIdx.x % 32;
-    RingPosition stage;
-    int storing = -1;    // the stage whose store may still read it
-    while (true) {
-        mbarrier_wait(head.norm_full + stage.stage, stage.phase);
-        const NormPiece piece = head.pieces[stage.stage];
-        if (piece.bytes == 0) break;
-        float4* values = reinterpret_cast<float4*>(shared.norm + stage.stage * kNormBytes);
-        auto apply = [&piece](float v) { return fmaf((v - piece.high) - piece.low, piece.scale, piece.offset); };
-#pragma unroll 8
-        for (int i = lane; i < piece.bytes / 16; i += 32) {
-            const float4 v = values[i];
-            values[i] = make_float4(apply(v.x), apply(v.y), apply(v.z), apply(v.w));
-        }
-        fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) {
-            bulk_store(piece.y, values, piece.bytes);
-            bulk_commit_group();
-            bulk_wait_group_read<1>();
-        }
-        if (storing >= 0) mbarrier_arrive(head.norm_empty + storing);
-        storing = stage.stage;
-        stage.advance(norm_stages);
-    }
-    if (lane == 0) bulk_wait_group_read<0>();
-}
-
-}  // namespace conv_sm90
-
-#endif  // HAS_SM90A
-'''
-
 _SOURCES['conv_launch_sm90.cuh'] = r'''
 // The Hopper convolution's kernel and its launch.
 #pragma once
 
 #include "conv_plan.cuh"
 #include "conv_sm90.cuh"
-#include "normalizer_sm90.cuh"
 
 namespace conv_sm90 {
 
@@ -5212,9 +5003,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     if (threadIdx.x == 0) {
         for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 8);
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 8);
-        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2);
+        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2 * 32 + t.weight_rings * 32);
         for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged + i, 128);
-        for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 32);
         fence_mbarrier_init();
     }
     if (t.items > 1 && threadIdx.x < t.items) head.item_rows[threadIdx.x] = rows_of_item(a.p, threadIdx.x);
@@ -5224,16 +5014,20 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     fence_proxy_async();
     __syncthreads();
 
-    if (threadIdx.x < 128) {
+    // A warp for each task around two warpgroups that compute.
+    const int warp = threadIdx.x / 32;
+    if (warp < 4) {
         setmaxnreg_dec<kProducerRegisters>();
-        const int warp = threadIdx.x / 32;
-        if (warp < t.weight_rings) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run();
-        else if (warp < 2) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run_stores();
-        if (warp == 2 && a.fusion.num_groups > 0) {
-            if (a.fusion.in_kernel) load_rows(a, shared);
-            else for (int n = 0; n < a.p.N; n++) combine_sample(a, n);
+        const bool publishes = warp == (t.weight_rings == 2 ? 0 : 1);    // who has less to do
+        if (warp < t.weight_rings) {
+            Loader loader{a, shared, &x_map, &w_map, warp};
+            if (publishes) loader.run(Publisher(a, head));
+            else loader.run([] {});
+        } else if (publishes) {
+            for (Publisher publish(a, head); publish();) {}
+        } else {
+            Storer{a, shared, &out_map, warp - 2}.run();
         }
-        if (warp == 3 && a.fusion.in_kernel) normalize_rows(shared, t.norm_stages);
     } else {
         setmaxnreg_inc<kConsumerRegisters>();
         consume<kBlockN>(a, shared);
@@ -5254,16 +5048,12 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
 
 // The convolution's launches on Hopper (conv_plan.cuh).
 struct Path {
-    static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool fused, int multiprocessors, int) {
-        return conv_sm90::choose_tiling(s, samples, source_channels, channels, groups, fused, multiprocessors);
+    static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int) {
+        return conv_sm90::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors);
     }
-    // Whether a fused convolution normalizes too, not only computes the statistics. The copy engine moves float32 rows whose length
-    // is a multiple of 16 bytes.
-    static bool normalizes(const Geometry& g, int dtype) { return dtype == kFloat32 && out_volume(g) % 4 == 0; }
-
-    // out = the convolution of packed operands, with whatever `fusion` wants behind it.
+    // out = the convolution of packed operands, and its moments where there is room for them.
     static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
-                        void* out, const Fusion& fusion, cudaStream_t stream) {
+                        void* out, cudaStream_t stream) {
         const Problem& p = plan.problem;
         const Tiling& t = p.t;
         const StencilAxis* axis = p.s.axis;
@@ -5273,7 +5063,7 @@ struct Path {
         RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
         if (t.tensor_store && dtype == kFloat32)
             RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
-        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion};
+        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, workspace.moments != nullptr};
         switch (t.block_n) {
             case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);

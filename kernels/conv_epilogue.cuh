@@ -9,23 +9,11 @@ namespace conv {
 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
-// Scratch of a call. Counters start at zero.
+// Scratch of a call.
 struct Workspace {
-    unsigned* tile_ticket;                         // queue
-    unsigned *channel_tickets, *item_tickets;      // (N): queues
-    unsigned* runs_done;                           // (N): runs of tiles that have landed
-    unsigned long long* channel_sums;              // (2, N, C_out): sum and sum of squares, encoded (normalizer_sm90.cuh); start at zero
+    unsigned* tile_ticket;                         // queue; starts at zero
     float2* moments;                               // (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
-};
-
-struct Fusion {
-    int num_groups, group_channels;        // 0: convolution alone
-    bool in_kernel;                        // normalize while the convolution runs; else only the statistics are computed
-    double eps;
-    const float *gamma, *beta;             // (C_out), or null
-    void* y;                               // (N, C_out, D_out, H_out, W_out); may be `out`
-    double *mean, *rstd;                   // (N, num_groups)
 };
 
 struct Parameters {
@@ -37,7 +25,7 @@ struct Parameters {
     const scaled_half::SampleMax* activation_max;    // (N)
     const unsigned* weight_max;                      // (C_out)
     Workspace workspace;
-    Fusion fusion;
+    bool leaves_moments;                             // of what it stores
 };
 
 // -------------------------------------------------------------------------------------------------------- Values
@@ -74,35 +62,6 @@ template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(co
     const int phases_hw = packed_phases(p.t, p.s, 1) * aw.phases;
     for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
         table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
-}
-
-// ------------------------------------------------------------------------------------------------------ Statistics
-
-// Sums of squares in float64 lose nothing that float32 had.
-struct ChannelSums { double sum, squares; };
-struct GroupStatistics { double mean, rstd; };
-
-// One warp: the sums of a channel of a sample from its moments, in a fixed order.
-__device__ __forceinline__ ChannelSums sums_of_channel(const Parameters& a, int n, int channel) {
-    const int parts = parts_of_sample(a.p), channels = a.p.t.channels();
-    const float* counts = a.workspace.counts + int64_t(n) * parts;
-    const float2* moments = a.workspace.moments + int64_t(n) * parts * channels + channel;
-    ChannelSums s = {0, 0};
-#pragma unroll 8
-    for (int part = threadIdx.x % 32; part < parts; part += 32) {
-        const double count = __ldcg(counts + part);
-        const float2 m = __ldcg(moments + int64_t(part) * channels);
-        s.sum += count == 0 ? 0 : count * m.x;
-        s.squares += count == 0 ? 0 : m.y + count * m.x * m.x;
-    }
-    for (int offset = 16; offset > 0; offset /= 2) s.sum += __shfl_xor_sync(~0u, s.sum, offset), s.squares += __shfl_xor_sync(~0u, s.squares, offset);
-    return s;
-}
-
-// Of a group, from the sums of all its values.
-__device__ __forceinline__ GroupStatistics statistics_of(const Parameters& a, ChannelSums s) {
-    const double values = double(a.fusion.group_channels) * a.p.out_volume, mean = s.sum / values, variance = s.squares / values - mean * mean;
-    return {mean, 1 / sqrt((variance < 0 ? 0 : variance) + a.fusion.eps)};
 }
 
 }  // namespace conv

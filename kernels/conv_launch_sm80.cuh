@@ -26,22 +26,20 @@ struct Path {
         return bytes;
 #endif
     }
-    static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool, int multiprocessors, int device) {
+    static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int device) {
         return conv_sm80::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors, shared_bytes(device));
     }
-    static bool normalizes(const Geometry&, int) { return false; }    // a fused convolution computes the statistics only
 
-    // out = the convolution of packed operands, with whatever `fusion` wants behind it.
+    // out = the convolution of packed operands, and its moments where there is room for them.
     static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
-                        void* out, const Fusion& fusion, cudaStream_t stream) {
+                        void* out, cudaStream_t stream) {
         const Problem& p = plan.problem;
-        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
+        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, workspace.moments != nullptr}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
             return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, plan.multiprocessors, stream) : launch_conv<128, kChunk>(o, plan.multiprocessors, stream);
         };
-        RETURN_IF_ERROR(p.t.chunk == 64 ? launch_chunk(std::integral_constant<int, 64>{}) : p.t.chunk == 32 ? launch_chunk(std::integral_constant<int, 32>{}) : launch_chunk(std::integral_constant<int, 16>{}));
-        return fusion.num_groups > 0 ? launch(statistics_kernel, p.N * fusion.num_groups, kThreads, stream, o.a) : int(cudaSuccess);
+        return p.t.chunk == 64 ? launch_chunk(std::integral_constant<int, 64>{}) : p.t.chunk == 32 ? launch_chunk(std::integral_constant<int, 32>{}) : launch_chunk(std::integral_constant<int, 16>{});
     }
 };
 

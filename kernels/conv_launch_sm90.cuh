@@ -3,7 +3,6 @@
 
 #include "conv_plan.cuh"
 #include "conv_sm90.cuh"
-#include "normalizer_sm90.cuh"
 
 namespace conv_sm90 {
 
@@ -23,9 +22,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     if (threadIdx.x == 0) {
         for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 8);
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 8);
-        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2);
+        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2 * 32 + t.weight_rings * 32);
         for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged + i, 128);
-        for (int i = 0; i < t.norm_stages; i++) mbarrier_init(head.norm_full + i, 1), mbarrier_init(head.norm_empty + i, 32);
         fence_mbarrier_init();
     }
     if (t.items > 1 && threadIdx.x < t.items) head.item_rows[threadIdx.x] = rows_of_item(a.p, threadIdx.x);
@@ -35,16 +33,20 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     fence_proxy_async();
     __syncthreads();
 
-    if (threadIdx.x < 128) {
+    // A warp for each task around two warpgroups that compute.
+    const int warp = threadIdx.x / 32;
+    if (warp < 4) {
         setmaxnreg_dec<kProducerRegisters>();
-        const int warp = threadIdx.x / 32;
-        if (warp < t.weight_rings) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run();
-        else if (warp < 2) Producer{a, shared, &x_map, &w_map, &out_map, warp}.run_stores();
-        if (warp == 2 && a.fusion.num_groups > 0) {
-            if (a.fusion.in_kernel) load_rows(a, shared);
-            else for (int n = 0; n < a.p.N; n++) combine_sample(a, n);
+        const bool publishes = warp == (t.weight_rings == 2 ? 0 : 1);    // who has less to do
+        if (warp < t.weight_rings) {
+            Loader loader{a, shared, &x_map, &w_map, warp};
+            if (publishes) loader.run(Publisher(a, head));
+            else loader.run([] {});
+        } else if (publishes) {
+            for (Publisher publish(a, head); publish();) {}
+        } else {
+            Storer{a, shared, &out_map, warp - 2}.run();
         }
-        if (warp == 3 && a.fusion.in_kernel) normalize_rows(shared, t.norm_stages);
     } else {
         setmaxnreg_inc<kConsumerRegisters>();
         consume<kBlockN>(a, shared);
@@ -65,16 +67,12 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
 
 // The convolution's launches on Hopper (conv_plan.cuh).
 struct Path {
-    static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool fused, int multiprocessors, int) {
-        return conv_sm90::choose_tiling(s, samples, source_channels, channels, groups, fused, multiprocessors);
+    static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int) {
+        return conv_sm90::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors);
     }
-    // Whether a fused convolution normalizes too, not only computes the statistics. The copy engine moves float32 rows whose length
-    // is a multiple of 16 bytes.
-    static bool normalizes(const Geometry& g, int dtype) { return dtype == kFloat32 && out_volume(g) % 4 == 0; }
-
-    // out = the convolution of packed operands, with whatever `fusion` wants behind it.
+    // out = the convolution of packed operands, and its moments where there is room for them.
     static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
-                        void* out, const Fusion& fusion, cudaStream_t stream) {
+                        void* out, cudaStream_t stream) {
         const Problem& p = plan.problem;
         const Tiling& t = p.t;
         const StencilAxis* axis = p.s.axis;
@@ -84,7 +82,7 @@ struct Path {
         RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
         if (t.tensor_store && dtype == kFloat32)
             RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
-        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, fusion};
+        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, workspace.moments != nullptr};
         switch (t.block_n) {
             case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);

@@ -12,15 +12,13 @@ namespace conv {
 
 // ----------------------------------------------------------------------------------------------------------- Plan
 
-enum class Use { kForward, kFused, kDInput };
-
-// What was found for a shape, a use and a device, once. (To be held by static functions: an inline function's static variables would
+// What was found for a shape, a direction and a device, once. (To be held by static functions: an inline function's static variables would
 // be shared with other builds of this file in the same process.)
 template <typename T> class Memo {
 public:
-    template <typename F> const T& get(const Geometry& g, int64_t use, int device, F find) {
+    template <typename F> const T& get(const Geometry& g, Direction direction, int device, F find) {
         std::lock_guard<std::mutex> lock(mutex_);
-        const Key key = {g, use, device};
+        const Key key = {g, int64_t(direction), device};
         const auto found = values_.find(key);
         return found != values_.end() ? found->second : values_[key] = find();
     }
@@ -28,7 +26,7 @@ public:
 private:
     struct Key {
         Geometry g;
-        int64_t use, device;
+        int64_t direction, device;
         bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
     };
     std::mutex mutex_;
@@ -45,10 +43,10 @@ struct Plan {
 };
 
 // Path: the launches of an architecture (conv_launch_sm90.cuh, conv_launch_sm80.cuh).
-template <typename Path> Plan make_plan(const Geometry& g, Use use, int device) {
-    const bool forward = use != Use::kDInput;
+template <typename Path> Plan make_plan(const Geometry& g, Direction direction, int device) {
+    const bool forward = direction == Direction::kForward;
     Plan plan = {};
-    plan.direction = forward ? Direction::kForward : Direction::kDInput;
+    plan.direction = direction;
     cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     plan.source_channels = forward ? g.C_in : g.C_out;
     plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
@@ -59,14 +57,14 @@ template <typename Path> Plan make_plan(const Geometry& g, Use use, int device) 
             for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
         const bool split = forward && g.groups > 1;
         if (!split || can_split(g))
-            plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, use == Use::kFused, plan.multiprocessors, device);
+            plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
     }
     return plan;
 }
 
-template <typename Path> static const Plan& plan_of(const Geometry& g, Use use, int device) {
+template <typename Path> static const Plan& plan_of(const Geometry& g, Direction direction, int device) {
     static Memo<Plan> plans;
-    return plans.get(g, int64_t(use), device, [&] { return make_plan<Path>(g, use, device); });
+    return plans.get(g, direction, device, [&] { return make_plan<Path>(g, direction, device); });
 }
 
 // -------------------------------------------------------------------------------------------------- Scratch memory
@@ -98,9 +96,6 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     w.tile_ticket = scratch.take_zeroed<unsigned>(1);
     if (!fused) return w;
     const int64_t parts = parts_of_sample(p);
-    w.channel_tickets = scratch.take_zeroed<unsigned>(p.N), w.item_tickets = scratch.take_zeroed<unsigned>(p.N);
-    w.runs_done = scratch.take_zeroed<unsigned>(p.N);
-    w.channel_sums = scratch.take_zeroed<unsigned long long>(2 * p.N * p.C_out);
     w.counts = scratch.take_zeroed<float>(p.N * parts);
     w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
     return w;

@@ -41,7 +41,7 @@ struct SharedHead {
     RowConstants rows[2][kRows];
     int4 table_keys[2];             // what the warpgroups' tables were made for
     Cursor at;                      // of the walk over the tile's steps: in shared memory, since one thread walks and all need registers
-    BoxTaps tap;
+    int tap;                        // the next one of the box
     Step steps[kStepSlots];
 };
 static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind the head");
@@ -51,21 +51,22 @@ static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind t
 // One thread: a tile's steps from `begin` to `end`, to be called without gaps.
 __device__ __forceinline__ void publish_steps(const Problem& p, SharedHead& head, int begin, int end) {
     Cursor at = begin == 0 ? Cursor(p, head.tile) : head.at;
-    BoxTaps tap = begin == 0 ? BoxTaps(at) : head.tap;
-    at.p = tap.p = &p;
+    at.p = &p;
+    int tap = begin == 0 ? 0 : head.tap;
+    bool in_box = begin > 0;
 #pragma unroll 1
     for (int i = begin; i < end; i++) {
         Step& step = head.steps[i % kStepSlots];
-        int opens_box = 0;
-        if (!tap.next()) {
+        if (!in_box || tap == BoxTaps(at).count) {
             if (head.tile.empty || !at.next_box()) {
                 step.rows = kNoMore;
                 break;
             }
-            tap = BoxTaps(at), opens_box = kOpensBox;
-            tap.next();
+            tap = 0, in_box = true;
         }
-        step = {tap.rows | opens_box, tap.tap, tap.weight_column(), at.plane(), at.source_row(), at.c};
+        const BoxTaps::Tap t = BoxTaps(at)[tap];
+        step = {t.rows | (tap == 0 ? kOpensBox : 0), t.tap, t.column, at.plane(), at.source_row(), at.c};
+        tap++;
     }
     head.at = at, head.tap = tap;
 }
@@ -306,7 +307,7 @@ __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, con
     }
 }
 
-// Stages and stores a tile's outputs, and leaves the moments where the fusion wants them.
+// Stages and stores a tile's outputs, and leaves the moments where they are wanted.
 template <int kColumns>
 __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, int* tables, float* buffers, Sums<kColumns>& sums) {
     const Problem& p = a.p;
@@ -340,7 +341,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
         });
         __syncthreads();
     }
-    if (a.fusion.num_groups > 0) {
+    if (a.leaves_moments) {
         leave_moments<kColumns>(a, index_of_run(p, tile, warpgroup) * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
     }
 }
@@ -390,23 +391,6 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
         }
         finish<kColumns>(o.a, head, tables, reinterpret_cast<float*>(stages), sums);
     }
-}
-
-// Mean and reciprocal standard deviation of a group of a sample, a block each, from its channels' moments.
-__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ Parameters a) {
-    const int group = blockIdx.x % a.fusion.num_groups, n = blockIdx.x / a.fusion.num_groups, channels = a.fusion.group_channels;
-    ChannelSums total = {0, 0};
-    for (int c = threadIdx.x / 32; c < channels; c += kThreads / 32) {
-        const ChannelSums of_channel = sums_of_channel(a, n, group * channels + c);
-        total.sum += of_channel.sum, total.squares += of_channel.squares;
-    }
-    __shared__ ChannelSums warps[kThreads / 32];
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    for (int i = 1; i < kThreads / 32; i++) total.sum += warps[i].sum, total.squares += warps[i].squares;
-    const GroupStatistics s = statistics_of(a, total);
-    a.fusion.mean[blockIdx.x] = s.mean, a.fusion.rstd[blockIdx.x] = s.rstd;
 }
 
 }  // namespace conv_sm80

@@ -26,13 +26,6 @@ constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 constexpr int kTileSlots = 3;
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
-// A stage of the ring through which samples are normalized.
-struct NormPiece {
-    float high, low, scale, offset;        // y = ((r - high) - low) * scale + offset
-    float* y;
-    int bytes;                             // 0: no more
-};
-
 // What a stage of weights is for: rows of shared memory by which the tap is shifted in its box, and flags.
 constexpr int kOpensBox = 1 << 29, kLastTap = 1 << 30, kTapRows = kOpensBox - 1;
 
@@ -40,25 +33,22 @@ struct SharedHead {
     uint64_t input_full[kMaxInputStages], input_empty[kMaxInputStages];
     uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];    // one ring behind the other
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
-    uint64_t norm_full[kMaxNormStages], norm_empty[kMaxNormStages];
     uint64_t buffer_free[2], staged[2];    // by the consumer that used it
     int taps[kMaxStages];                  // of the weights' stages
-    int item_rows[kMaxItems];              // of a stage's items, where there are several
+    int item_rows[kMaxItems + 1];          // of a stage's items, where there are several
     Tile tiles[kTileSlots];
-    NormPiece pieces[kMaxNormStages];
 };
 static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the head");
 
 // The parts of shared memory.
 struct SharedParts {
     SharedHead& head;
-    uint8_t *input, *weights, *buffers, *tables, *norm;    // (input_stages, box_rows, pitch, chunk) fp16 and margins; (weight_rings, weight_stages, 64, chunk) fp16; ...
+    uint8_t *input, *weights, *buffers, *tables;    // (input_stages, box_rows, pitch, chunk) fp16 and margins; (weight_rings, weight_stages, 64, chunk) fp16; ...
     __device__ SharedParts(uint8_t* base, const Tiling& t) : head(*reinterpret_cast<SharedHead*>(base)) {
         input = base + kHeadBytes;
         weights = input + t.input_stages * t.input_bytes;
         buffers = weights + t.weight_rings * t.weight_stages * t.weight_bytes;
         tables = buffers + t.buffers * t.buffer_bytes;
-        norm = tables + 2 * t.table_bytes;
     }
     // Where a consumer stages.
     __device__ float* buffer(const Tiling& t, int consumer) const { return reinterpret_cast<float*>(buffers + (t.buffers == 2 ? consumer : 0) * t.buffer_bytes); }
@@ -66,42 +56,128 @@ struct SharedParts {
 
 #ifdef HAS_SM90A
 
-// ------------------------------------------------------------------------------------------------------- Producer
+// ------------------------------------------------------------------------------------------------------ Producers
+
+// A warp: takes tiles from the queue and tells everyone.
+struct Publisher {
+    const Parameters& a;
+    SharedHead& head;
+    unsigned next;                          // tile
+    RingPosition slot;                      // to fill next
+
+    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head) { take(); }
+    __device__ __forceinline__ void take() { next = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_ticket, 1u) : 0, 0); }
+
+    // False: there was no more, which everyone knows now.
+    __device__ __forceinline__ bool operator()() {
+        Tile& tile = head.tiles[slot.stage];
+        const bool more = next < a.p.t.tiles;
+        mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
+        if (threadIdx.x % 32 == 0) {
+            if (more) locate(a.p, next, tile);
+            else tile.n = -1;
+            mbarrier_arrive(head.tile_full + slot.stage);
+        }
+        __syncwarp();
+        slot.advance(kTileSlots);
+        if (more) take();
+        return more;
+    }
+};
+
+// A warp for each ring of weights: loads them, and the first one the boxes.
+struct Loader {
+    const Parameters& a;
+    const SharedParts& shared;
+    const CUtensorMap *x_map, *w_map;
+    int ring;
+    RingPosition slot, in, weight;
+
+    __device__ bool elected() const { return threadIdx.x % 32 == 0; }
+
+    __device__ __forceinline__ void load_box(const Tile& tile, const Cursor& at) {
+        const StencilAxis& aw = a.p.s.axis[2];
+        SharedHead& head = shared.head;
+        mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
+        if (elected()) {
+            mbarrier_arrive_expect_tx(head.input_full + in.stage, a.p.t.box_bytes());
+            tma_load_5d(shared.input + in.stage * a.p.t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + at.c, aw.first + tile.w0 - aw.shift[aw.taps - 1],
+                        at.source_row(), at.plane(), tile.n);
+        }
+        __syncwarp();
+        in.advance(a.p.t.input_stages);
+    }
+
+    // Loads the weights of a box's taps; each lane knows some of them. row: of the packed weights.
+    __device__ __forceinline__ void load_weights(const BoxTaps& taps, int row, bool last_box) {
+        const Tiling& t = a.p.t;
+        SharedHead& head = shared.head;
+        for (int first = 0; first < taps.count; first += 32) {
+            const int own = first + threadIdx.x % 32;
+            const BoxTaps::Tap tap = taps[min(own, taps.count - 1)];
+            const int info = tap.rows | (own == 0 ? kOpensBox : 0) | (last_box && own == taps.count - 1 ? kLastTap : 0);
+#pragma unroll 1
+            for (int i = first; i < min(first + 32, taps.count); i++) {
+                const int at = ring * t.weight_stages + weight.stage;
+                mbarrier_wait(head.weight_empty + at, weight.phase ^ 1);
+                if (i == own) {
+                    uint8_t* stage = shared.weights + at * t.weight_bytes;
+                    head.taps[at] = info;
+                    mbarrier_arrive_expect_tx(head.weight_full + at, t.weight_bytes);
+                    tma_load_3d(stage, w_map, head.weight_full + at, tap.column, row, tap.tap);
+                    if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, head.weight_full + at, tap.column + t.chunk, row, tap.tap);
+                }
+                __syncwarp();
+                weight.advance(t.weight_stages);
+            }
+        }
+    }
+
+    // publish(): called once before every tile, while the consumers have something to do with the one before.
+    template <typename F> __device__ __forceinline__ void run(F publish) {
+        SharedHead& head = shared.head;
+        publish();
+        while (true) {
+            mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+            const Tile& tile = head.tiles[slot.stage];
+            if (tile.n < 0) break;
+            const int row = tile.run[ring].row_tile * kRows;
+            Cursor at(a.p, tile);
+            bool more = at.next_box(), first = true;
+            while (more) {
+                if (ring == 0) load_box(tile, at);
+                const BoxTaps taps(at);
+                more = at.next_box();
+                load_weights(taps, row, !more);
+                if (first) publish();
+                first = false;
+            }
+            if (first) publish();
+            mbarrier_arrive(head.tile_empty + slot.stage);
+            slot.advance(kTileSlots);
+        }
+    }
+};
 
 // Whether bulk copies store the staged outputs.
 __device__ __forceinline__ bool stores_bulk(const Parameters& a) { return a.dtype == kFloat32 && a.p.t.bulk; }
 
-// One of two warps. The first takes tiles from the queue and loads the boxes. With two rings of weights, each loads those of one
-// consumer and stores its outputs (run); with one, the first loads them (run) and the second stores everything (run_stores).
-struct Producer {
+// A warp: stores what a consumer has staged, by bulk copies of what is 16-byte aligned.
+struct Storer {
     const Parameters& a;
     const SharedParts& shared;
-    const CUtensorMap *x_map, *w_map, *out_map;
+    const CUtensorMap* out_map;
     int consumer;
-    RingPosition slot, in, weight;
-    const Tile* storing = nullptr;    // the tile whose outputs are to be stored, or are being read by their copies
-    bool stored = false;
-    int stored_before = -1;           // the sample of the copies before those
-    uint32_t phases = 0;              // of the stagings, a bit for each consumer
 
-    __device__ bool elected() const { return threadIdx.x % 32 == 0; }
-
-    // Stores the outputs of the tile before: by bulk copies of what is 16-byte aligned.
-    __device__ __forceinline__ void store() {
-        if (storing == nullptr || stored) return;
-        stored = true;
-        mbarrier_wait(shared.head.staged + consumer, phases >> consumer & 1);
-        phases ^= 1u << consumer;
-        const float* buffer = shared.buffer(a.p.t, consumer);
-        const Run& run = storing->run[consumer];
-        if (a.p.t.tensor_store && a.dtype == kFloat32) {
-            if (elected() && run.count > 0 && run.od0 >= 0 && run.od0 < a.p.s.axis[0].out)
-                tma_store_4d(out_map, buffer, run.h0 * a.p.t.tile_w + run.q0, run.od0, run.channel0, storing->n);
-            bulk_commit_group();
+    __device__ __forceinline__ void store(const Tile& tile, const Run& run, const float* buffer) const {
+        const Tiling& t = a.p.t;
+        if (t.tensor_store && a.dtype == kFloat32) {
+            if (threadIdx.x % 32 == 0 && run.count > 0 && run.od0 >= 0 && run.od0 < a.p.s.axis[0].out)
+                tma_store_4d(out_map, buffer, run.h0 * t.tile_w + run.q0, run.od0, run.channel0, tile.n);
         } else if (stores_bulk(a)) {
             float* out = static_cast<float*>(a.out);
-            for_each_piece(a.p, *storing, run, threadIdx.x % 32, regions_of(a.p, run), 32, [&](int64_t at, int region, int offset, int count) {
-                const int staged = region * a.p.t.region_stride + offset;
+            for_each_piece(a.p, tile, run, threadIdx.x % 32, regions_of(a.p, run), 32, [&](int64_t at, int region, int offset, int count) {
+                const int staged = region * t.region_stride + offset;
                 const int head = min(count, int(-at & 3)), body = (count - head) / 4 * 4;
                 if (body > 0) bulk_store(out + at + head, buffer + staged + head, body * 4);
 #pragma unroll 1
@@ -109,117 +185,26 @@ struct Producer {
 #pragma unroll 1
                 for (int k = head + body; k < count; k++) out[at + k] = buffer[staged + k];
             });
-            bulk_commit_group();
         }
-        if (a.fusion.num_groups > 0) {
-            bulk_wait_group<1>();
-            report_landed();
-            stored_before = storing->n;
-        }
+        bulk_commit_group();
     }
 
-    // The copies have read the buffer.
-    __device__ __forceinline__ void free_buffer() {
-        if (storing == nullptr) return;
-        bulk_wait_group_read<0>();
-        mbarrier_arrive(shared.head.buffer_free + consumer);
-        __syncwarp();
-        if (elected()) mbarrier_arrive(shared.head.tile_empty + (storing - shared.head.tiles));
-        storing = nullptr;
-    }
-
-    __device__ __forceinline__ void report_landed() {
-        __syncwarp();
-        if (stored_before >= 0 && elected()) red_release_gpu(a.workspace.runs_done + stored_before, 1);
-    }
-
-    __device__ __forceinline__ void report_last() {
-        if (a.fusion.num_groups == 0) return;
-        bulk_wait_group<0>();
-        report_landed();
-    }
-
-    __device__ __forceinline__ void run_stores() {
+    __device__ __forceinline__ void run() const {
         SharedHead& head = shared.head;
-        while (true) {
+        const float* buffer = shared.buffer(a.p.t, consumer);
+        RingPosition slot;
+        for (uint32_t phase = 0;; phase ^= 1) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
-            for (consumer = 0; consumer < 2; consumer++) {
-                storing = &tile, stored = false;
-                store();
-                free_buffer();
-            }
+            mbarrier_wait(head.staged + consumer, phase);
+            store(tile, tile.run[consumer], buffer);
+            mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
+            bulk_wait_group_read<0>();
+            mbarrier_arrive(head.buffer_free + consumer);
         }
-        report_last();
-    }
-
-    __device__ __forceinline__ void run() {
-        const Tiling& t = a.p.t;
-        const bool stores = t.weight_rings == 2;
-        const int ring = consumer * t.weight_stages;
-        const StencilAxis& aw = a.p.s.axis[2];
-        SharedHead& head = shared.head;
-        const int box_bytes = t.box_bytes();
-        unsigned next = consumer == 0 && elected() ? atomicAdd(a.workspace.tile_ticket, 1u) : 0;
-        while (true) {
-            Tile& tile = head.tiles[slot.stage];
-            if (consumer == 0) {
-                mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
-                if (elected()) {
-                    if (next < t.tiles) locate(a.p, next, tile);
-                    else tile.n = -1;
-                    mbarrier_arrive(head.tile_full + slot.stage);
-                    if (next < t.tiles) next = atomicAdd(a.workspace.tile_ticket, 1u);
-                }
-                __syncwarp();
-            } else {
-                mbarrier_wait(head.tile_full + slot.stage, slot.phase);
-            }
-            const bool last = tile.n < 0;
-            const int w_start = aw.first + tile.w0 - aw.shift[aw.taps - 1], row = tile.run[consumer].row_tile * kRows;
-            int taps = 0;
-            Cursor at(a.p, tile);
-            bool more = !last && at.next_box();
-            while (more) {
-                // The consumer stages the tile before, and then frees the next stage. The other one may need the buffer before it frees a box.
-                if (consumer == 0) {
-                    if (taps > 0) store(), free_buffer();
-                    mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
-                    if (elected()) {
-                        mbarrier_arrive_expect_tx(head.input_full + in.stage, box_bytes);
-                        tma_load_5d(shared.input + in.stage * t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + at.c, w_start, at.source_row(), at.plane(), tile.n);
-                    }
-                    in.advance(t.input_stages);
-                }
-                BoxTaps tap(at);
-                more = at.next_box();
-                for (int flags = kOpensBox; tap.next(); flags = 0) {
-                    if (taps == t.weight_stages) store();
-                    if (taps == t.weight_stages + 2) free_buffer();
-                    const int info = tap.rows | flags | (tap.last() && !more ? kLastTap : 0), column = tap.weight_column();
-                    mbarrier_wait(head.weight_empty + ring + weight.stage, weight.phase ^ 1);
-                    if (elected()) {
-                        uint64_t* full = head.weight_full + ring + weight.stage;
-                        uint8_t* stage = shared.weights + (ring + weight.stage) * t.weight_bytes;
-                        head.taps[ring + weight.stage] = info;
-                        mbarrier_arrive_expect_tx(full, t.weight_bytes);
-                        tma_load_3d(stage, w_map, full, column, row, tap.tap);
-                        if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, full, column + t.chunk, row, tap.tap);
-                    }
-                    __syncwarp();
-                    weight.advance(t.weight_stages);
-                    taps++;
-                }
-            }
-            store();
-            free_buffer();
-            if (last) break;
-            if (stores) storing = &tile, stored = false;
-            slot.advance(kTileSlots);
-        }
-        if (stores) report_last();
+        bulk_wait_group<0>();
     }
 };
 
@@ -297,67 +282,89 @@ struct Consumer {
     }
 };
 
-// The sums of one tile: d (64 rows, kBlockN positions) of this warpgroup. kSteps: chunk / 16 where a stage has one item, known to the
-// compiler, which keeps the wgmmas closer together; or 0: any chunk, any number of items.
-template <int kBlockN, int kSteps>
+// The sums of one tile: d (64 rows, kBlockN positions) of this warpgroup. kSteps: chunk / 16; kItems: whether a stage may have several.
+//
+// A warp can have hardly more than one wgmma waiting behind the one that is carried out. So the next tap is looked up between those
+// of this one, or the tensor cores would be idle meanwhile.
+template <int kBlockN, int kSteps, bool kItems>
 __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (&d)[kBlockN / 2]) {
+    constexpr int row_bytes = kSteps * 32;
     const Tiling& t = me.a.p.t;
     SharedHead& head = me.shared.head;
-    const int row_bytes = kSteps > 0 ? kSteps * 32 : t.chunk * 2;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
     const int b_row = tile.run[me.warpgroup].b_row, ring = t.weight_rings == 2 ? me.warpgroup * t.weight_stages : 0;
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
-    int done_weight = -1, done_input = -1, open_input = -1;    // stages whose last reader is the wgmma group in flight
-    int taps = 0;
-    uint32_t box = 0;
     auto let_the_other_begin = [&] {
         if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
         me.first = false;
     };
-    for (int info = tile.empty ? kLastTap : 0; !(info & kLastTap);) {
-        mbarrier_wait(head.weight_full + ring + me.weight.stage, me.weight.phase);
-        info = __shfl_sync(~0u, me.elected() ? head.taps[ring + me.weight.stage] : 0, 0);    // read by the lane that releases the stage
+    int info = kLastTap, weight_stage = -1, input_stage = -1;    // of a tap
+    uint32_t box = 0, b = 0, w = 0;
+    auto take_tap = [&] {
+        weight_stage = me.weight.stage;
+        mbarrier_wait(head.weight_full + ring + weight_stage, me.weight.phase);
+        info = __shfl_sync(~0u, me.elected() ? head.taps[ring + weight_stage] : 0, 0);    // read by the lane that releases the stage
+        me.weight.advance(t.weight_stages);
         if (info & kOpensBox) {
-            if (open_input >= 0) {
-                done_input = open_input;
-                let_the_other_begin();
-            }
-            mbarrier_wait(head.input_full + me.in.stage, me.in.phase);
-            box = shared_address(me.shared.input + me.in.stage * t.input_bytes) + b_row * row_bytes;
-            open_input = me.in.stage;
+            input_stage = me.in.stage;
+            mbarrier_wait(head.input_full + input_stage, me.in.phase);
+            box = shared_address(me.shared.input + input_stage * t.input_bytes) + b_row * row_bytes;
             me.in.advance(t.input_stages);
         }
-        uint32_t b = box + (info & kTapRows) * row_bytes, w = shared_address(me.shared.weights + (ring + me.weight.stage) * t.weight_bytes);
+        b = box + (info & kTapRows) * row_bytes, w = shared_address(me.shared.weights + (ring + weight_stage) * t.weight_bytes);
+    };
+    auto multiply_steps = [&](uint32_t w, uint32_t b, int first, int end) {
         wgmma_fence();
-        if constexpr (kSteps > 0) {
 #pragma unroll
-            for (int step = 0; step < kSteps; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < t.items; i++) {
-                if (t.items > 1) b = box + ((info & kTapRows) + head.item_rows[i]) * row_bytes;
-#pragma unroll 1
-                for (int at = 0; at < row_bytes; at += 32) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + at), wgmma_descriptor(descriptor, b + at));
-                w += kRows * row_bytes;
-            }
-        }
+        for (int step = first; step < end; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
         wgmma_commit_group();
-        ++taps;
-        if (taps == t.lag) let_the_other_begin();
-        wgmma_wait_group<1>();
+    };
+    int done_weight = -1, done_input = -1;    // stages whose last reader is in flight
+    auto release = [&] {
         if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
         if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
-        done_input = -1, done_weight = me.weight.stage;
-        me.weight.advance(t.weight_stages);
+    };
+    auto begin_tap = [&] {
+        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_bytes : b, 0, kSteps);
+        else multiply_steps(w, b, 0, kSteps / 2);
+        wgmma_wait_group<1>();    // the tap before is done
+        release();
+        done_weight = weight_stage, done_input = -1;
+    };
+    auto end_tap = [&](uint32_t w, uint32_t b) {
+        if constexpr (kItems) {
+            int rows = head.item_rows[1];
+#pragma unroll 1
+            for (int i = 1; i < t.items; i++) {
+                const uint32_t b_item = b + rows * row_bytes;
+                rows = head.item_rows[i + 1];
+                multiply_steps(w + i * kRows * row_bytes, b_item, 0, kSteps);
+            }
+        } else {
+            multiply_steps(w, b, kSteps / 2, kSteps);
+        }
+    };
+    if (!tile.empty) {
+        take_tap();
+        begin_tap();
+        for (int taps = 1; !(info & kLastTap); taps++) {
+            const uint32_t this_w = w, this_b = b;
+            const int this_input = input_stage;
+            take_tap();
+            if (info & kOpensBox) done_input = this_input;
+            if (taps == t.lag || done_input >= 0) let_the_other_begin();
+            end_tap(this_w, this_b);
+            begin_tap();
+        }
+        end_tap(w, b);
     }
     me.load_constants(tile);
     wgmma_wait_group<0>();
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
-    if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
-    if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
-    if (me.elected() && open_input >= 0) mbarrier_arrive(head.input_empty + open_input);
+    done_input = input_stage;
+    release();
     let_the_other_begin();
 }
 
@@ -369,130 +376,93 @@ __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& 
     return me.buffer() + row.region + (me.a.p.t.contiguous ? int(region_origin(me.a.p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d)) & 3 : 0);
 }
 
-// The moments of each row: sums of deviations from one of the lane's values, whose own squared deviation is part of the result,
-// which bounds the cancellation. valid: bit j * 2 + e tells that position j * 8 + lane % 4 * 2 + e is an output.
-template <int kBlockN>
-__device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& tile, const uint32_t (&valid)[2][(kBlockN + 127) / 128], const float (&v)[kBlockN / 2]) {
+// Scales back, adds the bias, applies ReLU, stages, and leaves each row's moments if kMoments.
+template <int kBlockN, bool kMoments>
+__device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile, const float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
-    const Problem& p = a.p;
-    const Tiling& t = p.t;
+    const Tiling& t = a.p.t;
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
-    const int64_t part = index_of_run(p, tile, me.warpgroup);
-    const int phases = p.s.phases();
+    const float lowest = a.apply_relu ? 0.0f : -INFINITY;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
-        float shift = 0.0f, sum = 0.0f, squares = 0.0f, count = 0.0f;
-#pragma unroll
-        for (int i = 0; i < (kBlockN + 127) / 128; i++) count += __popc(valid[half][i]);
-        const bool filled = t.dense ? run.count >= kBlockN : !t.whole_rows;    // positions that are no output hold the first one's value
-        if (filled) {
-            shift = __shfl_sync(~0u, v[half * 2], lane & ~3);
-        } else {
-#pragma unroll
-            for (int i = (kBlockN + 127) / 128 - 1; i >= 0; i--)
-                if (valid[half][i]) {
-                    const int bit = i * 32 + __ffs(valid[half][i]) - 1, q = bit / 2 * 8 + lane % 4 * 2 + bit % 2;
-                    shift = staged_region(me, tile, row)[t.dense ? q : me.table()[row.table + q]];
-                }
+        const auto value = [&](int i) { return value_of(v[i], me.first_scale, row.scale, row.bias, lowest); };
+        const int* table = me.table() + row.table + lane % 4 * 2;
+        float shift = 0, sum = 0, squares = 0;
+        int count = 0;
+        if (kMoments) {    // of deviations from one of the row's values, whose own squared deviation is part of the result, which bounds the cancellation
+            constexpr int kMiddle = kBlockN / 16;
+            shift = __shfl_sync(~0u, !t.dense && table[0] < 0 ? value(kMiddle * 4 + half * 2) : value(half * 2), lane & ~3);
         }
-        auto add = [&](float deviation) {
-            sum += deviation;
-            squares = fmaf(deviation, deviation, squares);
+        const auto add = [&](float value) {
+            const float deviation = value - shift;
+            sum += deviation, squares = fmaf(deviation, deviation, squares), count++;
         };
-        if (filled) {
+        if (row.live) {
+            float* region = staged_region(me, tile, row);
+            if (t.dense) {    // position q is float q of its region
+                float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);
+                const int outputs = run.count - lane % 4 * 2;
 #pragma unroll
-            for (int i = 0; i < kBlockN / 4; i++) add(v[i / 2 * 4 + half * 2 + i % 2] - shift);
-        } else {
+                for (int j = 0; j < kBlockN / 8; j++) {
+                    const float2 pair = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
+                    at[j * 4] = pair;
+                    if (kMoments && j * 8 < outputs) add(pair.x), add(pair.y);    // runs are even
+                }
+            } else {
 #pragma unroll
-            for (int i = 0; i < kBlockN / 4; i++) add(valid[half][i / 32] & 1u << i % 32 ? v[i / 2 * 4 + half * 2 + i % 2] - shift : 0.0f);
+                for (int j = 0; j < kBlockN / 8; j++) {
+                    const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
+                    const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
+                    if (place.x >= 0) {
+                        region[place.x] = low;
+                        if (kMoments) add(low);
+                    }
+                    if (place.y >= 0) {
+                        region[place.y] = high;
+                        if (kMoments) add(high);
+                    }
+                }
+            }
         }
-        const float of_lane = count > 0 ? sum / count : 0.0f, total = quad_sum(count);    // the lanes' means and squares, combined
-        squares -= sum * of_lane;
-        const float all = quad_sum(count * (shift + of_lane)), mean = total > 0 ? all / total : 0.0f;
-        const float off = shift + of_lane - mean;
-        squares = quad_sum(fmaf(count * off, off, squares));
-        if (lane % 4 == 0 && row.live) {
-            const int phase = run.outer * t.rows.packed_phases + row.phase;
-            a.workspace.moments[(part * phases + phase) * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
-            a.workspace.counts[part * phases + phase] = total;    // the same from every channel
+        if (kMoments) {
+            const float total = quad_sum(float(count)), of_row = quad_sum(sum), mean = total > 0 ? of_row / total : 0.0f, deviations = quad_sum(squares) - of_row * mean;
+            if (lane % 4 == 0 && row.live) {
+                const int64_t place = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
+                a.workspace.moments[place * t.channels() + run.channel0 + row.channel] = make_float2(shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
+                a.workspace.counts[place] = total;    // the same from every channel
+            }
         }
     }
 }
 
-// Scales back, adds the bias, applies ReLU, stages and stores, and leaves the moments where the fusion wants them.
+// What a consumer does behind a tile's products.
 template <int kBlockN>
-__device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
+__device__ __forceinline__ void finish(Consumer& me, const Tile& tile, const float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
     const Problem& p = a.p;
     const Tiling& t = p.t;
     const Run& run = tile.run[me.warpgroup];
-    const int lane = threadIdx.x % 32;
-    const float lowest = a.apply_relu ? 0.0f : -INFINITY;
     me.prepare_rows();
     me.wait_for_buffer();
     if (!t.dense) {
         const int4 key = table_key(p, tile, run);
-        if (key.x != me.table_key.x || key.y != me.table_key.y || key.z != me.table_key.z || key.w != me.table_key.w) {
+        if (!same_key(key, me.table_key)) {
             fill_table<kBlockN>(p, tile, run, [&] { return me.table(); });
             me.table_key = key;
         }
         me.sync();
     }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const LaneRow& row = me.rows[half];
-        if (!row.live) continue;
-        auto value = [&](int i) { return v[i] = value_of(v[i], me.first_scale, row.scale, row.bias, lowest); };
-        float* region = staged_region(me, tile, row);
-        if (t.dense) {    // position q is float q of its region
-            float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);
-#pragma unroll
-            for (int j = 0; j < kBlockN / 8; j++) at[j * 4] = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
-        } else {
-            const int* table = me.table() + row.table + lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < kBlockN / 8; j++) {
-                const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
-                const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
-                if (place.x >= 0) region[place.x] = low;
-                if (place.y >= 0) region[place.y] = high;
-            }
-        }
-    }
+    if (a.leaves_moments) stage_rows<kBlockN, true>(me, tile, v);
+    else stage_rows<kBlockN, false>(me, tile, v);
     fence_proxy_async();
     if (!stores_bulk(a)) {
         me.sync();
         const float* buffer = me.buffer();
         for_each_piece(p, tile, run, threadIdx.x / 32 % 4, regions_of(p, run), 4, [&](int64_t at, int region, int offset, int count) {
-            for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[region * t.region_stride + offset + k]);
+            for (int k = threadIdx.x % 32; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[region * t.region_stride + offset + k]);
         });
-    }
-    if (a.fusion.num_groups > 0) {
-        uint32_t valid[2][(kBlockN + 127) / 128] = {};    // bit j * 2 + e: position j * 8 + lane % 4 * 2 + e is an output
-        const bool fill = !t.whole_rows && !t.dense;      // the first position is one: its value takes the place of those that are none
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const LaneRow& row = me.rows[half];
-            const float filling = __shfl_sync(~0u, v[half * 2], lane & ~3);
-            if (!row.live) continue;
-            if (t.dense) {
-                const int live = run.count - lane % 4 * 2, bits = max(0, live) / 8 * 2 + min(max(0, live) % 8, 2);
-#pragma unroll
-                for (int i = 0; i < (kBlockN + 127) / 128; i++) valid[half][i] = bits >= i * 32 + 32 ? ~0u : bits <= i * 32 ? 0u : (1u << (bits - i * 32)) - 1;
-            } else {
-                const int* table = me.table() + row.table + lane % 4 * 2;
-#pragma unroll
-                for (int j = 0; j < kBlockN / 8; j++) {
-                    const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
-                    if (place.x < 0 && fill) v[j * 4 + half * 2] = filling;
-                    if (place.y < 0 && fill) v[j * 4 + half * 2 + 1] = filling;
-                    valid[half][j / 16] |= (place.x >= 0 ? 1u << j * 2 % 32 : 0u) | (place.y >= 0 ? 2u << j * 2 % 32 : 0u);
-                }
-            }
-        }
-        leave_moments<kBlockN>(me, tile, valid, v);
     }
     mbarrier_arrive(me.shared.head.staged + me.warpgroup);
 }
@@ -507,8 +477,10 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         const Tile& tile = head.tiles[me.slot.stage];
         if (tile.n < 0) break;
         if (me.first && me.warpgroup == 1) named_barrier(3, 256);
-        if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4>(me, tile, d);
-        else multiply<kBlockN, 0>(me, tile, d);
+        if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4, false>(me, tile, d);
+        else if (a.p.t.chunk == 64) multiply<kBlockN, 4, true>(me, tile, d);
+        else if (a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);
+        else multiply<kBlockN, 1, true>(me, tile, d);
         finish<kBlockN>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);

@@ -57,12 +57,18 @@ HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgro
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
-HOST_DEVICE int lowest_bit(int bits) {
+HOST_DEVICE int count_bits(int bits) {
 #ifdef __CUDA_ARCH__
-    return __ffs(bits) - 1;
+    return __popc(bits);
 #else
-    return __builtin_ctz(bits);
+    return __builtin_popcount(bits);
 #endif
+}
+
+// The place of the bit that has `rank` lower ones.
+HOST_DEVICE int place_of_bit(int bits, int rank) {
+    for (; rank > 0; rank--) bits &= bits - 1;
+    return count_bits((bits & -bits) - 1);
 }
 
 // A tile's boxes, in the order in which everyone takes them: of every tap d, some taps h, and a chunk of GEMM_K.
@@ -111,34 +117,24 @@ struct Cursor {
 
 // The taps of the box that a cursor is at, each with its products.
 struct BoxTaps {
+    struct Tap {
+        int rows;                       // of shared memory, by which the tap is shifted in its box
+        int tap, column;                // the tap (d, h, w); of the packed weights
+    };
     const Problem* p;
-    int bits_h, bits_w, live_w;         // still to come; of every tap h
-    int first_tap, last_shift, c;
-    int rows_h = 0, tap_h = 0;          // of the tap h
-    int rows = 0, tap = 0, product;     // by how many rows of shared memory the tap is shifted in its box; the tap (d, h, w)
+    int live_h, live_w, live_taps_w;    // of every tap h; how many
+    int td, last_shift, c, products;    // products: that have a stage of their own
+    int count;
 
-    // Before the first.
     HOST_DEVICE BoxTaps(const Cursor& at)
-        : p(at.p), bits_h(at.live_h), bits_w(0), live_w(at.live_w), first_tap(at.td * at.p->s.axis[1].taps * at.p->s.axis[2].taps), last_shift(at.last_shift()), c(at.c), product(products() - 1) {}
-    HOST_DEVICE bool next() {
+        : p(at.p), live_h(at.live_h), live_w(at.live_w), live_taps_w(count_bits(at.live_w)), td(at.td), last_shift(at.last_shift()), c(at.c), products(p->t.items > 1 ? 1 : p->t.products),
+          count(count_bits(live_h) * live_taps_w * products) {}
+    HOST_DEVICE Tap operator[](int i) const {
         const StencilAxis &ah = p->s.axis[1], &aw = p->s.axis[2];
-        if (++product < products()) return true;
-        if (bits_w == 0) {
-            if (bits_h == 0) return false;
-            const int th = lowest_bit(bits_h);
-            bits_h &= bits_h - 1, bits_w = live_w;
-            rows_h = (last_shift - ah.shift[th]) * p->t.pitch + aw.shift[aw.taps - 1], tap_h = first_tap + th * aw.taps;
-        }
-        const int tw = lowest_bit(bits_w);
-        bits_w &= bits_w - 1;
-        rows = rows_h - aw.shift[tw], tap = tap_h + tw, product = 0;
-        return true;
+        const int product = products == 1 ? 0 : i % 2, live = products == 1 ? i : i / 2, rank_h = live / live_taps_w;
+        const int th = place_of_bit(live_h, rank_h), tw = place_of_bit(live_w, live - rank_h * live_taps_w);
+        return {(last_shift - ah.shift[th]) * p->t.pitch + aw.shift[aw.taps - 1] - aw.shift[tw], (td * ah.taps + th) * aw.taps + tw, c + product * p->t.C_pad};
     }
-    HOST_DEVICE bool last() const { return bits_h == 0 && bits_w == 0 && product == products() - 1; }
-    HOST_DEVICE int weight_column() const { return c + product * p->t.C_pad; }
-
-private:
-    HOST_DEVICE int products() const { return p->t.items > 1 ? 1 : p->t.products; }    // that have a stage of their own
 };
 
 HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {

@@ -32,7 +32,7 @@ struct Tiling {
     int region_stride;                         // floats of the staged outputs of a channel
     int buffers, table_bytes;                  // how many warpgroups can stage at a time; what tells a warpgroup where to stage
     int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
-    int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages, norm_stages;    // stages of each ring; one ring where both warpgroups have the same rows
+    int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where both warpgroups have the same rows
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
     int row_pairs, sample_tiles, tiles;        // row tiles of a block

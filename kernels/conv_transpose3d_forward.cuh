@@ -9,7 +9,7 @@
 #pragma once
 
 #include "conv_plan.cuh"
-#include "group_norm.cuh"
+#include "conv_statistics.cuh"
 
 namespace conv {
 
@@ -27,37 +27,41 @@ struct ForwardMemory {
     }
 };
 
-// Whether tilings fit: 1 or 0.
-template <typename Path> int forward_supports(const Geometry& g, int device) { return plan_of<Path>(g, Use::kFused, device).problem.t.block_n > 0; }
+// Whether a tiling fits: 1 or 0.
+template <typename Path> int forward_supports(const Geometry& g, int device) { return plan_of<Path>(g, Direction::kForward, device).problem.t.block_n > 0; }
 
 template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused, int device) {
-    return ForwardMemory(g, plan_of<Path>(g, fused ? Use::kFused : Use::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
+    return ForwardMemory(g, plan_of<Path>(g, Direction::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
 }
 
-// bias may be null; apply_relu writes relu(out).
+// bias may be null; apply_relu writes relu(out). The memory's moments, if it has room for them, are then those of out.
 template <typename Path>
-int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out, const Fusion& fusion = {}) {
-    const bool fused = fusion.num_groups > 0;
-    const Plan& plan = plan_of<Path>(g, fused ? Use::kFused : Use::kForward, device);
+int convolve(const Geometry& g, int dtype, cudaStream_t stream, const Plan& plan, const ForwardMemory& memory, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
     if (plan.problem.t.block_n == 0) return cudaErrorNotSupported;
-    const ForwardMemory memory(g, plan, fused, base, x, w);
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
-    RETURN_IF_ERROR(Path::convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, fusion, stream));
-    if (fused) return cudaSuccess;    // a group with a value that is not finite is NaN as a whole
+    return Path::convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, stream);
+}
+
+template <typename Path>
+int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
+    const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
+    const ForwardMemory memory(g, plan, false, base, x, w);
+    RETURN_IF_ERROR(convolve<Path>(g, dtype, stream, plan, memory, x, w, bias, apply_relu, out));
     return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
 
-// activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.
+// activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd. Needs no repair: a group
+// with a value that is not finite is NaN as a whole.
 template <typename Path>
-int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int device, cudaStream_t stream, void* workspace, const void* x, const void* w, const void* bias,
+int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias,
                             const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
-    const bool in_kernel = Path::normalizes(g, dtype);
-    double* rstd = statistics + g.N * num_groups;
-    const Fusion fusion = {num_groups, int(g.C_out) / num_groups, in_kernel, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), y, statistics, rstd};
-    RETURN_IF_ERROR(forward<Path>(g, dtype, device, stream, workspace, x, w, bias, true, activation, fusion));
-    if (in_kernel) return cudaSuccess;
+    const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
+    const ForwardMemory memory(g, plan, true, base, x, w);
+    RETURN_IF_ERROR(convolve<Path>(g, dtype, stream, plan, memory, x, w, bias, true, activation));
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
+    double* rstd = statistics + g.N * num_groups;
+    RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, eps, statistics, rstd));
     return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
         return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
     });

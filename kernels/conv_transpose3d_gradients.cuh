@@ -15,12 +15,12 @@ namespace conv {
 
 template <typename Path> static const dweight::Problem& dweight_plan_of(const Geometry& g, int device) {
     static Memo<dweight::Problem> plans;
-    return plans.get(g, int64_t(Use::kDInput), device, [&] {
+    return plans.get(g, Direction::kDInput, device, [&] {
         dweight::Problem p = {};
         if (!has_stencil(g)) return p;
         p.s = make_stencil(Direction::kForward, g);
         p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
-        p.t = dweight::choose_tiling(p, padded_channels(g.C_in), plan_of<Path>(g, Use::kDInput, device).multiprocessors, Path::shared_bytes(device));
+        p.t = dweight::choose_tiling(p, padded_channels(g.C_in), plan_of<Path>(g, Direction::kDInput, device).multiprocessors, Path::shared_bytes(device));
         return p;
     });
 }
@@ -44,7 +44,7 @@ struct GradientsMemory {
 // dx (and w) or dweight (and x) may be null: not wanted.
 template <typename Path>
 int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
-    const Plan& plan = plan_of<Path>(g, Use::kDInput, device);
+    const Plan& plan = plan_of<Path>(g, Direction::kDInput, device);
     const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
     GradientsMemory memory(g, plan, dweight_plan, workspace, dout, x, w);
     memory.dout.norm = norm;
@@ -52,7 +52,7 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
-    if (dx) RETURN_IF_ERROR(Path::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, Fusion{}, stream));
+    if (dx) RETURN_IF_ERROR(Path::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
@@ -62,11 +62,11 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
 
 // Whether tilings fit for both: 1 or 0.
 template <typename Path> int gradients_supports(const Geometry& g, int device) {
-    return plan_of<Path>(g, Use::kDInput, device).problem.t.block_n > 0 && dweight_plan_of<Path>(g, device).t.block_n > 0;
+    return plan_of<Path>(g, Direction::kDInput, device).problem.t.block_n > 0 && dweight_plan_of<Path>(g, device).t.block_n > 0;
 }
 
 template <typename Path> int64_t gradients_workspace(const Geometry& g, int device) {
-    return GradientsMemory(g, plan_of<Path>(g, Use::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr).scratch.bytes();
+    return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr).scratch.bytes();
 }
 
 // The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics

@@ -43,20 +43,27 @@ __device__ __forceinline__ Pair block_sum(Pair v) {
     return sums[0];
 }
 
-// gamma, beta may be null (1, 0). y may be r. Grid: (n, c, tile).
-template <typename T, typename Y>
+// gamma, beta may be null (1, 0). y may be r. Grid: (n, c, tile), the last first, which is still in the L2 cache. kWidth: elements that
+// are loaded and stored at once.
+template <typename T, typename Y, int kWidth>
 __global__ void __launch_bounds__(kThreads)
 normalize_kernel(Shape s, int64_t tiles, const T* r, const double* __restrict__ mean, const double* __restrict__ rstd,
                  const Acc<T>* __restrict__ gamma, const Acc<T>* __restrict__ beta, Y* y) {
     using A = Acc<T>;
-    const int64_t row = blockIdx.x / tiles, c = row % s.C, group = row / s.group_channels();
+    const int64_t block = gridDim.x - 1 - blockIdx.x, row = block / tiles, c = row % s.C, group = row / s.group_channels();
+    const int64_t begin = row * s.S + block % tiles * (kThreads * kApplyElements) + threadIdx.x * kWidth, end = (row + 1) * s.S;
+    Vector<T, kWidth> values[kApplyElements / kWidth];
+#pragma unroll
+    for (int i = 0; i < kApplyElements / kWidth; i++)
+        if (begin + i * kThreads * kWidth < end) values[i] = *reinterpret_cast<const Vector<T, kWidth>*>(r + begin + i * kThreads * kWidth);
     const Mean<A> m(mean[group]);
     const A scale = A(rstd[group]) * (gamma ? gamma[c] : A(1)), offset = beta ? beta[c] : A(0);
-    const int64_t begin = blockIdx.x % tiles * (kThreads * kApplyElements) + threadIdx.x;
 #pragma unroll
-    for (int e = 0; e < kApplyElements; e++) {
-        const int64_t i = begin + e * kThreads;
-        if (i < s.S) y[row * s.S + i] = from_acc<Y>(m.center(to_acc(r[row * s.S + i])) * scale + offset);
+    for (int i = 0; i < kApplyElements / kWidth; i++) {
+        Vector<Y, kWidth> normalized;
+#pragma unroll
+        for (int e = 0; e < kWidth; e++) normalized.v[e] = from_acc<Y>(m.center(to_acc(values[i].v[e])) * scale + offset);
+        if (begin + i * kThreads * kWidth < end) *reinterpret_cast<Vector<Y, kWidth>*>(y + begin + i * kThreads * kWidth) = normalized;
     }
 }
 
@@ -73,7 +80,8 @@ inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApply
 
 template <typename T, typename Y>
 int normalize(const Shape& s, void* stream, const void* r, const double* mean, const double* rstd, const void* gamma, const void* beta, void* y) {
-    return launch(normalize_kernel<T, Y>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
+    const bool vectors = s.S % 4 == 0 && reinterpret_cast<uintptr_t>(r) % sizeof(Vector<T, 4>) == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(Vector<Y, 4>) == 0;
+    return launch(vectors ? normalize_kernel<T, Y, 4> : normalize_kernel<T, Y, 1>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
                   static_cast<const Acc<T>*>(gamma), static_cast<const Acc<T>*>(beta), static_cast<Y*>(y));
 }
 

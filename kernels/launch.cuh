@@ -38,6 +38,9 @@ template <typename F> int with_dtype(int dtype, F f) {
     return cudaErrorInvalidValue;
 }
 
+// Neighbours in memory, loaded and stored at once.
+template <typename T, int kCount> struct alignas(kCount * sizeof(T)) Vector { T v[kCount]; };
+
 inline int64_t acc_bytes(int dtype) { return dtype == kFloat64 ? 8 : 4; }
 
 // torch's relu: NaN stays NaN.

@@ -211,7 +211,7 @@ template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) lo
     if (threadIdx.x == 0) atomicMax(&a.max[n].part, max);
 }
 
-template <typename T> struct alignas(4 * sizeof(T)) Four { T v[4]; };
+template <typename T> using Four = Vector<T, 4>;
 
 enum class Kind { kPlain, kSplit, kNorm };
 

@@ -14,15 +14,13 @@ constexpr int kMaxStages = 16;                 // of weights, all rings together
 constexpr int kMaxInputStages = 6;
 constexpr int kMaxItems = 64;
 constexpr int kHeadBytes = 2048;               // barriers and the like
-constexpr int kNormBytes = 4096;               // of a piece of a row on its way through the normalizer
-constexpr int kMaxNormStages = 8;
 
 inline int64_t shared_bytes(const Tiling& t) {
-    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes) + int64_t(t.norm_stages) * kNormBytes;
+    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes);
 }
 
 // The tiling of least estimated time, or one of block_n 0 where none fits into shared memory. groups: of the split, or 1.
-inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, bool fused, int multiprocessors) {
+inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     const int halo_w = w.shift[w.taps - 1];
     Tiling best = {};
@@ -54,7 +52,6 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = t.items * kRows * row_bytes;
         t.weight_rings = split_m ? 2 : 1;
-        t.norm_stages = fused ? 4 : 0;
         t.buffers = 2;
         if (kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
@@ -63,8 +60,6 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         // With one ring, the stages between the two warpgroups are not there to load weights in advance.
         const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
         t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
-        if (fused) t.norm_stages += (left_bytes - int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes) / kNormBytes;
-        if (t.norm_stages > kMaxNormStages) t.norm_stages = kMaxNormStages;
         if (!count_tiles(t, s, samples)) continue;
         t.column_warps = 1;
         // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
@@ -85,7 +80,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
         // A warp issues the copies of a run's pieces one after another.
         const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
-        const double store_time = t.bulk ? pieces * 50 * (split_m ? 1 : 2) : 0;
+        const double store_time = t.bulk ? pieces * 50 : 0;
         if (products < store_time) products = store_time;
         const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;

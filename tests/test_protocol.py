@@ -1,6 +1,6 @@
 """A model of the barriers in a block of the Hopper convolution (kernels/conv_sm90.cuh), run in random orders: nobody waits
-forever, nobody overwrites what another still reads. Two producer warps and two consumer warpgroups, as they are there; a tile
-is a list of taps, True where a tap opens a new box. Keep it in step with Producer::run, multiply and finish."""
+forever, nobody overwrites what another still reads. A publisher, loaders, storers and two consumer warpgroups, as they are there; a
+tile is a list of taps, True where a tap opens a new box. Keep it in step with Publisher, Loader, Storer, multiply and finish."""
 
 import random
 
@@ -42,86 +42,79 @@ class Block:
         self.tiles = [None] * SLOTS
         self.box_full, self.box_empty = ([Barrier(count) for _ in range(BOXES)] for count in (1, 2))
         self.weight_full, self.weight_empty = ([[Barrier(count) for _ in range(weight_stages)] for _ in range(2)] for count in (1, 3 - rings))
-        self.tile_full, self.tile_empty = ([Barrier(count) for _ in range(SLOTS)] for count in (1, 4))
+        self.tile_full, self.tile_empty = ([Barrier(count) for _ in range(SLOTS)] for count in (1, 4 + rings))
         self.buffer_free, self.staged = ([Barrier(1) for _ in range(2)] for _ in range(2))
         self.in_use = [None] * 2         # which consumer's outputs a buffer holds
         self.second_may_begin = False
-        self.stores = 0                  # tiles that the storer has done
 
     def buffer(self, me):
         return me if self.buffers == 2 else 0
 
-    def store(self, me, phase):
-        yield lambda: self.staged[me].passed(phase)
-
-    def free_buffer(self, slot, me):
-        assert self.in_use[self.buffer(me)] == me
-        self.in_use[self.buffer(me)] = None
-        self.buffer_free[me].arrive()
-        self.tile_empty[slot].arrive()
-
-    def storer(self):
-        """The second producer warp where there is one ring of weights."""
+    def publisher(self):
+        """Yields until a tile is published, and then True, or False behind the last."""
         slot = Ring(SLOTS)
+        more = True
+        while more:
+            yield from waiting_for(lambda: self.tile_empty[slot.stage].passed(slot.phase ^ 1))
+            more = bool(self.queue)
+            self.tiles[slot.stage] = self.queue.pop(0) if more else None
+            self.tile_full[slot.stage].arrive()
+            slot.advance()
+            yield None
+
+    def publishing_alone(self):
+        for step in self.publisher():
+            if step is not None:
+                yield step
+
+    def storer(self, me):
+        slot, phase = Ring(SLOTS), 0
         while True:
             yield lambda: self.tile_full[slot.stage].passed(slot.phase)
             if self.tiles[slot.stage] is None:
                 break
-            for me in range(2):
-                yield from self.store(me, self.stores & 1)
-                self.free_buffer(slot.stage, me)
-            self.stores += 1
+            yield lambda: self.staged[me].passed(phase)
+            self.tile_empty[slot.stage].arrive()
             slot.advance()
+            phase ^= 1
+            yield lambda: True
+            assert self.in_use[self.buffer(me)] == me
+            self.in_use[self.buffer(me)] = None
+            self.buffer_free[me].arrive()
 
-    def producer(self, me):
+    def loader(self, me):
         slot, box, weight = Ring(SLOTS), Ring(BOXES), Ring(self.weight_stages)
-        storing, stored, phase = None, False, 0
+        publisher = self.publisher() if me == 0 and self.rings == 2 else iter(())
 
-        def store():
-            nonlocal stored, phase
-            if storing is not None and not stored:
-                stored = True
-                yield from self.store(me, phase)
-                phase ^= 1
+        def publish():
+            for step in publisher:
+                if step is None:
+                    return
+                yield step
 
-        def free_buffer():
-            nonlocal storing
-            if storing is not None:
-                self.free_buffer(storing, me)
-                storing = None
-
+        yield from publish()
         while True:
-            if me == 0:
-                yield lambda: self.tile_empty[slot.stage].passed(slot.phase ^ 1)
-                self.tiles[slot.stage] = self.queue.pop(0) if self.queue else None
-                self.tile_full[slot.stage].arrive()
-            else:
-                yield lambda: self.tile_full[slot.stage].passed(slot.phase)
+            yield lambda: self.tile_full[slot.stage].passed(slot.phase)
             tile = self.tiles[slot.stage]
             if tile is None:
                 break
-            for taps, opens_box in enumerate(tile):
-                if taps == self.weight_stages:
-                    yield from store()
-                if taps == self.weight_stages + 2:
-                    free_buffer()
-                if me == 0 and opens_box:
-                    if taps > 0:
-                        yield from store()
-                        free_buffer()
-                    yield lambda: self.box_empty[box.stage].passed(box.phase ^ 1)
-                    self.box_full[box.stage].arrive()
-                    box.advance()
+            boxes = 0
+            for opens_box in tile:
+                if opens_box:
+                    if boxes == 1:
+                        yield from publish()
+                    boxes += 1
+                    if me == 0:
+                        yield lambda: self.box_empty[box.stage].passed(box.phase ^ 1)
+                        self.box_full[box.stage].arrive()
+                        box.advance()
                 yield lambda: self.weight_empty[me][weight.stage].passed(weight.phase ^ 1)
                 self.weight_full[me][weight.stage].arrive()
                 weight.advance()
-            yield from store()
-            free_buffer()
-            if self.rings == 2:
-                storing, stored = slot.stage, False
+            if boxes < 2:
+                yield from publish()
+            self.tile_empty[slot.stage].arrive()
             slot.advance()
-        yield from store()
-        free_buffer()
 
     def consumer(self, me):
         slot, box, weight, ring = Ring(SLOTS), Ring(BOXES), Ring(self.weight_stages), me if self.rings == 2 else 0
@@ -133,24 +126,25 @@ class Block:
                 break
             if me == 1:
                 yield lambda: self.second_may_begin
-            done_weight = done_box = open_box = None
+            done_weight = done_box = weight_stage = box_stage = None
             for taps, opens_box in enumerate(tile):
-                if opens_box:
-                    if open_box is not None:
-                        done_box, self.second_may_begin = open_box, self.second_may_begin or me == 0
-                    yield lambda: self.box_full[box.stage].passed(box.phase)
-                    open_box = box.stage
-                    box.advance()
+                before = box_stage    # the tap before is half carried out
                 yield lambda: self.weight_full[ring][weight.stage].passed(weight.phase)
-                self.second_may_begin |= me == 0 and taps + 1 == self.lag
-                yield lambda: True
+                weight_stage = weight.stage
+                weight.advance()
+                if opens_box:
+                    yield lambda: self.box_full[box.stage].passed(box.phase)
+                    box_stage = box.stage
+                    box.advance()
+                    done_box = before
+                self.second_may_begin |= me == 0 and taps > 0 and (taps == self.lag or done_box is not None)
+                yield lambda: True    # begin_tap: the tap before is done
                 if done_weight is not None:
                     self.weight_empty[ring][done_weight].arrive()
                 if done_box is not None:
                     self.box_empty[done_box].arrive()
-                done_weight, done_box = weight.stage, None
-                weight.advance()
-            for barriers, stage in ((self.weight_empty[ring], done_weight), (self.box_empty, done_box), (self.box_empty, open_box)):
+                done_weight, done_box = weight_stage, None
+            for barriers, stage in ((self.weight_empty[ring], done_weight), (self.box_empty, box_stage)):
                 if stage is not None:
                     barriers[stage].arrive()
             self.second_may_begin |= me == 0
@@ -166,8 +160,14 @@ class Block:
             slot.advance()
 
 
+def waiting_for(passed):
+    while not passed():
+        yield passed
+
+
 def run(block, order):
-    waiting = {role: lambda: True for role in (block.producer(0), block.producer(1) if block.rings == 2 else block.storer(), block.consumer(0), block.consumer(1))}
+    roles = [block.loader(0), block.loader(1) if block.rings == 2 else block.publishing_alone(), *(role(me) for role in (block.storer, block.consumer) for me in range(2))]
+    waiting = {role: lambda: True for role in roles}
     speed = {role: 1.0 for role in waiting}
     while waiting:
         ready = [role for role, passed in waiting.items() if passed()]

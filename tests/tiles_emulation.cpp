@@ -91,7 +91,8 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
         const Run& run = tile.run[warpgroup];
         std::vector<float> sums(size_t(kRows) * t.block_n, 0), source(C), buffer(t.buffer_bytes / 4, -12345.0f);
         Cursor at(p, tile);
-        while (at.next_box()) for (BoxTaps tap(at); tap.next();) {
+        while (at.next_box()) for (int i = 0; i < BoxTaps(at).count; i++) {
+            const BoxTaps::Tap tap = BoxTaps(at)[i];
             if (at.c % t.phase_channels > 0) continue;    // C fits into the first chunk of each phase
             const int phase = at.c / t.phase_channels, phase_d = phase / aw->source_phases / ah->source_phases, phase_h = phase / aw->source_phases % ah->source_phases, phase_w = phase % aw->source_phases;
             for (int item = 0; item < t.items; item++)
@@ -140,7 +141,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
 
 static bool fits(const Tiling& t, int shared) {
     REQUIRE((on_sm80(t) ? conv_sm80::shared_bytes(t) : conv_sm90::shared_bytes(t)) <= shared);
-    REQUIRE(t.weight_stages >= 3 && t.weight_rings * t.weight_stages <= conv_sm90::kMaxStages && t.norm_stages <= conv_sm90::kMaxNormStages);
+    REQUIRE(t.weight_stages >= 3 && t.weight_rings * t.weight_stages <= conv_sm90::kMaxStages);
     REQUIRE(on_sm80(t) || (t.pitch <= 256 && t.box_rows <= 256 && (!t.tensor_store || (t.run <= 256 && t.run % 4 == 0))));
     REQUIRE(t.buffer_bytes % 128 == 0 && t.table_bytes % 128 == 0 && t.weight_bytes % 1024 == 0 && t.input_bytes % 1024 == 0);
     return true;
@@ -170,7 +171,7 @@ int main(int, char** arguments) {
         const int multiprocessors = below(4) ? 132 : 1 + below(132), budgets[] = {99, 163, 227}, sm80_bytes = budgets[below(3)] * 1024;
         const bool sm80 = below(2);
         p.t = sm80 ? conv_sm80::choose_tiling(p.s, g.N, forward ? g.C_in : g.C_out, p.C_out, 1, multiprocessors, sm80_bytes)
-                   : conv_sm90::choose_tiling(p.s, g.N, forward ? g.C_in : g.C_out, p.C_out, 1, forward && below(2), multiprocessors);
+                   : conv_sm90::choose_tiling(p.s, g.N, forward ? g.C_in : g.C_out, p.C_out, 1, multiprocessors);
         done++;
         if (p.t.block_n == 0 || (fits(p.t, sm80 ? sm80_bytes : conv_sm90::kSharedBytes) && emulate(direction, g, p))) continue;
         std::printf("%s on %s: N %d, channels %d -> %d, block_n %d, strips %d", forward ? "forward" : "dx", sm80 ? "sm_80" : "sm_90", int(g.N), int(g.C_in), int(g.C_out), p.t.block_n, p.t.strips);
