@@ -2651,6 +2651,12 @@ HOST_DEVICE int64_t region_origin(const Problem& p, const Tile& tile, const Run&
     return ((tile.n * p.C_out + channel) * ad.out + od) * ah.out * aw.out + int64_t(run.oh0) * aw.out + run.ow0 + run.first;
 }
 
+// The same modulo 4.
+HOST_DEVICE int region_alignment(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    return (((unsigned(tile.n) * unsigned(p.C_out) + channel) * ad.out + od) * ah.out * aw.out + unsigned(run.oh0) * aw.out + run.ow0 + run.first) % 4;
+}
+
 // Where position q of a phase is staged in its region, or -1. Positions count the gaps, from column 0 of the run's first row on.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
     const Tiling& t = p.t;
@@ -2752,7 +2758,7 @@ namespace conv {
 // Scratch of a call.
 struct Workspace {
     unsigned* tile_ticket;                         // queue; starts at zero
-    float2* moments;                               // (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
+    float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
 };
 
@@ -2765,7 +2771,6 @@ struct Parameters {
     const scaled_half::SampleMax* activation_max;    // (N)
     const unsigned* weight_max;                      // (C_out)
     Workspace workspace;
-    bool leaves_moments;                             // of what it stores
 };
 
 // -------------------------------------------------------------------------------------------------------- Values
@@ -2786,9 +2791,6 @@ __device__ __forceinline__ float quad_sum(float v) {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
 }
-
-// A product scaled back, with its bias, and ReLU where `lowest` is zero.
-__device__ __forceinline__ float value_of(float product, float first_scale, float scale, float bias, float lowest) { return max_nan(fmaf(product * first_scale, scale, bias), lowest); }
 
 // What the table of a run's staged places depends on: runs of the same form, all but those at the edges, have the same one.
 __device__ __forceinline__ int4 table_key(const Problem& p, const Tile& tile, const Run& run) {
@@ -3030,7 +3032,7 @@ template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused
 
 // bias may be null; apply_relu writes relu(out). The memory's moments, if it has room for them, are then those of out.
 template <typename Path>
-int convolve(const Geometry& g, int dtype, cudaStream_t stream, const Plan& plan, const ForwardMemory& memory, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
+int convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out) {
     if (plan.problem.t.block_n == 0) return cudaErrorNotSupported;
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
@@ -3041,7 +3043,7 @@ template <typename Path>
 int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, false, base, x, w);
-    RETURN_IF_ERROR(convolve<Path>(g, dtype, stream, plan, memory, x, w, bias, apply_relu, out));
+    RETURN_IF_ERROR(convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out));
     return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
 
@@ -3052,7 +3054,7 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
                             const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, true, base, x, w);
-    RETURN_IF_ERROR(convolve<Path>(g, dtype, stream, plan, memory, x, w, bias, true, activation));
+    RETURN_IF_ERROR(convolve<Path>(plan, memory, dtype, stream, bias, true, activation));
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     double* rstd = statistics + g.N * num_groups;
     RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, eps, statistics, rstd));
@@ -3755,6 +3757,9 @@ __device__ __forceinline__ void multiply(uint32_t weights, uint32_t box, int row
 
 // -------------------------------------------------------------------------------------------------------- Epilogue
 
+// A product scaled back, with its bias, and ReLU where `lowest` is zero.
+__device__ __forceinline__ float value_of(float product, float first_scale, float scale, float bias, float lowest) { return max_nan(fmaf(product * first_scale, scale, bias), lowest); }
+
 // What a row of a row tile is. Its phases' numbers are powers of two (choose_tiling).
 struct LaneRow { int channel, phase, phase_hw, packed_d, region; bool live; };
 
@@ -3845,7 +3850,7 @@ __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, con
         const int index = granule * 8 + threadIdx.x % 32 / 4;
         const LaneRow row = lane_row(p, run, index);
         const RowConstants constants = rows[index];
-        float* region = buffer + slot_of(p, row.region) * t.region_stride + (t.contiguous ? int(region_origin(p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d)) & 3 : 0);
+        float* region = buffer + slot_of(p, row.region) * t.region_stride + (t.contiguous ? region_alignment(p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d) : 0);
 #pragma unroll
         for (int j = 0; j < kColumns / 8; j++) {
             const int2 place = *reinterpret_cast<const int2*>(table + row.phase_hw * t.block_n + j * 8);
@@ -3892,7 +3897,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
         });
         __syncthreads();
     }
-    if (a.leaves_moments) {
+    if (a.workspace.moments) {
         leave_moments<kColumns>(a, index_of_run(p, tile, warpgroup) * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
     }
 }
@@ -3984,7 +3989,7 @@ struct Path {
     static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
                         void* out, cudaStream_t stream) {
         const Problem& p = plan.problem;
-        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, workspace.moments != nullptr}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
+        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
             return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, plan.multiprocessors, stream) : launch_conv<128, kChunk>(o, plan.multiprocessors, stream);
@@ -4490,15 +4495,15 @@ _SOURCES['conv_sm90.cuh'] = r'''
 // Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = (channel, phase) of the
 // output, GEMM_N = positions of one (n, d) plane of the grid, GEMM_K = (tap, source channel). tiling_sm90.h tells how it is cut.
 //
-// A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. A box of the source
-// plane, halo included, is copied once for all taps (h, w); a tap is a shift of the wgmma descriptor's start address by whole
-// rows of shared memory. One consumer is some taps ahead of the other, so that its epilogue overlaps the other's products. An
-// epilogue stages the outputs in shared memory in the order of global memory; producer warps store them by bulk copies.
-// Consumers that have different rows get their weights through a ring each, from a producer warp each, which also stores that
-// one's outputs. Consumers that have the same rows share one ring: one producer warp loads, the other stores.
+// A block is a warpgroup whose warps have a task each (publisher, loaders, storers) and two consumer warpgroups, which compute; one
+// block per multiprocessor, taking tiles from a queue. A box of the source plane, halo included, is copied once for all taps (h, w);
+// a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. One consumer is some taps ahead of the
+// other, so that its epilogue overlaps the other's products. An epilogue stages the outputs in shared memory in the order of global
+// memory; the storers send them off by bulk copies. Consumers that have different rows get their weights through a ring each, from a
+// loader each; consumers that have the same rows share one ring and one loader.
 //
-// Fused: the epilogue stores relu(out) and, per run and row, the mean and the sum of squared deviations; other warps of the
-// producer's warpgroup normalize the samples that are complete while the tensor cores work on the next (normalizer_sm90.cuh).
+// Fused: the epilogue also leaves, per run and row, the mean and the sum of squared deviations of relu(out), of which
+// conv_statistics.cuh makes the statistics.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -4548,14 +4553,13 @@ struct SharedParts {
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
-    unsigned next;                          // tile
+    unsigned next = 0;                      // tile
     RingPosition slot;                      // to fill next
 
-    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head) { take(); }
     __device__ __forceinline__ void take() { next = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_ticket, 1u) : 0, 0); }
 
     // False: there was no more, which everyone knows now.
-    __device__ __forceinline__ bool operator()() {
+    __device__ __forceinline__ bool publish() {
         Tile& tile = head.tiles[slot.stage];
         const bool more = next < a.p.t.tiles;
         mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
@@ -4619,10 +4623,9 @@ struct Loader {
         }
     }
 
-    // publish(): called once before every tile, while the consumers have something to do with the one before.
-    template <typename F> __device__ __forceinline__ void run(F publish) {
+    // publishes: the next tile, while the consumers have something to do with the one before.
+    __device__ __forceinline__ void run(Publisher& publisher, bool publishes) {
         SharedHead& head = shared.head;
-        publish();
         while (true) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
@@ -4630,15 +4633,16 @@ struct Loader {
             const int row = tile.run[ring].row_tile * kRows;
             Cursor at(a.p, tile);
             bool more = at.next_box(), first = true;
-            while (more) {
-                if (ring == 0) load_box(tile, at);
-                const BoxTaps taps(at);
-                more = at.next_box();
-                load_weights(taps, row, !more);
-                if (first) publish();
+            while (more || first) {
+                if (more) {
+                    if (ring == 0) load_box(tile, at);
+                    const BoxTaps taps(at);
+                    more = at.next_box();
+                    load_weights(taps, row, !more);
+                }
+                if (first && publishes) publisher.publish();
                 first = false;
             }
-            if (first) publish();
             mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
         }
@@ -4703,7 +4707,8 @@ struct LaneRow {
     int table;                                   // first entry of its phase in the table of staged places
     bool used;
     unsigned weight_max;                         // of the tile's channel
-    float scale, bias;
+    float bias;
+    float scale, more;                           // back to what the sums stand for: scale, unless that would not be a normal number
     bool live;                                   // there is such an output plane and channel
 };
 
@@ -4715,7 +4720,6 @@ struct Consumer {
     RingPosition in, weight, slot;
     LaneRow rows[2];
     scaled_half::SampleMax activation_max;    // of the tile's sample
-    float first_scale;
     int staged = 0;                // how often this one staged outputs
     int4 table_key = {-1, 0, 0, 0};    // what the table was made for
     bool first = true;
@@ -4762,9 +4766,11 @@ struct Consumer {
         }
     }
     __device__ __forceinline__ void prepare_rows() {
-        first_scale = scaled_half::power_of_two(-scaled_half::shift_of(activation_max));
 #pragma unroll
-        for (int half = 0; half < 2; half++) rows[half].scale = scaled_half::power_of_two(-scaled_half::shift_of(rows[half].weight_max));
+        for (int half = 0; half < 2; half++) {
+            const int exponent = -scaled_half::shift_of(activation_max) - scaled_half::shift_of(rows[half].weight_max), normal = max(-126, min(127, exponent));
+            rows[half].scale = scaled_half::power_of_two(normal), rows[half].more = scaled_half::power_of_two(max(-126, exponent - normal));
+        }
     }
 };
 
@@ -4859,25 +4865,28 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
 // Where a lane's row is staged.
 __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& tile, const LaneRow& row) {
     const Run& run = tile.run[me.warpgroup];
-    return me.buffer() + row.region + (me.a.p.t.contiguous ? int(region_origin(me.a.p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d)) & 3 : 0);
+    return me.buffer() + row.region + (me.a.p.t.contiguous ? region_alignment(me.a.p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d) : 0);
 }
 
-// Scales back, adds the bias, applies ReLU, stages, and leaves each row's moments if kMoments.
-template <int kBlockN, bool kMoments>
-__device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile, const float (&v)[kBlockN / 2]) {
+// Scales back, adds the bias and stages; kRelu: applies ReLU too, and leaves each row's moments where they are wanted.
+template <int kBlockN, bool kRelu>
+__device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
     const Tiling& t = a.p.t;
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
-    const float lowest = a.apply_relu ? 0.0f : -INFINITY;
+    if (__any_sync(~0u, me.rows[0].more != 1 || me.rows[1].more != 1)) {
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; i++) v[i] *= me.rows[i / 2 % 2].more;
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
-        const auto value = [&](int i) { return value_of(v[i], me.first_scale, row.scale, row.bias, lowest); };
+        const auto value = [&](int i) { return kRelu ? max_nan(fmaf(v[i], row.scale, row.bias), 0.0f) : fmaf(v[i], row.scale, row.bias); };
         const int* table = me.table() + row.table + lane % 4 * 2;
         float shift = 0, sum = 0, squares = 0;
         int count = 0;
-        if (kMoments) {    // of deviations from one of the row's values, whose own squared deviation is part of the result, which bounds the cancellation
+        if (kRelu) {    // moments are of deviations from one of the row's values, whose own squared deviation is part of the result, which bounds the cancellation
             constexpr int kMiddle = kBlockN / 16;
             shift = __shfl_sync(~0u, !t.dense && table[0] < 0 ? value(kMiddle * 4 + half * 2) : value(half * 2), lane & ~3);
         }
@@ -4894,7 +4903,7 @@ __device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile,
                 for (int j = 0; j < kBlockN / 8; j++) {
                     const float2 pair = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
                     at[j * 4] = pair;
-                    if (kMoments && j * 8 < outputs) add(pair.x), add(pair.y);    // runs are even
+                    if (kRelu && j * 8 < outputs) add(pair.x), add(pair.y);    // runs are even
                 }
             } else {
 #pragma unroll
@@ -4903,16 +4912,16 @@ __device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile,
                     const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
                     if (place.x >= 0) {
                         region[place.x] = low;
-                        if (kMoments) add(low);
+                        if (kRelu) add(low);
                     }
                     if (place.y >= 0) {
                         region[place.y] = high;
-                        if (kMoments) add(high);
+                        if (kRelu) add(high);
                     }
                 }
             }
         }
-        if (kMoments) {
+        if (kRelu && a.workspace.moments) {
             const float total = quad_sum(float(count)), of_row = quad_sum(sum), mean = total > 0 ? of_row / total : 0.0f, deviations = quad_sum(squares) - of_row * mean;
             if (lane % 4 == 0 && row.live) {
                 const int64_t place = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
@@ -4925,7 +4934,7 @@ __device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile,
 
 // What a consumer does behind a tile's products.
 template <int kBlockN>
-__device__ __forceinline__ void finish(Consumer& me, const Tile& tile, const float (&v)[kBlockN / 2]) {
+__device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
     const Problem& p = a.p;
     const Tiling& t = p.t;
@@ -4940,7 +4949,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, const flo
         }
         me.sync();
     }
-    if (a.leaves_moments) stage_rows<kBlockN, true>(me, tile, v);
+    if (a.apply_relu) stage_rows<kBlockN, true>(me, tile, v);
     else stage_rows<kBlockN, false>(me, tile, v);
     fence_proxy_async();
     if (!stores_bulk(a)) {
@@ -5018,13 +5027,14 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<kProducerRegisters>();
-        const bool publishes = warp == (t.weight_rings == 2 ? 0 : 1);    // who has less to do
-        if (warp < t.weight_rings) {
-            Loader loader{a, shared, &x_map, &w_map, warp};
-            if (publishes) loader.run(Publisher(a, head));
-            else loader.run([] {});
-        } else if (publishes) {
-            for (Publisher publish(a, head); publish();) {}
+        if (warp < 2) {
+            const bool publishes = warp == (t.weight_rings == 2 ? 0 : 1);    // who has less to do
+            Publisher publisher{a, head};
+            if (publishes) {
+                publisher.take();
+                while (publisher.publish() && t.weight_rings == 1) {}
+            }
+            if (warp < t.weight_rings) Loader{a, shared, &x_map, &w_map, warp}.run(publisher, publishes);
         } else {
             Storer{a, shared, &out_map, warp - 2}.run();
         }
@@ -5063,7 +5073,7 @@ struct Path {
         RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
         if (t.tensor_store && dtype == kFloat32)
             RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
-        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, workspace.moments != nullptr};
+        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
         switch (t.block_n) {
             case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);

@@ -12,7 +12,7 @@ namespace conv {
 // Scratch of a call.
 struct Workspace {
     unsigned* tile_ticket;                         // queue; starts at zero
-    float2* moments;                               // (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
+    float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
 };
 
@@ -25,7 +25,6 @@ struct Parameters {
     const scaled_half::SampleMax* activation_max;    // (N)
     const unsigned* weight_max;                      // (C_out)
     Workspace workspace;
-    bool leaves_moments;                             // of what it stores
 };
 
 // -------------------------------------------------------------------------------------------------------- Values
@@ -46,9 +45,6 @@ __device__ __forceinline__ float quad_sum(float v) {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
 }
-
-// A product scaled back, with its bias, and ReLU where `lowest` is zero.
-__device__ __forceinline__ float value_of(float product, float first_scale, float scale, float bias, float lowest) { return max_nan(fmaf(product * first_scale, scale, bias), lowest); }
 
 // What the table of a run's staged places depends on: runs of the same form, all but those at the edges, have the same one.
 __device__ __forceinline__ int4 table_key(const Problem& p, const Tile& tile, const Run& run) {

@@ -34,7 +34,7 @@ struct Path {
     static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
                         void* out, cudaStream_t stream) {
         const Problem& p = plan.problem;
-        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, workspace.moments != nullptr}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
+        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
             return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, plan.multiprocessors, stream) : launch_conv<128, kChunk>(o, plan.multiprocessors, stream);

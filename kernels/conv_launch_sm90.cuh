@@ -37,13 +37,14 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<kProducerRegisters>();
-        const bool publishes = warp == (t.weight_rings == 2 ? 0 : 1);    // who has less to do
-        if (warp < t.weight_rings) {
-            Loader loader{a, shared, &x_map, &w_map, warp};
-            if (publishes) loader.run(Publisher(a, head));
-            else loader.run([] {});
-        } else if (publishes) {
-            for (Publisher publish(a, head); publish();) {}
+        if (warp < 2) {
+            const bool publishes = warp == (t.weight_rings == 2 ? 0 : 1);    // who has less to do
+            Publisher publisher{a, head};
+            if (publishes) {
+                publisher.take();
+                while (publisher.publish() && t.weight_rings == 1) {}
+            }
+            if (warp < t.weight_rings) Loader{a, shared, &x_map, &w_map, warp}.run(publisher, publishes);
         } else {
             Storer{a, shared, &out_map, warp - 2}.run();
         }
@@ -82,7 +83,7 @@ struct Path {
         RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
         if (t.tensor_store && dtype == kFloat32)
             RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
-        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, workspace.moments != nullptr};
+        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
         switch (t.block_n) {
             case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);

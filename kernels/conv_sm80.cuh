@@ -204,6 +204,9 @@ __device__ __forceinline__ void multiply(uint32_t weights, uint32_t box, int row
 
 // -------------------------------------------------------------------------------------------------------- Epilogue
 
+// A product scaled back, with its bias, and ReLU where `lowest` is zero.
+__device__ __forceinline__ float value_of(float product, float first_scale, float scale, float bias, float lowest) { return max_nan(fmaf(product * first_scale, scale, bias), lowest); }
+
 // What a row of a row tile is. Its phases' numbers are powers of two (choose_tiling).
 struct LaneRow { int channel, phase, phase_hw, packed_d, region; bool live; };
 
@@ -294,7 +297,7 @@ __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, con
         const int index = granule * 8 + threadIdx.x % 32 / 4;
         const LaneRow row = lane_row(p, run, index);
         const RowConstants constants = rows[index];
-        float* region = buffer + slot_of(p, row.region) * t.region_stride + (t.contiguous ? int(region_origin(p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d)) & 3 : 0);
+        float* region = buffer + slot_of(p, row.region) * t.region_stride + (t.contiguous ? region_alignment(p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d) : 0);
 #pragma unroll
         for (int j = 0; j < kColumns / 8; j++) {
             const int2 place = *reinterpret_cast<const int2*>(table + row.phase_hw * t.block_n + j * 8);
@@ -341,7 +344,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
         });
         __syncthreads();
     }
-    if (a.leaves_moments) {
+    if (a.workspace.moments) {
         leave_moments<kColumns>(a, index_of_run(p, tile, warpgroup) * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
     }
 }

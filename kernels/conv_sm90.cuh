@@ -4,15 +4,15 @@
 // Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = (channel, phase) of the
 // output, GEMM_N = positions of one (n, d) plane of the grid, GEMM_K = (tap, source channel). tiling_sm90.h tells how it is cut.
 //
-// A block is 1 producer and 2 consumer warpgroups, one block per multiprocessor, taking tiles from a queue. A box of the source
-// plane, halo included, is copied once for all taps (h, w); a tap is a shift of the wgmma descriptor's start address by whole
-// rows of shared memory. One consumer is some taps ahead of the other, so that its epilogue overlaps the other's products. An
-// epilogue stages the outputs in shared memory in the order of global memory; producer warps store them by bulk copies.
-// Consumers that have different rows get their weights through a ring each, from a producer warp each, which also stores that
-// one's outputs. Consumers that have the same rows share one ring: one producer warp loads, the other stores.
+// A block is a warpgroup whose warps have a task each (publisher, loaders, storers) and two consumer warpgroups, which compute; one
+// block per multiprocessor, taking tiles from a queue. A box of the source plane, halo included, is copied once for all taps (h, w);
+// a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. One consumer is some taps ahead of the
+// other, so that its epilogue overlaps the other's products. An epilogue stages the outputs in shared memory in the order of global
+// memory; the storers send them off by bulk copies. Consumers that have different rows get their weights through a ring each, from a
+// loader each; consumers that have the same rows share one ring and one loader.
 //
-// Fused: the epilogue stores relu(out) and, per run and row, the mean and the sum of squared deviations; other warps of the
-// producer's warpgroup normalize the samples that are complete while the tensor cores work on the next (normalizer_sm90.cuh).
+// Fused: the epilogue also leaves, per run and row, the mean and the sum of squared deviations of relu(out), of which
+// conv_statistics.cuh makes the statistics.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -62,14 +62,13 @@ struct SharedParts {
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
-    unsigned next;                          // tile
+    unsigned next = 0;                      // tile
     RingPosition slot;                      // to fill next
 
-    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head) { take(); }
     __device__ __forceinline__ void take() { next = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_ticket, 1u) : 0, 0); }
 
     // False: there was no more, which everyone knows now.
-    __device__ __forceinline__ bool operator()() {
+    __device__ __forceinline__ bool publish() {
         Tile& tile = head.tiles[slot.stage];
         const bool more = next < a.p.t.tiles;
         mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
@@ -133,10 +132,9 @@ struct Loader {
         }
     }
 
-    // publish(): called once before every tile, while the consumers have something to do with the one before.
-    template <typename F> __device__ __forceinline__ void run(F publish) {
+    // publishes: the next tile, while the consumers have something to do with the one before.
+    __device__ __forceinline__ void run(Publisher& publisher, bool publishes) {
         SharedHead& head = shared.head;
-        publish();
         while (true) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
@@ -144,15 +142,16 @@ struct Loader {
             const int row = tile.run[ring].row_tile * kRows;
             Cursor at(a.p, tile);
             bool more = at.next_box(), first = true;
-            while (more) {
-                if (ring == 0) load_box(tile, at);
-                const BoxTaps taps(at);
-                more = at.next_box();
-                load_weights(taps, row, !more);
-                if (first) publish();
+            while (more || first) {
+                if (more) {
+                    if (ring == 0) load_box(tile, at);
+                    const BoxTaps taps(at);
+                    more = at.next_box();
+                    load_weights(taps, row, !more);
+                }
+                if (first && publishes) publisher.publish();
                 first = false;
             }
-            if (first) publish();
             mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
         }
@@ -217,7 +216,8 @@ struct LaneRow {
     int table;                                   // first entry of its phase in the table of staged places
     bool used;
     unsigned weight_max;                         // of the tile's channel
-    float scale, bias;
+    float bias;
+    float scale, more;                           // back to what the sums stand for: scale, unless that would not be a normal number
     bool live;                                   // there is such an output plane and channel
 };
 
@@ -229,7 +229,6 @@ struct Consumer {
     RingPosition in, weight, slot;
     LaneRow rows[2];
     scaled_half::SampleMax activation_max;    // of the tile's sample
-    float first_scale;
     int staged = 0;                // how often this one staged outputs
     int4 table_key = {-1, 0, 0, 0};    // what the table was made for
     bool first = true;
@@ -276,9 +275,11 @@ struct Consumer {
         }
     }
     __device__ __forceinline__ void prepare_rows() {
-        first_scale = scaled_half::power_of_two(-scaled_half::shift_of(activation_max));
 #pragma unroll
-        for (int half = 0; half < 2; half++) rows[half].scale = scaled_half::power_of_two(-scaled_half::shift_of(rows[half].weight_max));
+        for (int half = 0; half < 2; half++) {
+            const int exponent = -scaled_half::shift_of(activation_max) - scaled_half::shift_of(rows[half].weight_max), normal = max(-126, min(127, exponent));
+            rows[half].scale = scaled_half::power_of_two(normal), rows[half].more = scaled_half::power_of_two(max(-126, exponent - normal));
+        }
     }
 };
 
@@ -373,25 +374,28 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
 // Where a lane's row is staged.
 __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& tile, const LaneRow& row) {
     const Run& run = tile.run[me.warpgroup];
-    return me.buffer() + row.region + (me.a.p.t.contiguous ? int(region_origin(me.a.p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d)) & 3 : 0);
+    return me.buffer() + row.region + (me.a.p.t.contiguous ? region_alignment(me.a.p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d) : 0);
 }
 
-// Scales back, adds the bias, applies ReLU, stages, and leaves each row's moments if kMoments.
-template <int kBlockN, bool kMoments>
-__device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile, const float (&v)[kBlockN / 2]) {
+// Scales back, adds the bias and stages; kRelu: applies ReLU too, and leaves each row's moments where they are wanted.
+template <int kBlockN, bool kRelu>
+__device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
     const Tiling& t = a.p.t;
     const Run& run = tile.run[me.warpgroup];
     const int lane = threadIdx.x % 32;
-    const float lowest = a.apply_relu ? 0.0f : -INFINITY;
+    if (__any_sync(~0u, me.rows[0].more != 1 || me.rows[1].more != 1)) {
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; i++) v[i] *= me.rows[i / 2 % 2].more;
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
-        const auto value = [&](int i) { return value_of(v[i], me.first_scale, row.scale, row.bias, lowest); };
+        const auto value = [&](int i) { return kRelu ? max_nan(fmaf(v[i], row.scale, row.bias), 0.0f) : fmaf(v[i], row.scale, row.bias); };
         const int* table = me.table() + row.table + lane % 4 * 2;
         float shift = 0, sum = 0, squares = 0;
         int count = 0;
-        if (kMoments) {    // of deviations from one of the row's values, whose own squared deviation is part of the result, which bounds the cancellation
+        if (kRelu) {    // moments are of deviations from one of the row's values, whose own squared deviation is part of the result, which bounds the cancellation
             constexpr int kMiddle = kBlockN / 16;
             shift = __shfl_sync(~0u, !t.dense && table[0] < 0 ? value(kMiddle * 4 + half * 2) : value(half * 2), lane & ~3);
         }
@@ -408,7 +412,7 @@ __device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile,
                 for (int j = 0; j < kBlockN / 8; j++) {
                     const float2 pair = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
                     at[j * 4] = pair;
-                    if (kMoments && j * 8 < outputs) add(pair.x), add(pair.y);    // runs are even
+                    if (kRelu && j * 8 < outputs) add(pair.x), add(pair.y);    // runs are even
                 }
             } else {
 #pragma unroll
@@ -417,16 +421,16 @@ __device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile,
                     const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
                     if (place.x >= 0) {
                         region[place.x] = low;
-                        if (kMoments) add(low);
+                        if (kRelu) add(low);
                     }
                     if (place.y >= 0) {
                         region[place.y] = high;
-                        if (kMoments) add(high);
+                        if (kRelu) add(high);
                     }
                 }
             }
         }
-        if (kMoments) {
+        if (kRelu && a.workspace.moments) {
             const float total = quad_sum(float(count)), of_row = quad_sum(sum), mean = total > 0 ? of_row / total : 0.0f, deviations = quad_sum(squares) - of_row * mean;
             if (lane % 4 == 0 && row.live) {
                 const int64_t place = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
@@ -439,7 +443,7 @@ __device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile,
 
 // What a consumer does behind a tile's products.
 template <int kBlockN>
-__device__ __forceinline__ void finish(Consumer& me, const Tile& tile, const float (&v)[kBlockN / 2]) {
+__device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
     const Problem& p = a.p;
     const Tiling& t = p.t;
@@ -454,7 +458,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, const flo
         }
         me.sync();
     }
-    if (a.leaves_moments) stage_rows<kBlockN, true>(me, tile, v);
+    if (a.apply_relu) stage_rows<kBlockN, true>(me, tile, v);
     else stage_rows<kBlockN, false>(me, tile, v);
     fence_proxy_async();
     if (!stores_bulk(a)) {

@@ -193,6 +193,12 @@ HOST_DEVICE int64_t region_origin(const Problem& p, const Tile& tile, const Run&
     return ((tile.n * p.C_out + channel) * ad.out + od) * ah.out * aw.out + int64_t(run.oh0) * aw.out + run.ow0 + run.first;
 }
 
+// The same modulo 4.
+HOST_DEVICE int region_alignment(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    return (((unsigned(tile.n) * unsigned(p.C_out) + channel) * ad.out + od) * ah.out * aw.out + unsigned(run.oh0) * aw.out + run.ow0 + run.first) % 4;
+}
+
 // Where position q of a phase is staged in its region, or -1. Positions count the gaps, from column 0 of the run's first row on.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
     const Tiling& t = p.t;

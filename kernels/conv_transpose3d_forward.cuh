@@ -36,7 +36,7 @@ template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused
 
 // bias may be null; apply_relu writes relu(out). The memory's moments, if it has room for them, are then those of out.
 template <typename Path>
-int convolve(const Geometry& g, int dtype, cudaStream_t stream, const Plan& plan, const ForwardMemory& memory, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
+int convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out) {
     if (plan.problem.t.block_n == 0) return cudaErrorNotSupported;
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
@@ -47,7 +47,7 @@ template <typename Path>
 int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, false, base, x, w);
-    RETURN_IF_ERROR(convolve<Path>(g, dtype, stream, plan, memory, x, w, bias, apply_relu, out));
+    RETURN_IF_ERROR(convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out));
     return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
 
@@ -58,7 +58,7 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
                             const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, true, base, x, w);
-    RETURN_IF_ERROR(convolve<Path>(g, dtype, stream, plan, memory, x, w, bias, true, activation));
+    RETURN_IF_ERROR(convolve<Path>(plan, memory, dtype, stream, bias, true, activation));
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     double* rstd = statistics + g.N * num_groups;
     RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, eps, statistics, rstd));

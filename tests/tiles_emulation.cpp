@@ -113,7 +113,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
             const int granule = r / 8, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases, channel = octet * 8 + r % 8;
             const int phase_w = phase % aw->phases, packed_h = phase / aw->phases % phases_h, packed_d = phase / aw->phases / phases_h, od = run.od0 + packed_d;
             if (octet >= t.rows.octets || run.outer >= outer_phases(p) || run.channel0 + channel >= p.C_out || od < 0 || od >= ad->out) continue;
-            const int align = t.contiguous ? int(region_origin(p, tile, run, run.channel0 + channel, od) & 3) : 0;
+            const int align = t.contiguous ? region_alignment(p, tile, run, run.channel0 + channel, od) : 0;
             for (int q = 0; q < t.block_n; q++) {
                 const int place = t.dense ? q : staged_place(p, tile, run, run.q0 + q, packed_h, phase_w);
                 REQUIRE(place >= 0 || q > 0 || t.whole_rows || run.count == 0);    // the epilogue relies on the first position
