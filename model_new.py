@@ -374,7 +374,7 @@ def _forced_capability():
     known = [f"{major}{minor}" for major, minor in _SHARED_BYTES]
     if name not in known:
         raise ImportError(f"CONV_TRANSPOSE3D_NEW_ARCHITECTURE: expected one of {', '.join(known)}, got {name!r}")
-    return int(name[:-1]), int(name[-1])
+    return _capability_of(name)
 
 
 @functools.lru_cache(maxsize=None)
@@ -383,6 +383,12 @@ def _capability(device_index):
     if forced and forced > own:
         raise ImportError(f"CONV_TRANSPOSE3D_NEW_ARCHITECTURE: expected at most the GPU's own compute capability, {own[0]}.{own[1]}, got {forced[0]}.{forced[1]}")
     return forced or own
+
+
+def _capability_of(architecture):
+    """(8, 6) of "86", (9, 0) of "90a"."""
+    digits = architecture.rstrip("a")
+    return int(digits[:-1]), int(digits[-1])
 
 
 def _tensor_core_path(capability):
@@ -716,7 +722,7 @@ def _source(backend):
     """One translation unit of the backend's sources; of those for the tensor cores, what the visible GPUs need."""
     suffix, unused = ".cpp" if backend == "cpu" else ".cu", ()
     if backend == "cuda":
-        wanted = {_tensor_core_path((int(name.rstrip("a")[:-1]), int(name.rstrip("a")[-1]))) for name in _architectures()}
+        wanted = {_tensor_core_path(_capability_of(name)) for name in _architectures()}
         unused = tuple(f"_{path}.cu" for path in ("sm90", "sm80") if path not in wanted)
     included = set()
     return "".join(_expand(name, included) for name in _SOURCES if name.endswith(suffix) and not name.endswith(unused))
@@ -1090,6 +1096,7 @@ template <typename F> int with_dtype(int dtype, F f) {
 
 // Neighbours in memory, loaded and stored at once.
 template <typename T, int kCount> struct alignas(kCount * sizeof(T)) Vector { T v[kCount]; };
+template <typename V> bool holds(const void* p) { return reinterpret_cast<uintptr_t>(p) % alignof(V) == 0; }    // whether a V can stand there
 
 inline int64_t acc_bytes(int dtype) { return dtype == kFloat64 ? 8 : 4; }
 
@@ -1655,7 +1662,7 @@ inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApply
 
 template <typename T, typename Y>
 int normalize(const Shape& s, void* stream, const void* r, const double* mean, const double* rstd, const void* gamma, const void* beta, void* y) {
-    const bool vectors = s.S % 4 == 0 && reinterpret_cast<uintptr_t>(r) % sizeof(Vector<T, 4>) == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(Vector<Y, 4>) == 0;
+    const bool vectors = s.S % 4 == 0 && holds<Vector<T, 4>>(r) && holds<Vector<Y, 4>>(y);
     return launch(vectors ? normalize_kernel<T, Y, 4> : normalize_kernel<T, Y, 1>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
                   static_cast<const Acc<T>*>(gamma), static_cast<const Acc<T>*>(beta), static_cast<Y*>(y));
 }
@@ -2257,7 +2264,7 @@ template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, c
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
     const auto& w = a.axis[2];
     const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
-    a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0 && reinterpret_cast<uintptr_t>(a.norm.r) % sizeof(Four<T>) == 0;
+    a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && holds<Four<T>>(a.x) && holds<Four<T>>(a.norm.r);
     const bool narrow = tile_channels(a) == 32;
     if constexpr (sizeof(T) == 4) {
         if (a.split) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
@@ -2645,17 +2652,14 @@ HOST_DEVICE int rows_of_item(const Problem& p, int i) {
 // Floats from one staged row to the next.
 HOST_DEVICE int staged_row(const Problem& p) { return p.t.contiguous ? p.s.axis[2].out : p.t.tile_w * p.s.axis[2].phases; }
 
-// The global index of a region's first float.
-HOST_DEVICE int64_t region_origin(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
+// The global index of a region's first float, in arithmetic of type T.
+template <typename T> HOST_DEVICE T region_origin(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    return ((tile.n * p.C_out + channel) * ad.out + od) * ah.out * aw.out + int64_t(run.oh0) * aw.out + run.ow0 + run.first;
+    return ((T(tile.n) * T(p.C_out) + T(channel)) * T(ad.out) + T(od)) * T(ah.out) * T(aw.out) + T(run.oh0) * T(aw.out) + T(run.ow0) + T(run.first);
 }
 
-// The same modulo 4.
-HOST_DEVICE int region_alignment(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
-    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    return (((unsigned(tile.n) * unsigned(p.C_out) + channel) * ad.out + od) * ah.out * aw.out + unsigned(run.oh0) * aw.out + run.ow0 + run.first) % 4;
-}
+// The same modulo 4: what overflows does not matter.
+HOST_DEVICE int region_alignment(const Problem& p, const Tile& tile, const Run& run, int channel, int od) { return region_origin<unsigned>(p, tile, run, channel, od) % 4; }
 
 // Where position q of a phase is staged in its region, or -1. Positions count the gaps, from column 0 of the run's first row on.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
@@ -2679,7 +2683,7 @@ template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Ti
     for (int region = first; region < end; region += step) {
         const int channel = run.channel0 + (phases_d == 1 ? region : region / phases_d), od = run.od0 + (phases_d == 1 ? 0 : region % phases_d);
         if (channel >= p.C_out || od < 0 || od >= p.s.axis[0].out) continue;
-        const int64_t origin = region_origin(p, tile, run, channel, od);
+        const int64_t origin = region_origin<int64_t>(p, tile, run, channel, od);
         for (int row = 0; row < rows; row++) {
             const int oh = run.oh0 + row * row_step;
             if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region, p.t.contiguous ? int(origin & 3) : row * staged_row(p), count);
@@ -4216,9 +4220,6 @@ _SOURCES['ptx_sm90.cuh'] = r'''
 // Orders this thread's ordinary shared-memory writes before later accesses by the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The same for memory of any space, the global one included.
-__device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
 // barrier.sync among `threads` threads of the block
 __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
@@ -4257,16 +4258,6 @@ struct RingPosition {
     }
 };
 
-// ----------------------------------------------------------------------------------------------- Global memory flags
-
-__device__ __forceinline__ unsigned ld_acquire_gpu(const unsigned* p) {
-    unsigned v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ void red_release_gpu(unsigned* p, unsigned v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-
 // ------------------------------------------------------------------------------------- Tensor memory access (copy engine)
 
 __device__ __forceinline__ void tma_load_3d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
@@ -4284,11 +4275,7 @@ __device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void*
                  ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
-// 16-byte aligned runs of bytes, without a tensor map
-__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(destination)), "l"(source), "r"(bytes), "r"(shared_address(barrier)) : "memory");
-}
+// a 16-byte aligned run of bytes, without a tensor map
 __device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)), "r"(bytes) : "memory");
 }

@@ -187,17 +187,14 @@ HOST_DEVICE int rows_of_item(const Problem& p, int i) {
 // Floats from one staged row to the next.
 HOST_DEVICE int staged_row(const Problem& p) { return p.t.contiguous ? p.s.axis[2].out : p.t.tile_w * p.s.axis[2].phases; }
 
-// The global index of a region's first float.
-HOST_DEVICE int64_t region_origin(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
+// The global index of a region's first float, in arithmetic of type T.
+template <typename T> HOST_DEVICE T region_origin(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    return ((tile.n * p.C_out + channel) * ad.out + od) * ah.out * aw.out + int64_t(run.oh0) * aw.out + run.ow0 + run.first;
+    return ((T(tile.n) * T(p.C_out) + T(channel)) * T(ad.out) + T(od)) * T(ah.out) * T(aw.out) + T(run.oh0) * T(aw.out) + T(run.ow0) + T(run.first);
 }
 
-// The same modulo 4.
-HOST_DEVICE int region_alignment(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
-    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    return (((unsigned(tile.n) * unsigned(p.C_out) + channel) * ad.out + od) * ah.out * aw.out + unsigned(run.oh0) * aw.out + run.ow0 + run.first) % 4;
-}
+// The same modulo 4: what overflows does not matter.
+HOST_DEVICE int region_alignment(const Problem& p, const Tile& tile, const Run& run, int channel, int od) { return region_origin<unsigned>(p, tile, run, channel, od) % 4; }
 
 // Where position q of a phase is staged in its region, or -1. Positions count the gaps, from column 0 of the run's first row on.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
@@ -221,7 +218,7 @@ template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Ti
     for (int region = first; region < end; region += step) {
         const int channel = run.channel0 + (phases_d == 1 ? region : region / phases_d), od = run.od0 + (phases_d == 1 ? 0 : region % phases_d);
         if (channel >= p.C_out || od < 0 || od >= p.s.axis[0].out) continue;
-        const int64_t origin = region_origin(p, tile, run, channel, od);
+        const int64_t origin = region_origin<int64_t>(p, tile, run, channel, od);
         for (int row = 0; row < rows; row++) {
             const int oh = run.oh0 + row * row_step;
             if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region, p.t.contiguous ? int(origin & 3) : row * staged_row(p), count);

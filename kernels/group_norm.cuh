@@ -80,7 +80,7 @@ inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApply
 
 template <typename T, typename Y>
 int normalize(const Shape& s, void* stream, const void* r, const double* mean, const double* rstd, const void* gamma, const void* beta, void* y) {
-    const bool vectors = s.S % 4 == 0 && reinterpret_cast<uintptr_t>(r) % sizeof(Vector<T, 4>) == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(Vector<Y, 4>) == 0;
+    const bool vectors = s.S % 4 == 0 && holds<Vector<T, 4>>(r) && holds<Vector<Y, 4>>(y);
     return launch(vectors ? normalize_kernel<T, Y, 4> : normalize_kernel<T, Y, 1>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
                   static_cast<const Acc<T>*>(gamma), static_cast<const Acc<T>*>(beta), static_cast<Y*>(y));
 }

@@ -40,6 +40,7 @@ template <typename F> int with_dtype(int dtype, F f) {
 
 // Neighbours in memory, loaded and stored at once.
 template <typename T, int kCount> struct alignas(kCount * sizeof(T)) Vector { T v[kCount]; };
+template <typename V> bool holds(const void* p) { return reinterpret_cast<uintptr_t>(p) % alignof(V) == 0; }    // whether a V can stand there
 
 inline int64_t acc_bytes(int dtype) { return dtype == kFloat64 ? 8 : 4; }
 

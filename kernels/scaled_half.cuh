@@ -360,7 +360,7 @@ template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, c
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
     const auto& w = a.axis[2];
     const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
-    a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Four<T>) == 0 && reinterpret_cast<uintptr_t>(a.norm.r) % sizeof(Four<T>) == 0;
+    a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && holds<Four<T>>(a.x) && holds<Four<T>>(a.norm.r);
     const bool narrow = tile_channels(a) == 32;
     if constexpr (sizeof(T) == 4) {
         if (a.split) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
