@@ -2296,6 +2296,7 @@ _SOURCES['conv_tiling.h'] = r'''
 namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
+constexpr int kMaxWarpgroups = 3;              // that multiply
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
@@ -2303,8 +2304,9 @@ constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 // A box of the source, halo included, is copied once for all taps (h, w): rows of `pitch`, so that a tap is a shift of an
 // address by whole rows of shared memory. Where the strip is the whole width, neighbouring rows share the zeros of their halos.
 struct Tiling {
+    int warpgroups;                            // that multiply
     int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
-    int split_m;                               // 1: the two warpgroups have the same positions, other rows; 0: the other way round
+    int split_m;                               // 1: the warpgroups, two of them, have the same positions, other rows; 0: the other way round
     int chunk;                                 // source channels of a stage: 16, 32 or 64
     int phase_channels, C_pad;                 // source channels of GEMM_K: of each phase, of all
     int split, products, group_tiles;          // channels of a group where operands are split (else 0), products of a tap, row tiles of a group
@@ -2312,7 +2314,7 @@ struct Tiling {
     RowMap rows;
     int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
     int tile_w, strips;                        // columns of a strip
-    int run, runs;                             // positions of a run, runs of a strip (or pairs of runs, where split_m is 0)
+    int run, runs;                             // positions of a run, runs of a strip, in groups of tile_runs()
     int pitch, box_rows;
     int taps_per_box;                          // taps h that a box serves: all, or 1
     bool whole_rows;                           // a run is whole rows of the strip
@@ -2320,13 +2322,15 @@ struct Tiling {
     bool bulk, dense;                          // staged outputs are aligned as in memory; position q is float q of its region
     bool tensor_store;                         // one copy of the whole run
     int region_stride;                         // floats of the staged outputs of a channel
-    int buffers, table_bytes;                  // how many warpgroups can stage at a time; what tells a warpgroup where to stage
+    int buffers, table_bytes;                  // one for each warpgroup, or one for all; what tells a warpgroup where to stage
     int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
-    int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where both warpgroups have the same rows
+    int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where all warpgroups have the same rows
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
     int row_pairs, sample_tiles, tiles;        // row tiles of a block
+    int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
+    HOST_DEVICE int tile_runs() const { return split_m ? 1 : warpgroups; }
     HOST_DEVICE int box_bytes() const { return box_rows * pitch * chunk * 2; }
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
@@ -2368,7 +2372,7 @@ inline int longest_run(const Tiling& t, int64_t strip, int step) {
 // Cuts a strip into runs. False where one would not fit.
 inline bool cut_runs(Tiling& t, const Stencil& s) {
     const StencilAxis &h = s.axis[1], &w = s.axis[2];
-    const int64_t strip = int64_t(h.positions) * t.tile_w, group = t.split_m ? 1 : 2;
+    const int64_t strip = int64_t(h.positions) * t.tile_w, group = t.tile_runs();
     t.whole_rows = h.phases * w.phases > 1 || t.strips > 1;
     if (t.whole_rows) {
         if (t.tile_w > t.block_n) return false;
@@ -2501,7 +2505,7 @@ struct Tile {
     int source_channel;       // the first of the copy
     int live_d, live_h;       // bit t: some row has a weight at tap t
     bool empty;               // no tap reads anything
-    Run run[2];               // of the warpgroups
+    Run run[kMaxWarpgroups];  // of the warpgroups
 };
 
 // How many phases the axes have that are not packed.
@@ -2510,13 +2514,13 @@ HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.
 // Sets of moments of a channel: of each run and phase.
 HOST_DEVICE int parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
-    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * t.column_warps * p.s.phases() : 0;
+    return t.row_pairs ? t.sample_tiles / t.row_pairs * t.tile_runs() * t.column_warps * p.s.phases() : 0;
 }
 
 // The index of a run among all runs of all samples that have moments of their own.
 HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgroup) {
     const Tiling& t = p.t;
-    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : warpgroup);
+    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * t.tile_runs() + (t.split_m ? 0 : warpgroup);
 }
 
 // Bit t: tap t has weights in some row of a row tile.
@@ -2608,7 +2612,7 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     const int row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
     index /= t.row_pairs;
     tile.part = index % (t.sample_tiles / t.row_pairs);
-    const int first_run = index % t.runs * (t.split_m ? 1 : 2);
+    const int first_run = index % t.runs * t.tile_runs();
     index /= t.runs;
     tile.w0 = index % t.strips * t.tile_w;
     index /= t.strips;
@@ -2617,7 +2621,7 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     tile.h0 = first_run * t.run / t.tile_w;
     tile.source_channel = t.split ? row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
     tile.live_d = tile.live_h = 0;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < t.warpgroups; i++) {
         Run& run = tile.run[i];
         run.row_tile = row_tile + (t.split_m ? i : 0);
         run.channel0 = run.row_tile % t.rows.channel_tiles * t.rows.octets * 8, run.outer = run.row_tile / t.rows.channel_tiles;
@@ -2761,7 +2765,7 @@ namespace conv {
 
 // Scratch of a call.
 struct Workspace {
-    unsigned* tile_ticket;                         // queue; starts at zero
+    unsigned* tile_tickets;                        // (queues): how many tiles have been taken; start at zero
     float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
 };
@@ -2961,7 +2965,7 @@ private:
 
 inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) {
     Workspace w = {};
-    w.tile_ticket = scratch.take_zeroed<unsigned>(1);
+    w.tile_tickets = scratch.take_zeroed<unsigned>(p.t.queues);
     if (!fused) return w;
     const int64_t parts = parts_of_sample(p);
     w.counts = scratch.take_zeroed<float>(p.N * parts);
@@ -3505,6 +3509,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int chunk : {64, 32, 16})
     for (int input_stages : {1, 2}) {
         Tiling t = {};
+        t.warpgroups = 2, t.queues = 1;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
         const int blocks = blocks_of(block_n);
         const int64_t shared = (most_shared + 1024) / blocks - 1024;
@@ -3523,7 +3528,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int halo_w = w.shift[w.taps - 1], halo_h = taps_per_box == 1 ? 0 : h.shift[h.taps - 1], row_bytes = 2 * chunk;
         // Rows of shared memory that a box's stage has: positions that are no outputs read beyond the box.
         int64_t first = 0;    // of a run, at most
-        for (int64_t begin = 0, group = int64_t(split_m ? 1 : 2) * t.run; begin < int64_t(t.tile_w) * h.positions; begin += group) {
+        for (int64_t begin = 0, group = int64_t(t.tile_runs()) * t.run; begin < int64_t(t.tile_w) * h.positions; begin += group) {
             const int64_t last = begin + group - t.run, row = (last / t.tile_w - begin / t.tile_w) * t.pitch + last % t.tile_w;
             first = std::max({first, begin % t.tile_w, row});
         }
@@ -3538,7 +3543,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp
         // stores piece after piece; or what it loads, at 20 bytes a cycle.
         const double taps = steps_of(t, s) / (chunk / 16), boxes = boxes_of(t, s), wide = blocks == 1;
-        const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double out_bytes = 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), values = out_bytes / 8 / pieces;
         const double pipeline = taps * (wide ? 700 + 300 * chunk / 16 : 350 + 200 * chunk / 16) + boxes * (t.box_bytes() / (wide ? 9 : 12) + (input_stages > 1 ? 0 : wide ? 3000 + t.box_bytes() / 20 : 500));
         const double epilogue = 0.2 * out_bytes + pieces / kColumnWarps / blocks * (150 + values / (t.bulk ? 128 : 32) * 50) + 2000;
@@ -4398,7 +4403,7 @@ constexpr int kMaxItems = 64;
 constexpr int kHeadBytes = 2048;               // barriers and the like
 
 inline int64_t shared_bytes(const Tiling& t) {
-    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes);
+    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + t.warpgroups * int64_t(t.table_bytes);
 }
 
 // The tiling of least estimated time, or one of block_n 0 where none fits into shared memory. groups: of the split, or 1.
@@ -4408,14 +4413,16 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     Tiling best = {};
     double best_time = 0;
     for (int packing = 0; packing < 3; packing++)
+    for (int warpgroups : {2, 3})
     for (int split_m = 0; split_m < 2; split_m++)
     for (int block_n : {232, 224, 192, 160, 128, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (int input_stages : {2, 3, 4, 6})
-    for (int item_taps : {1, w.taps, h.taps * w.taps}) {
+    for (int item_taps : {h.taps * w.taps, w.taps, 1}) {
+        if (warpgroups == 3 && (split_m || block_n != 128)) continue;    // as many sums as there are registers for
         Tiling t = {};
-        t.input_stages = input_stages;
+        t.input_stages = input_stages, t.warpgroups = warpgroups;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
@@ -4434,31 +4441,36 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = t.items * kRows * row_bytes;
         t.weight_rings = split_m ? 2 : 1;
-        t.buffers = 2;
-        if (kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
+        t.buffers = warpgroups;
+        if (warpgroups == 2 && kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
         if (left_bytes < (many ? 3 : 6) * t.weight_bytes) continue;
         t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
+        // A tile's weights stay in shared memory for the next tile, where the ring has as many stages as they fill or a multiple.
+        const int tile_stages = d.taps * h.taps * w.taps / t.item_taps * (t.C_pad / t.chunk) * (many ? 1 : t.products);
+        const bool kept = t.weight_rings == 1 && tile_stages <= t.weight_stages;
+        if (kept) t.weight_stages -= t.weight_stages % tile_stages;
         // With one ring, the stages between the two warpgroups are not there to load weights in advance.
         const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
         t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
         if (!count_tiles(t, s, samples)) continue;
+        t.queues = kept ? t.row_pairs : 1;
         t.column_warps = 1;
         // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
         const double steps = steps_of(t, s), boxes = boxes_of(t, s);
-        // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
+        // A step of two warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
         // cache; and longer where the stages that are not in use do not cover that one's latency.
-        const double weight_cycles = t.weight_rings * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
+        const double weight_cycles = (kept ? 0 : t.weight_rings) * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step_cycles = warpgroups * block_n / 2 + 20, step = step_cycles > weight_cycles ? step_cycles : weight_cycles;
         const double lead = (t.weight_stages - (split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
         const double box_bytes = t.box_bytes(), box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
-        double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        double products = steps * step * (lead < latency && !kept ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
         products = products > box_time ? products : box_time;
         // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
         const double instructions = steps / (t.chunk / 16) * (many ? 100 + 600.0 / t.items : 600) + boxes * 600 + block_n * (t.dense ? 15 : 20);
         products = products > instructions ? products : instructions;
-        const double loads = (steps * t.weight_rings * kRows * 16 * 2 + boxes * box_bytes) / 21;
+        const double loads = (steps * (kept ? 0 : t.weight_rings) * kRows * 16 * 2 + boxes * box_bytes) / 21;
         products = products > loads ? products : loads;
-        const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double out_bytes = 4.0 * warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
         // A warp issues the copies of a run's pieces one after another.
         const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
@@ -4499,10 +4511,13 @@ _SOURCES['conv_sm90.cuh'] = r'''
 
 namespace conv_sm90 {
 
-constexpr int kThreads = 384;
-constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 constexpr int kTileSlots = 3;
-static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+constexpr int kBeginBarrier = 1 + kMaxWarpgroups;    // behind the consumers' own
+
+// Registers of a thread, with so many warpgroups of consumers.
+HOST_DEVICE constexpr int producer_registers(int consumers) { return consumers == 2 ? 104 : 96; }
+HOST_DEVICE constexpr int consumer_registers(int consumers) { return consumers == 2 ? 200 : 136; }
+static_assert(128 * producer_registers(2) + 2 * 128 * consumer_registers(2) <= 65536 && 128 * producer_registers(3) + 3 * 128 * consumer_registers(3) <= 65536, "the register file of a multiprocessor");
 
 // What a stage of weights is for: rows of shared memory by which the tap is shifted in its box, and flags.
 constexpr int kOpensBox = 1 << 29, kLastTap = 1 << 30, kTapRows = kOpensBox - 1;
@@ -4511,7 +4526,7 @@ struct SharedHead {
     uint64_t input_full[kMaxInputStages], input_empty[kMaxInputStages];
     uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];    // one ring behind the other
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
-    uint64_t buffer_free[2], staged[2];    // by the consumer that used it
+    uint64_t buffer_free[kMaxWarpgroups], staged[2][kMaxWarpgroups];    // by the consumer that used it; by the tile's parity too, as storers take turns
     int taps[kMaxStages];                  // of the weights' stages
     int item_rows[kMaxItems + 1];          // of a stage's items, where there are several
     Tile tiles[kTileSlots];
@@ -4529,7 +4544,7 @@ struct SharedParts {
         tables = buffers + t.buffers * t.buffer_bytes;
     }
     // Where a consumer stages.
-    __device__ float* buffer(const Tiling& t, int consumer) const { return reinterpret_cast<float*>(buffers + (t.buffers == 2 ? consumer : 0) * t.buffer_bytes); }
+    __device__ float* buffer(const Tiling& t, int consumer) const { return reinterpret_cast<float*>(buffers + (t.buffers > 1 ? consumer : 0) * t.buffer_bytes); }
 };
 
 #ifdef HAS_SM90A
@@ -4540,15 +4555,25 @@ struct SharedParts {
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
-    unsigned next = 0;                      // tile
+    int queue, left;                        // where it takes tiles; queues that it has not emptied
+    int next = 0;                           // tile, or -1: no more
     RingPosition slot;                      // to fill next
 
-    __device__ __forceinline__ void take() { next = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_ticket, 1u) : 0, 0); }
+    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head), queue(blockIdx.x % a.p.t.queues), left(a.p.t.queues) {}
+
+    __device__ __forceinline__ void take() {
+        const int queues = a.p.t.queues, queue_tiles = a.p.t.tiles / queues;
+        for (next = -1; next < 0 && left > 0;) {
+            const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) : 0, 0);
+            if (ticket < queue_tiles) next = ticket * queues + queue;
+            else queue = queue + 1 < queues ? queue + 1 : 0, left--;
+        }
+    }
 
     // False: there was no more, which everyone knows now.
     __device__ __forceinline__ bool publish() {
         Tile& tile = head.tiles[slot.stage];
-        const bool more = next < a.p.t.tiles;
+        const bool more = next >= 0;
         mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
         if (threadIdx.x % 32 == 0) {
             if (more) locate(a.p, next, tile);
@@ -4569,6 +4594,7 @@ struct Loader {
     const CUtensorMap *x_map, *w_map;
     int ring;
     RingPosition slot, in, weight;
+    int kept = -1;    // which of the weights' boxes lane i's stage i of the ring has
 
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }
 
@@ -4593,13 +4619,18 @@ struct Loader {
             const int own = first + threadIdx.x % 32;
             const BoxTaps::Tap tap = taps[min(own, taps.count - 1)];
             const int info = tap.rows | (own == 0 ? kOpensBox : 0) | (last_box && own == taps.count - 1 ? kLastTap : 0);
+            const int wanted = (tap.tap * t.M_pad + row) * (t.C_pad * t.products / t.chunk) + tap.column / t.chunk;
 #pragma unroll 1
             for (int i = first; i < min(first + 32, taps.count); i++) {
                 const int at = ring * t.weight_stages + weight.stage;
                 mbarrier_wait(head.weight_empty + at, weight.phase ^ 1);
-                if (i == own) {
+                const int is_kept = __shfl_sync(~0u, kept, weight.stage), of_tap = __shfl_sync(~0u, wanted, i - first);
+                if (threadIdx.x % 32 == weight.stage) kept = of_tap;
+                if (i == own) head.taps[at] = info;
+                if (i == own && is_kept == wanted) {
+                    mbarrier_arrive(head.weight_full + at);
+                } else if (i == own) {
                     uint8_t* stage = shared.weights + at * t.weight_bytes;
-                    head.taps[at] = info;
                     mbarrier_arrive_expect_tx(head.weight_full + at, t.weight_bytes);
                     tma_load_3d(stage, w_map, head.weight_full + at, tap.column, row, tap.tap);
                     if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, head.weight_full + at, tap.column + t.chunk, row, tap.tap);
@@ -4639,12 +4670,12 @@ struct Loader {
 // Whether bulk copies store the staged outputs.
 __device__ __forceinline__ bool stores_bulk(const Parameters& a) { return a.dtype == kFloat32 && a.p.t.bulk; }
 
-// A warp: stores what a consumer has staged, by bulk copies of what is 16-byte aligned.
+// A warp: stores what consumers have staged, by bulk copies of what is 16-byte aligned.
 struct Storer {
     const Parameters& a;
     const SharedParts& shared;
     const CUtensorMap* out_map;
-    int consumer;
+    int warp;    // of two, which take turns
 
     __device__ __forceinline__ void store(const Tile& tile, const Run& run, const float* buffer) const {
         const Tiling& t = a.p.t;
@@ -4668,18 +4699,20 @@ struct Storer {
 
     __device__ __forceinline__ void run() const {
         SharedHead& head = shared.head;
-        const float* buffer = shared.buffer(a.p.t, consumer);
+        const int consumers = a.p.t.warpgroups;
         RingPosition slot;
-        for (uint32_t phase = 0;; phase ^= 1) {
+        for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
-            mbarrier_wait(head.staged + consumer, phase);
-            store(tile, tile.run[consumer], buffer);
+            for (; consumer < consumers; consumer += 2) {
+                mbarrier_wait(head.staged[tiles % 2] + consumer, tiles / 2 % 2);
+                store(tile, tile.run[consumer], shared.buffer(a.p.t, consumer));
+                bulk_wait_group_read<0>();
+                mbarrier_arrive(head.buffer_free + consumer);
+            }
             mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
-            bulk_wait_group_read<0>();
-            mbarrier_arrive(head.buffer_free + consumer);
         }
         bulk_wait_group<0>();
     }
@@ -4703,7 +4736,7 @@ struct LaneRow {
 struct Consumer {
     const Parameters& a;
     const SharedParts& shared;
-    int warpgroup;                 // 0 or 1
+    int warpgroup;                 // from 0 on
     RingPosition in, weight, slot;
     LaneRow rows[2];
     scaled_half::SampleMax activation_max;    // of the tile's sample
@@ -4775,9 +4808,10 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
     auto let_the_other_begin = [&] {
-        if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
+        if (me.first && me.warpgroup == 0) named_barrier_arrive(kBeginBarrier, 256);
         me.first = false;
     };
+    me.load_constants(tile);
     int info = kLastTap, weight_stage = -1, input_stage = -1;    // of a tap
     uint32_t box = 0, b = 0, w = 0;
     auto take_tap = [&] {
@@ -4838,7 +4872,6 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         }
         end_tap(w, b);
     }
-    me.load_constants(tile);
     wgmma_wait_group<0>();
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
@@ -4946,7 +4979,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
             for (int k = threadIdx.x % 32; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[region * t.region_stride + offset + k]);
         });
     }
-    mbarrier_arrive(me.shared.head.staged + me.warpgroup);
+    mbarrier_arrive(me.shared.head.staged[1 - me.staged % 2] + me.warpgroup);    // counted already
 }
 
 template <int kBlockN>
@@ -4958,7 +4991,7 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         mbarrier_wait(head.tile_full + me.slot.stage, me.slot.phase);
         const Tile& tile = head.tiles[me.slot.stage];
         if (tile.n < 0) break;
-        if (me.first && me.warpgroup == 1) named_barrier(3, 256);
+        if (me.first && me.warpgroup == 1) named_barrier(kBeginBarrier, 256);
         if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4, false>(me, tile, d);
         else if (a.p.t.chunk == 64) multiply<kBlockN, 4, true>(me, tile, d);
         else if (a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);
@@ -4985,8 +5018,8 @@ namespace conv_sm90 {
 
 // --------------------------------------------------------------------------------------------------------- Kernel
 
-template <int kBlockN>
-__global__ void __launch_bounds__(kThreads, 1)
+template <int kBlockN, int kConsumers>
+__global__ void __launch_bounds__(128 + kConsumers * 128, 1)
 conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map,
             const __grid_constant__ Parameters a) {
 #ifdef HAS_SM90A
@@ -4997,26 +5030,26 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
-        for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 8);
-        for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 8);
-        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2 * 32 + t.weight_rings * 32);
-        for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged + i, 128);
+        for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 4 * kConsumers);
+        for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 4 * kConsumers);
+        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.weight_rings * 32);
+        for (int i = 0; i < kConsumers; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged[0] + i, 128), mbarrier_init(head.staged[1] + i, 128);
         fence_mbarrier_init();
     }
     if (t.items > 1 && threadIdx.x < t.items) head.item_rows[threadIdx.x] = rows_of_item(a.p, threadIdx.x);
     const int box_bytes = t.box_bytes();
     for (int stage = 0; stage < t.input_stages; stage++)
-        for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
+        for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += blockDim.x * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
     __syncthreads();
 
-    // A warp for each task around two warpgroups that compute.
+    // A warp for each task beside the warpgroups that compute.
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
-        setmaxnreg_dec<kProducerRegisters>();
+        setmaxnreg_dec<producer_registers(kConsumers)>();
         if (warp < 2) {
             const bool publishes = warp == (t.weight_rings == 2 ? 0 : 1);    // who has less to do
-            Publisher publisher{a, head};
+            Publisher publisher(a, head);
             if (publishes) {
                 publisher.take();
                 while (publisher.publish() && t.weight_rings == 1) {}
@@ -5026,7 +5059,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
             Storer{a, shared, &out_map, warp - 2}.run();
         }
     } else {
-        setmaxnreg_inc<kConsumerRegisters>();
+        setmaxnreg_inc<consumer_registers(kConsumers)>();
         consume<kBlockN>(a, shared);
     }
 #endif
@@ -5034,12 +5067,12 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
-template <int kBlockN>
+template <int kBlockN, int kConsumers = 2>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
+    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN, kConsumers>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
-    conv_kernel<kBlockN><<<unsigned(blocks), kThreads, shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
+    conv_kernel<kBlockN, kConsumers><<<unsigned(blocks), 128 + kConsumers * 128, shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
     return cudaGetLastError();
 }
 
@@ -5066,7 +5099,9 @@ struct Path {
             case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 160: return launch_conv<160>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 128: return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 128:
+                if (t.warpgroups == 3) return launch_conv<128, 3>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+                return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             default: return launch_conv<64>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         }
     }

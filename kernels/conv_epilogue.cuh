@@ -11,7 +11,7 @@ namespace conv {
 
 // Scratch of a call.
 struct Workspace {
-    unsigned* tile_ticket;                         // queue; starts at zero
+    unsigned* tile_tickets;                        // (queues): how many tiles have been taken; start at zero
     float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
 };

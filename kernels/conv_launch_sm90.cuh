@@ -8,8 +8,8 @@ namespace conv_sm90 {
 
 // --------------------------------------------------------------------------------------------------------- Kernel
 
-template <int kBlockN>
-__global__ void __launch_bounds__(kThreads, 1)
+template <int kBlockN, int kConsumers>
+__global__ void __launch_bounds__(128 + kConsumers * 128, 1)
 conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map,
             const __grid_constant__ Parameters a) {
 #ifdef HAS_SM90A
@@ -20,26 +20,26 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
-        for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 8);
-        for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 8);
-        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 256 + 2 * 32 + t.weight_rings * 32);
-        for (int i = 0; i < 2; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged + i, 128);
+        for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 4 * kConsumers);
+        for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 4 * kConsumers);
+        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.weight_rings * 32);
+        for (int i = 0; i < kConsumers; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged[0] + i, 128), mbarrier_init(head.staged[1] + i, 128);
         fence_mbarrier_init();
     }
     if (t.items > 1 && threadIdx.x < t.items) head.item_rows[threadIdx.x] = rows_of_item(a.p, threadIdx.x);
     const int box_bytes = t.box_bytes();
     for (int stage = 0; stage < t.input_stages; stage++)
-        for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += kThreads * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
+        for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += blockDim.x * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
     __syncthreads();
 
-    // A warp for each task around two warpgroups that compute.
+    // A warp for each task beside the warpgroups that compute.
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
-        setmaxnreg_dec<kProducerRegisters>();
+        setmaxnreg_dec<producer_registers(kConsumers)>();
         if (warp < 2) {
             const bool publishes = warp == (t.weight_rings == 2 ? 0 : 1);    // who has less to do
-            Publisher publisher{a, head};
+            Publisher publisher(a, head);
             if (publishes) {
                 publisher.take();
                 while (publisher.publish() && t.weight_rings == 1) {}
@@ -49,7 +49,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
             Storer{a, shared, &out_map, warp - 2}.run();
         }
     } else {
-        setmaxnreg_inc<kConsumerRegisters>();
+        setmaxnreg_inc<consumer_registers(kConsumers)>();
         consume<kBlockN>(a, shared);
     }
 #endif
@@ -57,12 +57,12 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
-template <int kBlockN>
+template <int kBlockN, int kConsumers = 2>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
+    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN, kConsumers>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
-    conv_kernel<kBlockN><<<unsigned(blocks), kThreads, shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
+    conv_kernel<kBlockN, kConsumers><<<unsigned(blocks), 128 + kConsumers * 128, shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
     return cudaGetLastError();
 }
 
@@ -89,7 +89,9 @@ struct Path {
             case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 160: return launch_conv<160>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 128: return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 128:
+                if (t.warpgroups == 3) return launch_conv<128, 3>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+                return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             default: return launch_conv<64>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         }
     }

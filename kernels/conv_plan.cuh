@@ -93,7 +93,7 @@ private:
 
 inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) {
     Workspace w = {};
-    w.tile_ticket = scratch.take_zeroed<unsigned>(1);
+    w.tile_tickets = scratch.take_zeroed<unsigned>(p.t.queues);
     if (!fused) return w;
     const int64_t parts = parts_of_sample(p);
     w.counts = scratch.take_zeroed<float>(p.N * parts);

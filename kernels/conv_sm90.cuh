@@ -21,10 +21,13 @@
 
 namespace conv_sm90 {
 
-constexpr int kThreads = 384;
-constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 constexpr int kTileSlots = 3;
-static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
+constexpr int kBeginBarrier = 1 + kMaxWarpgroups;    // behind the consumers' own
+
+// Registers of a thread, with so many warpgroups of consumers.
+HOST_DEVICE constexpr int producer_registers(int consumers) { return consumers == 2 ? 104 : 96; }
+HOST_DEVICE constexpr int consumer_registers(int consumers) { return consumers == 2 ? 200 : 136; }
+static_assert(128 * producer_registers(2) + 2 * 128 * consumer_registers(2) <= 65536 && 128 * producer_registers(3) + 3 * 128 * consumer_registers(3) <= 65536, "the register file of a multiprocessor");
 
 // What a stage of weights is for: rows of shared memory by which the tap is shifted in its box, and flags.
 constexpr int kOpensBox = 1 << 29, kLastTap = 1 << 30, kTapRows = kOpensBox - 1;
@@ -33,7 +36,7 @@ struct SharedHead {
     uint64_t input_full[kMaxInputStages], input_empty[kMaxInputStages];
     uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];    // one ring behind the other
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
-    uint64_t buffer_free[2], staged[2];    // by the consumer that used it
+    uint64_t buffer_free[kMaxWarpgroups], staged[2][kMaxWarpgroups];    // by the consumer that used it; by the tile's parity too, as storers take turns
     int taps[kMaxStages];                  // of the weights' stages
     int item_rows[kMaxItems + 1];          // of a stage's items, where there are several
     Tile tiles[kTileSlots];
@@ -51,7 +54,7 @@ struct SharedParts {
         tables = buffers + t.buffers * t.buffer_bytes;
     }
     // Where a consumer stages.
-    __device__ float* buffer(const Tiling& t, int consumer) const { return reinterpret_cast<float*>(buffers + (t.buffers == 2 ? consumer : 0) * t.buffer_bytes); }
+    __device__ float* buffer(const Tiling& t, int consumer) const { return reinterpret_cast<float*>(buffers + (t.buffers > 1 ? consumer : 0) * t.buffer_bytes); }
 };
 
 #ifdef HAS_SM90A
@@ -62,15 +65,25 @@ struct SharedParts {
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
-    unsigned next = 0;                      // tile
+    int queue, left;                        // where it takes tiles; queues that it has not emptied
+    int next = 0;                           // tile, or -1: no more
     RingPosition slot;                      // to fill next
 
-    __device__ __forceinline__ void take() { next = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_ticket, 1u) : 0, 0); }
+    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head), queue(blockIdx.x % a.p.t.queues), left(a.p.t.queues) {}
+
+    __device__ __forceinline__ void take() {
+        const int queues = a.p.t.queues, queue_tiles = a.p.t.tiles / queues;
+        for (next = -1; next < 0 && left > 0;) {
+            const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) : 0, 0);
+            if (ticket < queue_tiles) next = ticket * queues + queue;
+            else queue = queue + 1 < queues ? queue + 1 : 0, left--;
+        }
+    }
 
     // False: there was no more, which everyone knows now.
     __device__ __forceinline__ bool publish() {
         Tile& tile = head.tiles[slot.stage];
-        const bool more = next < a.p.t.tiles;
+        const bool more = next >= 0;
         mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
         if (threadIdx.x % 32 == 0) {
             if (more) locate(a.p, next, tile);
@@ -91,6 +104,7 @@ struct Loader {
     const CUtensorMap *x_map, *w_map;
     int ring;
     RingPosition slot, in, weight;
+    int kept = -1;    // which of the weights' boxes lane i's stage i of the ring has
 
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }
 
@@ -115,13 +129,18 @@ struct Loader {
             const int own = first + threadIdx.x % 32;
             const BoxTaps::Tap tap = taps[min(own, taps.count - 1)];
             const int info = tap.rows | (own == 0 ? kOpensBox : 0) | (last_box && own == taps.count - 1 ? kLastTap : 0);
+            const int wanted = (tap.tap * t.M_pad + row) * (t.C_pad * t.products / t.chunk) + tap.column / t.chunk;
 #pragma unroll 1
             for (int i = first; i < min(first + 32, taps.count); i++) {
                 const int at = ring * t.weight_stages + weight.stage;
                 mbarrier_wait(head.weight_empty + at, weight.phase ^ 1);
-                if (i == own) {
+                const int is_kept = __shfl_sync(~0u, kept, weight.stage), of_tap = __shfl_sync(~0u, wanted, i - first);
+                if (threadIdx.x % 32 == weight.stage) kept = of_tap;
+                if (i == own) head.taps[at] = info;
+                if (i == own && is_kept == wanted) {
+                    mbarrier_arrive(head.weight_full + at);
+                } else if (i == own) {
                     uint8_t* stage = shared.weights + at * t.weight_bytes;
-                    head.taps[at] = info;
                     mbarrier_arrive_expect_tx(head.weight_full + at, t.weight_bytes);
                     tma_load_3d(stage, w_map, head.weight_full + at, tap.column, row, tap.tap);
                     if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, head.weight_full + at, tap.column + t.chunk, row, tap.tap);
@@ -161,12 +180,12 @@ struct Loader {
 // Whether bulk copies store the staged outputs.
 __device__ __forceinline__ bool stores_bulk(const Parameters& a) { return a.dtype == kFloat32 && a.p.t.bulk; }
 
-// A warp: stores what a consumer has staged, by bulk copies of what is 16-byte aligned.
+// A warp: stores what consumers have staged, by bulk copies of what is 16-byte aligned.
 struct Storer {
     const Parameters& a;
     const SharedParts& shared;
     const CUtensorMap* out_map;
-    int consumer;
+    int warp;    // of two, which take turns
 
     __device__ __forceinline__ void store(const Tile& tile, const Run& run, const float* buffer) const {
         const Tiling& t = a.p.t;
@@ -190,18 +209,20 @@ struct Storer {
 
     __device__ __forceinline__ void run() const {
         SharedHead& head = shared.head;
-        const float* buffer = shared.buffer(a.p.t, consumer);
+        const int consumers = a.p.t.warpgroups;
         RingPosition slot;
-        for (uint32_t phase = 0;; phase ^= 1) {
+        for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
-            mbarrier_wait(head.staged + consumer, phase);
-            store(tile, tile.run[consumer], buffer);
+            for (; consumer < consumers; consumer += 2) {
+                mbarrier_wait(head.staged[tiles % 2] + consumer, tiles / 2 % 2);
+                store(tile, tile.run[consumer], shared.buffer(a.p.t, consumer));
+                bulk_wait_group_read<0>();
+                mbarrier_arrive(head.buffer_free + consumer);
+            }
             mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
-            bulk_wait_group_read<0>();
-            mbarrier_arrive(head.buffer_free + consumer);
         }
         bulk_wait_group<0>();
     }
@@ -225,7 +246,7 @@ struct LaneRow {
 struct Consumer {
     const Parameters& a;
     const SharedParts& shared;
-    int warpgroup;                 // 0 or 1
+    int warpgroup;                 // from 0 on
     RingPosition in, weight, slot;
     LaneRow rows[2];
     scaled_half::SampleMax activation_max;    // of the tile's sample
@@ -297,9 +318,10 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
     auto let_the_other_begin = [&] {
-        if (me.first && me.warpgroup == 0) named_barrier_arrive(3, 256);
+        if (me.first && me.warpgroup == 0) named_barrier_arrive(kBeginBarrier, 256);
         me.first = false;
     };
+    me.load_constants(tile);
     int info = kLastTap, weight_stage = -1, input_stage = -1;    // of a tap
     uint32_t box = 0, b = 0, w = 0;
     auto take_tap = [&] {
@@ -360,7 +382,6 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         }
         end_tap(w, b);
     }
-    me.load_constants(tile);
     wgmma_wait_group<0>();
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
@@ -468,7 +489,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
             for (int k = threadIdx.x % 32; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[region * t.region_stride + offset + k]);
         });
     }
-    mbarrier_arrive(me.shared.head.staged + me.warpgroup);
+    mbarrier_arrive(me.shared.head.staged[1 - me.staged % 2] + me.warpgroup);    // counted already
 }
 
 template <int kBlockN>
@@ -480,7 +501,7 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         mbarrier_wait(head.tile_full + me.slot.stage, me.slot.phase);
         const Tile& tile = head.tiles[me.slot.stage];
         if (tile.n < 0) break;
-        if (me.first && me.warpgroup == 1) named_barrier(3, 256);
+        if (me.first && me.warpgroup == 1) named_barrier(kBeginBarrier, 256);
         if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4, false>(me, tile, d);
         else if (a.p.t.chunk == 64) multiply<kBlockN, 4, true>(me, tile, d);
         else if (a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);

@@ -36,7 +36,7 @@ struct Tile {
     int source_channel;       // the first of the copy
     int live_d, live_h;       // bit t: some row has a weight at tap t
     bool empty;               // no tap reads anything
-    Run run[2];               // of the warpgroups
+    Run run[kMaxWarpgroups];  // of the warpgroups
 };
 
 // How many phases the axes have that are not packed.
@@ -45,13 +45,13 @@ HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.
 // Sets of moments of a channel: of each run and phase.
 HOST_DEVICE int parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
-    return t.row_pairs ? t.sample_tiles / t.row_pairs * (t.split_m ? 1 : 2) * t.column_warps * p.s.phases() : 0;
+    return t.row_pairs ? t.sample_tiles / t.row_pairs * t.tile_runs() * t.column_warps * p.s.phases() : 0;
 }
 
 // The index of a run among all runs of all samples that have moments of their own.
 HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgroup) {
     const Tiling& t = p.t;
-    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * (t.split_m ? 1 : 2) + (t.split_m ? 0 : warpgroup);
+    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * t.tile_runs() + (t.split_m ? 0 : warpgroup);
 }
 
 // Bit t: tap t has weights in some row of a row tile.
@@ -143,7 +143,7 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     const int row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
     index /= t.row_pairs;
     tile.part = index % (t.sample_tiles / t.row_pairs);
-    const int first_run = index % t.runs * (t.split_m ? 1 : 2);
+    const int first_run = index % t.runs * t.tile_runs();
     index /= t.runs;
     tile.w0 = index % t.strips * t.tile_w;
     index /= t.strips;
@@ -152,7 +152,7 @@ HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
     tile.h0 = first_run * t.run / t.tile_w;
     tile.source_channel = t.split ? row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
     tile.live_d = tile.live_h = 0;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < t.warpgroups; i++) {
         Run& run = tile.run[i];
         run.row_tile = row_tile + (t.split_m ? i : 0);
         run.channel0 = run.row_tile % t.rows.channel_tiles * t.rows.octets * 8, run.outer = run.row_tile / t.rows.channel_tiles;

@@ -6,6 +6,7 @@
 namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
+constexpr int kMaxWarpgroups = 3;              // that multiply
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
@@ -13,8 +14,9 @@ constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 // A box of the source, halo included, is copied once for all taps (h, w): rows of `pitch`, so that a tap is a shift of an
 // address by whole rows of shared memory. Where the strip is the whole width, neighbouring rows share the zeros of their halos.
 struct Tiling {
+    int warpgroups;                            // that multiply
     int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
-    int split_m;                               // 1: the two warpgroups have the same positions, other rows; 0: the other way round
+    int split_m;                               // 1: the warpgroups, two of them, have the same positions, other rows; 0: the other way round
     int chunk;                                 // source channels of a stage: 16, 32 or 64
     int phase_channels, C_pad;                 // source channels of GEMM_K: of each phase, of all
     int split, products, group_tiles;          // channels of a group where operands are split (else 0), products of a tap, row tiles of a group
@@ -22,7 +24,7 @@ struct Tiling {
     RowMap rows;
     int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
     int tile_w, strips;                        // columns of a strip
-    int run, runs;                             // positions of a run, runs of a strip (or pairs of runs, where split_m is 0)
+    int run, runs;                             // positions of a run, runs of a strip, in groups of tile_runs()
     int pitch, box_rows;
     int taps_per_box;                          // taps h that a box serves: all, or 1
     bool whole_rows;                           // a run is whole rows of the strip
@@ -30,13 +32,15 @@ struct Tiling {
     bool bulk, dense;                          // staged outputs are aligned as in memory; position q is float q of its region
     bool tensor_store;                         // one copy of the whole run
     int region_stride;                         // floats of the staged outputs of a channel
-    int buffers, table_bytes;                  // how many warpgroups can stage at a time; what tells a warpgroup where to stage
+    int buffers, table_bytes;                  // one for each warpgroup, or one for all; what tells a warpgroup where to stage
     int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
-    int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where both warpgroups have the same rows
+    int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where all warpgroups have the same rows
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
     int row_pairs, sample_tiles, tiles;        // row tiles of a block
+    int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
+    HOST_DEVICE int tile_runs() const { return split_m ? 1 : warpgroups; }
     HOST_DEVICE int box_bytes() const { return box_rows * pitch * chunk * 2; }
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
@@ -78,7 +82,7 @@ inline int longest_run(const Tiling& t, int64_t strip, int step) {
 // Cuts a strip into runs. False where one would not fit.
 inline bool cut_runs(Tiling& t, const Stencil& s) {
     const StencilAxis &h = s.axis[1], &w = s.axis[2];
-    const int64_t strip = int64_t(h.positions) * t.tile_w, group = t.split_m ? 1 : 2;
+    const int64_t strip = int64_t(h.positions) * t.tile_w, group = t.tile_runs();
     t.whole_rows = h.phases * w.phases > 1 || t.strips > 1;
     if (t.whole_rows) {
         if (t.tile_w > t.block_n) return false;

@@ -38,6 +38,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int chunk : {64, 32, 16})
     for (int input_stages : {1, 2}) {
         Tiling t = {};
+        t.warpgroups = 2, t.queues = 1;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
         const int blocks = blocks_of(block_n);
         const int64_t shared = (most_shared + 1024) / blocks - 1024;
@@ -56,7 +57,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int halo_w = w.shift[w.taps - 1], halo_h = taps_per_box == 1 ? 0 : h.shift[h.taps - 1], row_bytes = 2 * chunk;
         // Rows of shared memory that a box's stage has: positions that are no outputs read beyond the box.
         int64_t first = 0;    // of a run, at most
-        for (int64_t begin = 0, group = int64_t(split_m ? 1 : 2) * t.run; begin < int64_t(t.tile_w) * h.positions; begin += group) {
+        for (int64_t begin = 0, group = int64_t(t.tile_runs()) * t.run; begin < int64_t(t.tile_w) * h.positions; begin += group) {
             const int64_t last = begin + group - t.run, row = (last / t.tile_w - begin / t.tile_w) * t.pitch + last % t.tile_w;
             first = std::max({first, begin % t.tile_w, row});
         }
@@ -71,7 +72,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp
         // stores piece after piece; or what it loads, at 20 bytes a cycle.
         const double taps = steps_of(t, s) / (chunk / 16), boxes = boxes_of(t, s), wide = blocks == 1;
-        const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double out_bytes = 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), values = out_bytes / 8 / pieces;
         const double pipeline = taps * (wide ? 700 + 300 * chunk / 16 : 350 + 200 * chunk / 16) + boxes * (t.box_bytes() / (wide ? 9 : 12) + (input_stages > 1 ? 0 : wide ? 3000 + t.box_bytes() / 20 : 500));
         const double epilogue = 0.2 * out_bytes + pieces / kColumnWarps / blocks * (150 + values / (t.bulk ? 128 : 32) * 50) + 2000;

@@ -16,7 +16,7 @@ constexpr int kMaxItems = 64;
 constexpr int kHeadBytes = 2048;               // barriers and the like
 
 inline int64_t shared_bytes(const Tiling& t) {
-    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + 2 * int64_t(t.table_bytes);
+    return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + t.warpgroups * int64_t(t.table_bytes);
 }
 
 // The tiling of least estimated time, or one of block_n 0 where none fits into shared memory. groups: of the split, or 1.
@@ -26,14 +26,16 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     Tiling best = {};
     double best_time = 0;
     for (int packing = 0; packing < 3; packing++)
+    for (int warpgroups : {2, 3})
     for (int split_m = 0; split_m < 2; split_m++)
     for (int block_n : {232, 224, 192, 160, 128, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (int input_stages : {2, 3, 4, 6})
-    for (int item_taps : {1, w.taps, h.taps * w.taps}) {
+    for (int item_taps : {h.taps * w.taps, w.taps, 1}) {
+        if (warpgroups == 3 && (split_m || block_n != 128)) continue;    // as many sums as there are registers for
         Tiling t = {};
-        t.input_stages = input_stages;
+        t.input_stages = input_stages, t.warpgroups = warpgroups;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
@@ -52,31 +54,36 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = t.items * kRows * row_bytes;
         t.weight_rings = split_m ? 2 : 1;
-        t.buffers = 2;
-        if (kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
+        t.buffers = warpgroups;
+        if (warpgroups == 2 && kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
         if (left_bytes < (many ? 3 : 6) * t.weight_bytes) continue;
         t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
+        // A tile's weights stay in shared memory for the next tile, where the ring has as many stages as they fill or a multiple.
+        const int tile_stages = d.taps * h.taps * w.taps / t.item_taps * (t.C_pad / t.chunk) * (many ? 1 : t.products);
+        const bool kept = t.weight_rings == 1 && tile_stages <= t.weight_stages;
+        if (kept) t.weight_stages -= t.weight_stages % tile_stages;
         // With one ring, the stages between the two warpgroups are not there to load weights in advance.
         const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
         t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
         if (!count_tiles(t, s, samples)) continue;
+        t.queues = kept ? t.row_pairs : 1;
         t.column_warps = 1;
         // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
         const double steps = steps_of(t, s), boxes = boxes_of(t, s);
-        // A step of both warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
+        // A step of two warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
         // cache; and longer where the stages that are not in use do not cover that one's latency.
-        const double weight_cycles = t.weight_rings * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step = block_n + 20 > weight_cycles ? block_n + 20 : weight_cycles;
+        const double weight_cycles = (kept ? 0 : t.weight_rings) * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step_cycles = warpgroups * block_n / 2 + 20, step = step_cycles > weight_cycles ? step_cycles : weight_cycles;
         const double lead = (t.weight_stages - (split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
         const double box_bytes = t.box_bytes(), box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
-        double products = steps * step * (lead < latency ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        double products = steps * step * (lead < latency && !kept ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
         products = products > box_time ? products : box_time;
         // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
         const double instructions = steps / (t.chunk / 16) * (many ? 100 + 600.0 / t.items : 600) + boxes * 600 + block_n * (t.dense ? 15 : 20);
         products = products > instructions ? products : instructions;
-        const double loads = (steps * t.weight_rings * kRows * 16 * 2 + boxes * box_bytes) / 21;
+        const double loads = (steps * (kept ? 0 : t.weight_rings) * kRows * 16 * 2 + boxes * box_bytes) / 21;
         products = products > loads ? products : loads;
-        const double out_bytes = 8.0 * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double out_bytes = 4.0 * warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
         // A warp issues the copies of a run's pieces one after another.
         const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));

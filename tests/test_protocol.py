@@ -1,5 +1,5 @@
 """A model of the barriers in a block of the Hopper convolution (kernels/conv_sm90.cuh), run in random orders: nobody waits
-forever, nobody overwrites what another still reads. A publisher, loaders, storers and two consumer warpgroups, as they are there; a
+forever, nobody overwrites what another still reads. A publisher, loaders, storers and consumer warpgroups, as they are there; a
 tile is a list of taps, True where a tap opens a new box. Keep it in step with Publisher, Loader, Storer, multiply and finish."""
 
 import random
@@ -36,19 +36,19 @@ class Ring:
 
 
 class Block:
-    def __init__(self, tiles, rings, weight_stages, buffers, lag):
-        self.queue, self.rings, self.weight_stages, self.buffers = list(tiles), rings, weight_stages, buffers
+    def __init__(self, tiles, consumers, rings, weight_stages, buffers, lag):
+        self.queue, self.consumers, self.rings, self.weight_stages, self.buffers = list(tiles), consumers, rings, weight_stages, buffers
         self.lag = lag
         self.tiles = [None] * SLOTS
-        self.box_full, self.box_empty = ([Barrier(count) for _ in range(BOXES)] for count in (1, 2))
-        self.weight_full, self.weight_empty = ([[Barrier(count) for _ in range(weight_stages)] for _ in range(2)] for count in (1, 3 - rings))
-        self.tile_full, self.tile_empty = ([Barrier(count) for _ in range(SLOTS)] for count in (1, 4 + rings))
-        self.buffer_free, self.staged = ([Barrier(1) for _ in range(2)] for _ in range(2))
-        self.in_use = [None] * 2         # which consumer's outputs a buffer holds
+        self.box_full, self.box_empty = ([Barrier(count) for _ in range(BOXES)] for count in (1, consumers))
+        self.weight_full, self.weight_empty = ([[Barrier(count) for _ in range(weight_stages)] for _ in range(rings)] for count in (1, consumers // rings))
+        self.tile_full, self.tile_empty = ([Barrier(count) for _ in range(SLOTS)] for count in (1, consumers + 2 + rings))
+        self.buffer_free, *self.staged = ([Barrier(1) for _ in range(consumers)] for _ in range(3))
+        self.in_use = [None] * consumers         # which consumer's outputs a buffer holds
         self.second_may_begin = False
 
     def buffer(self, me):
-        return me if self.buffers == 2 else 0
+        return me if self.buffers > 1 else 0
 
     def publisher(self):
         """Yields until a tile is published, and then True, or False behind the last."""
@@ -68,19 +68,22 @@ class Block:
                 yield step
 
     def storer(self, me):
-        slot, phase = Ring(SLOTS), 0
+        slot, tiles, consumer = Ring(SLOTS), 0, me
         while True:
             yield lambda: self.tile_full[slot.stage].passed(slot.phase)
             if self.tiles[slot.stage] is None:
                 break
-            yield lambda: self.staged[me].passed(phase)
+            while consumer < self.consumers:
+                yield lambda: self.staged[tiles % 2][consumer].passed(tiles // 2 % 2)
+                yield lambda: True
+                assert self.in_use[self.buffer(consumer)] == consumer
+                self.in_use[self.buffer(consumer)] = None
+                self.buffer_free[consumer].arrive()
+                consumer += 2
             self.tile_empty[slot.stage].arrive()
             slot.advance()
-            phase ^= 1
-            yield lambda: True
-            assert self.in_use[self.buffer(me)] == me
-            self.in_use[self.buffer(me)] = None
-            self.buffer_free[me].arrive()
+            consumer -= self.consumers
+            tiles += 1
 
     def loader(self, me):
         slot, box, weight = Ring(SLOTS), Ring(BOXES), Ring(self.weight_stages)
@@ -124,7 +127,7 @@ class Block:
             tile = self.tiles[slot.stage]
             if tile is None:
                 break
-            if me == 1:
+            if me == 1 and self.consumers == 2:
                 yield lambda: self.second_may_begin
             done_weight = done_box = weight_stage = box_stage = None
             for taps, opens_box in enumerate(tile):
@@ -155,7 +158,7 @@ class Block:
             assert self.in_use[self.buffer(me)] is None
             self.in_use[self.buffer(me)] = me
             yield lambda: True
-            self.staged[me].arrive()
+            self.staged[1 - staged % 2][me].arrive()
             self.tile_empty[slot.stage].arrive()
             slot.advance()
 
@@ -166,7 +169,7 @@ def waiting_for(passed):
 
 
 def run(block, order):
-    roles = [block.loader(0), block.loader(1) if block.rings == 2 else block.publishing_alone(), *(role(me) for role in (block.storer, block.consumer) for me in range(2))]
+    roles = [block.loader(0), block.loader(1) if block.rings == 2 else block.publishing_alone(), block.storer(0), block.storer(1), *(block.consumer(me) for me in range(block.consumers))]
     waiting = {role: lambda: True for role in roles}
     speed = {role: 1.0 for role in waiting}
     while waiting:
@@ -181,13 +184,15 @@ def run(block, order):
             del waiting[role]
 
 
-@pytest.mark.parametrize("buffers", [1, 2])
-@pytest.mark.parametrize("rings, weight_stages", [(2, 3), (2, 4), (2, 8), (1, 6), (1, 8), (1, 16)])
-def test_nobody_waits_forever(rings, weight_stages, buffers):
+@pytest.mark.parametrize("consumers, buffers", [(2, 1), (2, 2), (3, 3)])
+@pytest.mark.parametrize("rings, weight_stages", [(2, 3), (2, 4), (2, 8), (1, 2), (1, 6), (1, 8), (1, 16)])
+def test_nobody_waits_forever(rings, weight_stages, consumers, buffers):
+    if consumers > 2 and rings > 1:
+        pytest.skip("rings are of two consumers")
     order = random.Random(weight_stages * 2 + buffers)
     for _ in range(500):
         tiles = []
         for _ in range(order.randint(0, 7)):
             boxes, most = order.choice([0, 1, 1, 2, 3, 5, 9]), order.choice([1, 1, 2, 3, 4, 9])
             tiles.append([i == 0 for _ in range(boxes) for i in range(order.randint(1, most))])
-        run(Block(tiles, rings, weight_stages, buffers, 4 if rings == 2 else order.randint(1, weight_stages - 3)), order)
+        run(Block(tiles, consumers, rings, weight_stages, buffers, 4 if rings == 2 else order.randint(1, max(1, weight_stages - 3))), order)
