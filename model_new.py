@@ -2039,16 +2039,16 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
     return max;
 }
 
-// The maximum of one destination channel: a warp reads the kernel of one source channel after another.
+// The maximum of one destination channel: a block reads the kernels of several source channels at a time.
 template <typename T> __device__ void look_at_channel(const Weight& p, int channel) {
     const T* w = static_cast<const T*>(p.w);
-    const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int volume = kernel_volume(p.stencil), together = volume < kThreads ? kThreads / volume : 1;
     unsigned max = 0;
-    for (int k = lane; k < volume; k += 32)
+    for (int i = threadIdx.x; i < together * volume; i += kThreads)
 #pragma unroll 8
-        for (int c = warp; c < p.C; c += kThreads / 32) {
+        for (int c = i / volume; c < p.C; c += together) {
             const int64_t kernel = p.kernel_of(channel, c);
-            max = umax(max, kernel >= 0 ? finite_magnitude(to_acc(w[kernel + k])) : 0);
+            max = umax(max, kernel >= 0 ? finite_magnitude(to_acc(w[kernel + i % volume])) : 0);
         }
     max = block_max(max);
     if (threadIdx.x == 0) p.max[channel] = max;
@@ -2297,6 +2297,7 @@ namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 constexpr int kMaxWarpgroups = 3;              // that multiply
+constexpr int kMostPaired = 128;               // the largest block_n of which runs can be paired (conv_tiles.h)
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
@@ -2321,7 +2322,7 @@ struct Tiling {
     bool contiguous;                           // the outputs of a run are neighbours in memory
     bool bulk, dense;                          // staged outputs are aligned as in memory; position q is float q of its region
     bool tensor_store;                         // one copy of the whole run
-    int region_stride;                         // floats of the staged outputs of a channel
+    int region_channels, region_stride;        // channels of a row tile that are staged; floats of the staged outputs of a channel
     int buffers, table_bytes;                  // one for each warpgroup, or one for all; what tells a warpgroup where to stage
     int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
     int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where all warpgroups have the same rows
@@ -2397,7 +2398,7 @@ inline bool cut_runs(Tiling& t, const Stencil& s) {
 }
 
 // Lays a run's outputs out for staging: a region for each (channel, packed phase of D). may_be_dense: the epilogue knows runs without a table.
-inline void lay_out_regions(Tiling& t, const Stencil& s, bool may_be_dense) {
+inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool may_be_dense) {
     const int out_h = s.axis[1].out, out_w = s.axis[2].out;
     const int phases_h = packed_phases(t, s, 1), phases_w = s.axis[2].phases;
     t.contiguous = t.strips == 1 && (s.axis[1].phases == 1 || t.packed[1]);
@@ -2410,7 +2411,8 @@ inline void lay_out_regions(Tiling& t, const Stencil& s, bool may_be_dense) {
     t.region_stride = phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;
     t.tensor_store = t.contiguous && !t.whole_rows && aligned && t.region_stride == t.run;
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
-    const int regions = t.rows.octets * 8 * packed_phases(t, s, 0);
+    t.region_channels = round_up(channels, 8) < t.rows.octets * 8 ? round_up(channels, 8) : t.rows.octets * 8;
+    const int regions = t.region_channels * packed_phases(t, s, 0);
     t.buffer_bytes = round_up(int64_t(regions) * t.region_stride * 4, 128);
 }
 
@@ -2497,15 +2499,22 @@ struct Run {
     int od0, phase_h;                    // output plane of packed phase 0, phase of H where it is not packed
     int oh0, ow0, oh_end, ow_end;        // the outputs of a region
     int first;                           // floats of the region's first row before the run
+    int alignment;                       // of the first region, modulo 4 floats
+    bool paired;                         // W has two phases, and position q has floats 2 q and 2 q + 1 of its row; only column 0's phase 0 may be missing
+    int paired_place;                    // then: where the first row's column 0 has phase 0 in its region, for packed phase 0 of H
 };
 
-struct Tile {
-    int n, d, w0, columns;    // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
-    int h0, part;             // first row of the box's positions; index in the sample
-    int source_channel;       // the first of the copy
-    int live_d, live_h;       // bit t: some row has a weight at tap t
-    bool empty;               // no tap reads anything
-    Run run[kMaxWarpgroups];  // of the warpgroups
+struct Place {
+    int n, d, w0, columns;       // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
+    int h0, part;                // first row of the box's positions; index in the sample
+    int row_tile, first_run;     // of the first warpgroup
+    int source_channel;          // the first of the copy
+    int live_d, live_h;          // bit t: some row has a weight at tap t
+    bool empty;                  // no tap reads anything
+};
+
+struct Tile : Place {
+    Run run[kMaxWarpgroups];     // of the warpgroups
 };
 
 // How many phases the axes have that are not packed.
@@ -2606,42 +2615,69 @@ struct BoxTaps {
     }
 };
 
-HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
+// Floats from one staged row to the next.
+HOST_DEVICE int staged_row(const Problem& p) { return p.t.contiguous ? p.s.axis[2].out : p.t.tile_w * p.s.axis[2].phases; }
+
+// The global index of a region's first float, in arithmetic of type T.
+template <typename T> HOST_DEVICE T region_origin(const Problem& p, const Place& place, const Run& run, int channel, int od) {
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    return ((T(place.n) * T(p.C_out) + T(channel)) * T(ad.out) + T(od)) * T(ah.out) * T(aw.out) + T(run.oh0) * T(aw.out) + T(run.ow0) + T(run.first);
+}
+
+HOST_DEVICE Place place_of(const Problem& p, int index) {
     const Tiling& t = p.t;
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
+    Place place = {};
+    place.row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
     index /= t.row_pairs;
-    tile.part = index % (t.sample_tiles / t.row_pairs);
-    const int first_run = index % t.runs * t.tile_runs();
+    place.part = index % (t.sample_tiles / t.row_pairs);
+    place.first_run = index % t.runs * t.tile_runs();
     index /= t.runs;
-    tile.w0 = index % t.strips * t.tile_w;
+    place.w0 = index % t.strips * t.tile_w;
     index /= t.strips;
-    tile.d = index % ad.positions, tile.n = index / ad.positions;
-    tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
-    tile.h0 = first_run * t.run / t.tile_w;
-    tile.source_channel = t.split ? row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
-    tile.live_d = tile.live_h = 0;
-    for (int i = 0; i < t.warpgroups; i++) {
-        Run& run = tile.run[i];
-        run.row_tile = row_tile + (t.split_m ? i : 0);
-        run.channel0 = run.row_tile % t.rows.channel_tiles * t.rows.octets * 8, run.outer = run.row_tile / t.rows.channel_tiles;
-        const int phases_h = t.packed[1] ? 1 : ah.phases;
-        const int phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
-        run.phase_h = run.outer % phases_h;
-        tile.live_d |= live_taps(ad, t.packed[0], phase_d), tile.live_h |= live_taps(ah, t.packed[1], run.phase_h);
-        const int begin = (first_run + (t.split_m ? 0 : i)) * t.run;
-        run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
-        run.h0 = begin / t.tile_w, run.q0 = begin % t.tile_w;
-        run.b_row = run.count > 0 ? (run.h0 - tile.h0) * t.pitch + run.q0 : 0;
-        run.od0 = tile.d * ad.phases + phase_d - ad.crop;
-        run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, tile.w0 * aw.phases - aw.crop);
-        if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
-        run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
-        run.first = t.whole_rows ? 0 : run.q0;
+    place.d = index % ad.positions, place.n = index / ad.positions;
+    place.columns = min_of(t.tile_w, aw.positions - place.w0);
+    place.h0 = place.first_run * t.run / t.tile_w;
+    place.source_channel = t.split ? place.row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
+    const int phases_h = t.packed[1] ? 1 : ah.phases;
+    for (int i = 0; i <= t.split_m; i++) {
+        const int outer = (place.row_tile + i) / t.rows.channel_tiles;
+        place.live_d |= live_taps(ad, t.packed[0], t.packed[0] ? 0 : outer / phases_h % ad.phases), place.live_h |= live_taps(ah, t.packed[1], outer % phases_h);
     }
-    tile.empty = true;
-    for (int td = 0; td < ad.taps && tile.live_h != 0; td++)
-        if (tile.live_d >> td & 1 && unsigned(ad.first + tile.d - ad.shift[td]) < unsigned(ad.sources)) tile.empty = false;
+    place.empty = true;
+    for (int td = 0; td < ad.taps && place.live_h != 0; td++)
+        if (place.live_d >> td & 1 && unsigned(ad.first + place.d - ad.shift[td]) < unsigned(ad.sources)) place.empty = false;
+    return place;
+}
+
+HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
+    const Tiling& t = p.t;
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    Run run = {};
+    run.row_tile = place.row_tile + (t.split_m ? warpgroup : 0);
+    run.outer = run.row_tile / t.rows.channel_tiles, run.channel0 = (run.row_tile - run.outer * t.rows.channel_tiles) * t.rows.octets * 8;
+    const int phases_h = t.packed[1] ? 1 : ah.phases, phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
+    run.phase_h = run.outer % phases_h;
+    const int begin = (place.first_run + (t.split_m ? 0 : warpgroup)) * t.run;
+    run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
+    run.h0 = begin / t.tile_w, run.q0 = begin - run.h0 * t.tile_w;
+    run.b_row = run.count > 0 ? (run.h0 - place.h0) * t.pitch + run.q0 : 0;
+    run.od0 = place.d * ad.phases + phase_d - ad.crop;
+    run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
+    if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
+    const int rows = run.count / t.tile_w, oh_end = (run.h0 + rows) * ah.phases - ah.crop, ow_end = (place.w0 + place.columns) * aw.phases - aw.crop;
+    run.oh_end = min_of(ah.out, oh_end), run.ow_end = min_of(aw.out, ow_end);
+    run.first = t.whole_rows ? 0 : run.q0;
+    run.paired = t.block_n <= kMostPaired && aw.phases == 2 && t.whole_rows && t.tile_w % 8 == 0 && place.columns == t.tile_w && (rows == 1 || (rows > 1 && t.pitch == t.tile_w)) &&
+                 run.h0 * ah.phases >= ah.crop && oh_end <= ah.out && ow_end <= aw.out;
+    run.paired_place = (t.packed[1] ? run.h0 * ah.phases - ah.crop - run.oh0 : 0) * staged_row(p) + place.w0 * 2 - aw.crop - run.ow0;
+    run.alignment = t.contiguous ? region_origin<unsigned>(p, place, run, run.channel0, run.od0) % 4 : 0;
+    return run;
+}
+
+HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
+    static_cast<Place&>(tile) = place_of(p, index);
+    for (int i = 0; i < p.t.warpgroups; i++) tile.run[i] = run_of(p, tile, i);
 }
 
 // Item i of a stage of weights is tap i % item_taps and product i / item_taps: by how many rows it is shifted against the first.
@@ -2653,17 +2689,12 @@ HOST_DEVICE int rows_of_item(const Problem& p, int i) {
 
 // -------------------------------------------------------------------------------------------------- Staged outputs
 
-// Floats from one staged row to the next.
-HOST_DEVICE int staged_row(const Problem& p) { return p.t.contiguous ? p.s.axis[2].out : p.t.tile_w * p.s.axis[2].phases; }
-
-// The global index of a region's first float, in arithmetic of type T.
-template <typename T> HOST_DEVICE T region_origin(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
-    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    return ((T(tile.n) * T(p.C_out) + T(channel)) * T(ad.out) + T(od)) * T(ah.out) * T(aw.out) + T(run.oh0) * T(aw.out) + T(run.ow0) + T(run.first);
+// How many floats a region is away from a multiple of 16 bytes: (run's + of the region) % 4; channel and plane from the run's first on. Only where
+// runs are contiguous.
+HOST_DEVICE int alignment_of_region(const Problem& p, int channel, int plane) {
+    const unsigned area = unsigned(p.s.axis[1].out) * unsigned(p.s.axis[2].out);
+    return p.t.contiguous ? (unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane)) * area % 4 : 0;
 }
-
-// The same modulo 4: what overflows does not matter.
-HOST_DEVICE int region_alignment(const Problem& p, const Tile& tile, const Run& run, int channel, int od) { return region_origin<unsigned>(p, tile, run, channel, od) % 4; }
 
 // Where position q of a phase is staged in its region, or -1. Positions count the gaps, from column 0 of the run's first row on.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
@@ -2675,19 +2706,26 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
     return inside ? (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first : -1;
 }
 
+// Floats of a paired run from row to row of the grid.
+HOST_DEVICE int paired_row(const Problem& p) { return (p.t.packed[1] ? p.s.axis[1].phases : 1) * staged_row(p); }
+
 // Staged regions of a run: (channel, packed phase of D).
-HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.rows.octets * 8 * packed_phases(p.t, p.s, 0) : 0; }
+HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.region_channels * packed_phases(p.t, p.s, 0) : 0; }
+
+// Outputs of a region, where they are neighbours in memory.
+HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
 
 // Calls f(global index, region, float of the region, count) for the pieces of every `step`-th region from `first` to `end`.
 template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int end, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const int phases_d = packed_phases(p.t, p.s, 0);
     const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
-    const int count = !p.t.contiguous ? run.ow_end - run.ow0 : p.t.whole_rows ? (run.oh_end - run.oh0) * aw.out : run.count;
+    const int count = p.t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0;
+    const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
-        const int channel = run.channel0 + (phases_d == 1 ? region : region / phases_d), od = run.od0 + (phases_d == 1 ? 0 : region % phases_d);
-        if (channel >= p.C_out || od < 0 || od >= p.s.axis[0].out) continue;
-        const int64_t origin = region_origin<int64_t>(p, tile, run, channel, od);
+        const int channel = phases_d == 1 ? region : region / phases_d, plane = phases_d == 1 ? 0 : region % phases_d;
+        if (run.channel0 + channel >= p.C_out || unsigned(run.od0 + plane) >= unsigned(p.s.axis[0].out)) continue;
+        const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane) * area;
         for (int row = 0; row < rows; row++) {
             const int oh = run.oh0 + row * row_step;
             if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region, p.t.contiguous ? int(origin & 3) : row * staged_row(p), count);
@@ -3524,7 +3562,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         t.pitch = box_pitch(w, t.tile_w, strips);
         if (!cut_runs(t, s)) continue;
-        lay_out_regions(t, s, false);
+        lay_out_regions(t, s, t.rows.octets * 8, false);    // halves of all rows take turns
         const int halo_w = w.shift[w.taps - 1], halo_h = taps_per_box == 1 ? 0 : h.shift[h.taps - 1], row_bytes = 2 * chunk;
         // Rows of shared memory that a box's stage has: positions that are no outputs read beyond the box.
         int64_t first = 0;    // of a run, at most
@@ -3859,7 +3897,7 @@ __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, con
         const int index = granule * 8 + threadIdx.x % 32 / 4;
         const LaneRow row = lane_row(p, run, index);
         const RowConstants constants = rows[index];
-        float* region = buffer + slot_of(p, row.region) * t.region_stride + (t.contiguous ? region_alignment(p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d) : 0);
+        float* region = buffer + slot_of(p, row.region) * t.region_stride + (run.alignment + alignment_of_region(p, row.channel, row.packed_d)) % 4;
 #pragma unroll
         for (int j = 0; j < kColumns / 8; j++) {
             const int2 place = *reinterpret_cast<const int2*>(table + row.phase_hw * t.block_n + j * 8);
@@ -4338,6 +4376,9 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait_group() { asm
 // Keeps the compiler from using a register's value ahead of this point.
 __device__ __forceinline__ void keep_after(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 
+// Says that a register's value is not wanted any more.
+__device__ __forceinline__ void make_undefined(float& v) { asm volatile("" : "=f"(v)); }
+
 // An operand in rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address. K-major: a row
 // is one of GEMM_M or GEMM_N. Transposed: a row is one of GEMM_K, and where it is shorter than GEMM_M or GEMM_N, the next
 // elements are in rows `block_stride` bytes further on.
@@ -4348,34 +4389,34 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int blo
 }
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t address) { return base | (address & 0x3ffff) >> 4; }
 
-// d (64, 2 * registers) += a * b; fp16 operands in shared memory, K-major (0) or both transposed (1), fp32 sums in registers:
+// d (64, 2 * registers) += a * b, or = without kAccumulate; fp16 operands in shared memory, K-major (0) or both transposed (1), fp32 sums in registers:
 // element i of lane l in warp w is row 16 * w + l / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + l % 4 * 2 + i % 2.
 #define REGS10(t) "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
 #define ACC10(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9])
 
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[32], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, 1, 1, 1, %34, %34;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "n"(kTransposed));
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[32], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, %35, 1, 1, %34, %34;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, 1, 1, 1, %66, %66;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "n"(kTransposed));
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, %67, 1, 1, %66, %66;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[80], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, 1, 1, 1, %82, %82;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70) : "l"(a), "l"(b), "n"(kTransposed));
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[80], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, %83, 1, 1, %82, %82;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[96], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " "%90, %91, %92, %93, %94, %95" "}, %96, %97, 1, 1, 1, %98, %98;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]) : "l"(a), "l"(b), "n"(kTransposed));
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[96], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " "%90, %91, %92, %93, %94, %95" "}, %96, %97, %99, 1, 1, %98, %98;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[112], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111" "}, %112, %113, 1, 1, 1, %114, %114;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]) : "l"(a), "l"(b), "n"(kTransposed));
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[112], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111" "}, %112, %113, %115, 1, 1, %114, %114;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
-template <int kTransposed> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[116], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, 1, 1, 1, %118, %118;\n"
-                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b), "n"(kTransposed));
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[116], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n232k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111, %112, %113, %114, %115" "}, %116, %117, %119, 1, 1, %118, %118;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
 
 #undef REGS10
@@ -4436,7 +4477,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         t.pitch = box_pitch(w, t.tile_w, strips);
         if (t.pitch > 256 || !cut_runs(t, s)) continue;
-        lay_out_regions(t, s, true);
+        lay_out_regions(t, s, channels, true);
         const int64_t row_bytes = 2 * t.chunk;
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = t.items * kRows * row_bytes;
@@ -4444,12 +4485,12 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.buffers = warpgroups;
         if (warpgroups == 2 && kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
-        if (left_bytes < (many ? 3 : 6) * t.weight_bytes) continue;
         t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
         // A tile's weights stay in shared memory for the next tile, where the ring has as many stages as they fill or a multiple.
         const int tile_stages = d.taps * h.taps * w.taps / t.item_taps * (t.C_pad / t.chunk) * (many ? 1 : t.products);
-        const bool kept = t.weight_rings == 1 && tile_stages <= t.weight_stages;
+        const bool kept = t.weight_rings == 1 && t.weight_stages >= 2 && tile_stages <= t.weight_stages;
         if (kept) t.weight_stages -= t.weight_stages % tile_stages;
+        else if (t.weight_stages * t.weight_rings < (many ? 3 : 6)) continue;
         // With one ring, the stages between the two warpgroups are not there to load weights in advance.
         const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
         t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
@@ -4478,7 +4519,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (products < store_time) products = store_time;
         const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
-        const double time = waves * (tile + 400);
+        const double time = waves * (tile + (kept ? 400 : 1200));
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
     }
     return best;
@@ -4504,6 +4545,8 @@ _SOURCES['conv_sm90.cuh'] = r'''
 // Fused: the epilogue also leaves, per run and row, the mean and the sum of squared deviations of relu(out), of which
 // conv_statistics.cuh makes the statistics.
 #pragma once
+
+#include <type_traits>
 
 #include "conv_epilogue.cuh"
 #include "ptx_sm90.cuh"
@@ -4575,9 +4618,11 @@ struct Publisher {
         Tile& tile = head.tiles[slot.stage];
         const bool more = next >= 0;
         mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
-        if (threadIdx.x % 32 == 0) {
-            if (more) locate(a.p, next, tile);
-            else tile.n = -1;
+        const int lane = threadIdx.x % 32;
+        if (lane < a.p.t.warpgroups) {
+            Place place = {-1};
+            if (more) place = place_of(a.p, next), tile.run[lane] = run_of(a.p, place, lane);
+            if (lane == 0) static_cast<Place&>(tile) = place;
             mbarrier_arrive(head.tile_full + slot.stage);
         }
         __syncwarp();
@@ -4723,14 +4768,18 @@ struct Storer {
 // One of the two rows that a lane has of each tile: row 16 * warp + lane / 4, and the one 8 further, in the next granule.
 struct LaneRow {
     int channel, phase, packed_d;                // channel from the row tile's first on; phase among the packed ones, and of D
+    int alignment, paired_place;                 // of its region and its phase of H, to be added to the run's
     int region;                                  // first float of its region
     int table;                                   // first entry of its phase in the table of staged places
-    bool used;
+    bool used, exists;                           // by a channel; by one that there is
     unsigned weight_max;                         // of the tile's channel
     float bias;
     float scale, more;                           // back to what the sums stand for: scale, unless that would not be a normal number
-    bool live;                                   // there is such an output plane and channel
+    bool live;                                   // there is such an output plane, channel and run
 };
+
+// Whether consumers have registers to keep the epilogue's constants from tile to tile.
+template <int kBlockN> constexpr bool kKeepsConstants = kBlockN <= 128;
 
 // What a consumer warpgroup carries from tile to tile.
 struct Consumer {
@@ -4739,6 +4788,7 @@ struct Consumer {
     int warpgroup;                 // from 0 on
     RingPosition in, weight, slot;
     LaneRow rows[2];
+    int channel0 = -1, n = -1;     // what the constants were loaded for
     scaled_half::SampleMax activation_max;    // of the tile's sample
     int staged = 0;                // how often this one staged outputs
     int4 table_key = {-1, 0, 0, 0};    // what the table was made for
@@ -4756,6 +4806,7 @@ struct Consumer {
             row.channel = octet * 8 + threadIdx.x % 32 / 4;
             row.packed_d = row.phase / phases_w / phases_h;
             row.region = row.used ? (row.channel * phases_d + row.packed_d) * t.region_stride : 0;
+            row.alignment = alignment_of_region(p, row.channel, row.packed_d), row.paired_place = row.phase / phases_w % phases_h * staged_row(p);
             row.table = row.phase % (phases_h * phases_w) * t.block_n;
         }
     }
@@ -4773,17 +4824,23 @@ struct Consumer {
     }
 
     // Loads what the epilogue will need of global memory; prepare_rows makes use of it, many cycles later.
-    __device__ __forceinline__ void load_constants(const Tile& tile) {
-        activation_max = a.activation_max[tile.n];
+    // kKeeps: they are there for the next tile too, if it is of the same channels and sample.
+    template <bool kKeeps> __device__ __forceinline__ void load_constants(const Tile& tile) {
         const Run& run = tile.run[warpgroup];
+        if (!kKeeps || run.channel0 != channel0 || tile.n != n) {
+            channel0 = run.channel0, n = tile.n;
+            activation_max = a.activation_max[n];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            LaneRow& row = rows[half];
-            const int channel = run.channel0 + row.channel, od = run.od0 + row.packed_d;
-            row.live = row.used && run.outer < outer_phases(a.p) && channel < a.p.C_out && od >= 0 && od < a.p.s.axis[0].out;
-            row.weight_max = row.live ? a.weight_max[channel] : 0;
-            row.bias = row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+            for (LaneRow& row : rows) {
+                const int channel = channel0 + row.channel;
+                row.exists = row.used && channel < a.p.C_out;
+                row.weight_max = row.exists ? a.weight_max[channel] : 0;
+                row.bias = row.exists && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+            }
+            if (kKeeps) prepare_rows();
         }
+#pragma unroll
+        for (LaneRow& row : rows) row.live = row.exists && run.count > 0 && unsigned(run.od0 + row.packed_d) < unsigned(a.p.s.axis[0].out);
     }
     __device__ __forceinline__ void prepare_rows() {
 #pragma unroll
@@ -4805,13 +4862,13 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
     SharedHead& head = me.shared.head;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
     const int b_row = tile.run[me.warpgroup].b_row, ring = t.weight_rings == 2 ? me.warpgroup * t.weight_stages : 0;
-#pragma unroll
-    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
     auto let_the_other_begin = [&] {
         if (me.first && me.warpgroup == 0) named_barrier_arrive(kBeginBarrier, 256);
         me.first = false;
     };
-    me.load_constants(tile);
+    me.load_constants<kKeepsConstants<kBlockN>>(tile);
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i++) make_undefined(d[i]);
     int info = kLastTap, weight_stage = -1, input_stage = -1;    // of a tap
     uint32_t box = 0, b = 0, w = 0;
     auto take_tap = [&] {
@@ -4827,10 +4884,14 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         }
         b = box + (info & kTapRows) * row_bytes, w = shared_address(me.shared.weights + (ring + weight_stage) * t.weight_bytes);
     };
-    auto multiply_steps = [&](uint32_t w, uint32_t b, int first, int end) {
+    auto multiply_steps = [&](uint32_t w, uint32_t b, int first, int end, auto anew) {
         wgmma_fence();
 #pragma unroll
-        for (int step = first; step < end; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+        for (int step = first; step < end; step++) {
+            const uint64_t a_step = wgmma_descriptor(descriptor, w + step * 32), b_step = wgmma_descriptor(descriptor, b + step * 32);
+            if (decltype(anew)::value && step == 0) wgmma_m64k16_f16<0, 0>(d, a_step, b_step);
+            else wgmma_m64k16_f16<0>(d, a_step, b_step);
+        }
         wgmma_commit_group();
     };
     int done_weight = -1, done_input = -1;    // stages whose last reader is in flight
@@ -4838,9 +4899,9 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
         if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
     };
-    auto begin_tap = [&] {
-        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_bytes : b, 0, kSteps);
-        else multiply_steps(w, b, 0, kSteps / 2);
+    auto begin_tap = [&](auto anew) {
+        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_bytes : b, 0, kSteps, anew);
+        else multiply_steps(w, b, 0, kSteps / 2, anew);
         wgmma_wait_group<1>();    // the tap before is done
         release();
         done_weight = weight_stage, done_input = -1;
@@ -4852,15 +4913,15 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             for (int i = 1; i < t.items; i++) {
                 const uint32_t b_item = b + rows * row_bytes;
                 rows = head.item_rows[i + 1];
-                multiply_steps(w + i * kRows * row_bytes, b_item, 0, kSteps);
+                multiply_steps(w + i * kRows * row_bytes, b_item, 0, kSteps, std::false_type());
             }
         } else {
-            multiply_steps(w, b, kSteps / 2, kSteps);
+            multiply_steps(w, b, kSteps / 2, kSteps, std::false_type());
         }
     };
     if (!tile.empty) {
         take_tap();
-        begin_tap();
+        begin_tap(std::true_type());
         for (int taps = 1; !(info & kLastTap); taps++) {
             const uint32_t this_w = w, this_b = b;
             const int this_input = input_stage;
@@ -4868,13 +4929,16 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             if (info & kOpensBox) done_input = this_input;
             if (taps == t.lag || done_input >= 0) let_the_other_begin();
             end_tap(this_w, this_b);
-            begin_tap();
+            begin_tap(std::false_type());
         }
         end_tap(w, b);
-    }
-    wgmma_wait_group<0>();
+        wgmma_wait_group<0>();
 #pragma unroll
-    for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
+        for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
+    } else {
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+    }
     done_input = input_stage;
     release();
     let_the_other_begin();
@@ -4885,7 +4949,31 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
 // Where a lane's row is staged.
 __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& tile, const LaneRow& row) {
     const Run& run = tile.run[me.warpgroup];
-    return me.buffer() + row.region + (me.a.p.t.contiguous ? region_alignment(me.a.p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d) : 0);
+    return me.buffer() + row.region + (run.alignment + row.alignment) % 4;
+}
+
+// The moments of a lane's share of a row. They are of deviations from one of the row's values, whose own squared deviation is part of
+// the result, which bounds the cancellation.
+struct Moments {
+    float shift = 0, sum = 0, squares = 0;
+    int count = 0;
+    __device__ __forceinline__ void add(float value) {
+        const float deviation = value - shift;
+        sum += deviation, squares = fmaf(deviation, deviation, squares), count++;
+    }
+};
+
+// Leaves the moments of a row, which a quad has.
+__device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& tile, const LaneRow& row, const Moments& m) {
+    const Parameters& a = me.a;
+    const Tiling& t = a.p.t;
+    const Run& run = tile.run[me.warpgroup];
+    const float total = quad_sum(float(m.count)), sum = quad_sum(m.sum), mean = total > 0 ? sum / total : 0.0f, deviations = quad_sum(m.squares) - sum * mean;
+    if (threadIdx.x % 4 == 0 && row.live) {
+        const int64_t place = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
+        a.workspace.moments[place * t.channels() + run.channel0 + row.channel] = make_float2(m.shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
+        a.workspace.counts[place] = total;    // the same from every channel
+    }
 }
 
 // Scales back, adds the bias and stages; kRelu: applies ReLU too, and leaves each row's moments where they are wanted.
@@ -4899,56 +4987,64 @@ __device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile,
 #pragma unroll
         for (int i = 0; i < kBlockN / 2; i++) v[i] *= me.rows[i / 2 % 2].more;
     }
+    const auto value = [&](int i) {
+        const LaneRow& row = me.rows[i / 2 % 2];
+        return kRelu ? max_nan(fmaf(v[i], row.scale, row.bias), 0.0f) : fmaf(v[i], row.scale, row.bias);
+    };
+    const auto begin = [&](Moments& moments, float value) { if (kRelu) moments.shift = __shfl_sync(~0u, value, lane & ~3); };
+    const auto put = [&](float* at, float value, Moments& moments) {
+        *at = value;
+        if (kRelu) moments.add(value);
+    };
+    const auto leave = [&](const LaneRow& row, const Moments& moments) { if (kRelu && a.workspace.moments) leave_moments(me, tile, row, moments); };
+    if (kBlockN <= kMostPaired && run.paired) {    // both rows are the same channel's, phases of W: position q has floats 2 q and 2 q + 1 of its row
+        Moments low, high;
+        begin(low, value(1)), begin(high, value(3));
+        if (me.rows[0].live) {
+            float* const region = staged_region(me, tile, me.rows[0]) + run.paired_place + me.rows[0].paired_place + lane % 4 * 4;
+            const bool first_missing = lane % 4 == 0 && tile.w0 * 2 < a.p.s.axis[2].crop;    // column 0 has no phase 0
+            const auto stage = [&](auto row_of, int skipped, int count) {
+#pragma unroll
+                for (int j = 0; j < kBlockN / 8; j++) {
+                    if (j * 8 >= count) continue;
+                    float* const at = region + j * 16 + row_of(j) * skipped;
+                    if (!first_missing || (j > 0 && row_of(j) == row_of(j - 1))) put(at, value(j * 4), low);
+                    put(at + 1, value(j * 4 + 2), high), put(at + 2, value(j * 4 + 1), low), put(at + 3, value(j * 4 + 3), high);
+                }
+            };
+            const int reciprocal = 65536 / (t.tile_w / 8) + 1;    // of a row's blocks of 8 positions
+            if (t.tile_w == kBlockN) stage([](int) { return 0; }, 0, kBlockN);
+            else stage([&](int j) { return j * reciprocal >> 16; }, paired_row(a.p) - 2 * t.tile_w, run.count);
+        }
+        leave(me.rows[0], low), leave(me.rows[1], high);
+        return;
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
-        const auto value = [&](int i) { return kRelu ? max_nan(fmaf(v[i], row.scale, row.bias), 0.0f) : fmaf(v[i], row.scale, row.bias); };
         const int* table = me.table() + row.table + lane % 4 * 2;
-        float shift = 0, sum = 0, squares = 0;
-        int count = 0;
-        if (kRelu) {    // moments are of deviations from one of the row's values, whose own squared deviation is part of the result, which bounds the cancellation
-            constexpr int kMiddle = kBlockN / 16;
-            shift = __shfl_sync(~0u, !t.dense && table[0] < 0 ? value(kMiddle * 4 + half * 2) : value(half * 2), lane & ~3);
-        }
-        const auto add = [&](float value) {
-            const float deviation = value - shift;
-            sum += deviation, squares = fmaf(deviation, deviation, squares), count++;
-        };
-        if (row.live) {
+        Moments moments;
+        if (kRelu) begin(moments, !t.dense && table[0] < 0 ? value(kBlockN / 16 * 4 + half * 2) : value(half * 2));
+        if (row.live && t.dense) {    // position q is float q of its region
+            float2* at = reinterpret_cast<float2*>(staged_region(me, tile, row) + lane % 4 * 2);
+            const int outputs = run.count - lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < kBlockN / 8; j++) {
+                const float2 pair = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
+                at[j * 4] = pair;
+                if (kRelu && j * 8 < outputs) moments.add(pair.x), moments.add(pair.y);    // runs are even
+            }
+        } else if (row.live) {
             float* region = staged_region(me, tile, row);
-            if (t.dense) {    // position q is float q of its region
-                float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);
-                const int outputs = run.count - lane % 4 * 2;
 #pragma unroll
-                for (int j = 0; j < kBlockN / 8; j++) {
-                    const float2 pair = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
-                    at[j * 4] = pair;
-                    if (kRelu && j * 8 < outputs) add(pair.x), add(pair.y);    // runs are even
-                }
-            } else {
-#pragma unroll
-                for (int j = 0; j < kBlockN / 8; j++) {
-                    const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
-                    const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
-                    if (place.x >= 0) {
-                        region[place.x] = low;
-                        if (kRelu) add(low);
-                    }
-                    if (place.y >= 0) {
-                        region[place.y] = high;
-                        if (kRelu) add(high);
-                    }
-                }
+            for (int j = 0; j < kBlockN / 8; j++) {
+                const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
+                const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
+                if (place.x >= 0) put(region + place.x, low, moments);
+                if (place.y >= 0) put(region + place.y, high, moments);
             }
         }
-        if (kRelu && a.workspace.moments) {
-            const float total = quad_sum(float(count)), of_row = quad_sum(sum), mean = total > 0 ? of_row / total : 0.0f, deviations = quad_sum(squares) - of_row * mean;
-            if (lane % 4 == 0 && row.live) {
-                const int64_t place = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
-                a.workspace.moments[place * t.channels() + run.channel0 + row.channel] = make_float2(shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
-                a.workspace.counts[place] = total;    // the same from every channel
-            }
-        }
+        leave(row, moments);
     }
 }
 
@@ -4959,9 +5055,9 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
     const Problem& p = a.p;
     const Tiling& t = p.t;
     const Run& run = tile.run[me.warpgroup];
-    me.prepare_rows();
+    if (!kKeepsConstants<kBlockN>) me.prepare_rows();
     me.wait_for_buffer();
-    if (!t.dense) {
+    if (!t.dense && !run.paired) {
         const int4 key = table_key(p, tile, run);
         if (!same_key(key, me.table_key)) {
             fill_table<kBlockN>(p, tile, run, [&] { return me.table(); });
@@ -4986,7 +5082,7 @@ template <int kBlockN>
 __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& shared) {
     Consumer me(a, shared);
     SharedHead& head = shared.head;
-    float d[kBlockN / 2];
+    float d[kBlockN / 2] = {};
     while (true) {
         mbarrier_wait(head.tile_full + me.slot.stage, me.slot.phase);
         const Tile& tile = head.tiles[me.slot.stage];
@@ -5032,7 +5128,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     if (threadIdx.x == 0) {
         for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 4 * kConsumers);
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 4 * kConsumers);
-        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.weight_rings * 32);
+        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, kConsumers), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.weight_rings * 32);
         for (int i = 0; i < kConsumers; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged[0] + i, 128), mbarrier_init(head.staged[1] + i, 128);
         fence_mbarrier_init();
     }
@@ -5092,7 +5188,7 @@ struct Path {
         RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
         RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
         if (t.tensor_store && dtype == kFloat32)
-            RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, kRows, 1}));
+            RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, t.region_channels, 1}));
         const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
         switch (t.block_n) {
             case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);

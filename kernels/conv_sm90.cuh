@@ -15,6 +15,8 @@
 // conv_statistics.cuh makes the statistics.
 #pragma once
 
+#include <type_traits>
+
 #include "conv_epilogue.cuh"
 #include "ptx_sm90.cuh"
 #include "tiling_sm90.h"
@@ -85,9 +87,11 @@ struct Publisher {
         Tile& tile = head.tiles[slot.stage];
         const bool more = next >= 0;
         mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
-        if (threadIdx.x % 32 == 0) {
-            if (more) locate(a.p, next, tile);
-            else tile.n = -1;
+        const int lane = threadIdx.x % 32;
+        if (lane < a.p.t.warpgroups) {
+            Place place = {-1};
+            if (more) place = place_of(a.p, next), tile.run[lane] = run_of(a.p, place, lane);
+            if (lane == 0) static_cast<Place&>(tile) = place;
             mbarrier_arrive(head.tile_full + slot.stage);
         }
         __syncwarp();
@@ -233,14 +237,18 @@ struct Storer {
 // One of the two rows that a lane has of each tile: row 16 * warp + lane / 4, and the one 8 further, in the next granule.
 struct LaneRow {
     int channel, phase, packed_d;                // channel from the row tile's first on; phase among the packed ones, and of D
+    int alignment, paired_place;                 // of its region and its phase of H, to be added to the run's
     int region;                                  // first float of its region
     int table;                                   // first entry of its phase in the table of staged places
-    bool used;
+    bool used, exists;                           // by a channel; by one that there is
     unsigned weight_max;                         // of the tile's channel
     float bias;
     float scale, more;                           // back to what the sums stand for: scale, unless that would not be a normal number
-    bool live;                                   // there is such an output plane and channel
+    bool live;                                   // there is such an output plane, channel and run
 };
+
+// Whether consumers have registers to keep the epilogue's constants from tile to tile.
+template <int kBlockN> constexpr bool kKeepsConstants = kBlockN <= 128;
 
 // What a consumer warpgroup carries from tile to tile.
 struct Consumer {
@@ -249,6 +257,7 @@ struct Consumer {
     int warpgroup;                 // from 0 on
     RingPosition in, weight, slot;
     LaneRow rows[2];
+    int channel0 = -1, n = -1;     // what the constants were loaded for
     scaled_half::SampleMax activation_max;    // of the tile's sample
     int staged = 0;                // how often this one staged outputs
     int4 table_key = {-1, 0, 0, 0};    // what the table was made for
@@ -266,6 +275,7 @@ struct Consumer {
             row.channel = octet * 8 + threadIdx.x % 32 / 4;
             row.packed_d = row.phase / phases_w / phases_h;
             row.region = row.used ? (row.channel * phases_d + row.packed_d) * t.region_stride : 0;
+            row.alignment = alignment_of_region(p, row.channel, row.packed_d), row.paired_place = row.phase / phases_w % phases_h * staged_row(p);
             row.table = row.phase % (phases_h * phases_w) * t.block_n;
         }
     }
@@ -283,17 +293,23 @@ struct Consumer {
     }
 
     // Loads what the epilogue will need of global memory; prepare_rows makes use of it, many cycles later.
-    __device__ __forceinline__ void load_constants(const Tile& tile) {
-        activation_max = a.activation_max[tile.n];
+    // kKeeps: they are there for the next tile too, if it is of the same channels and sample.
+    template <bool kKeeps> __device__ __forceinline__ void load_constants(const Tile& tile) {
         const Run& run = tile.run[warpgroup];
+        if (!kKeeps || run.channel0 != channel0 || tile.n != n) {
+            channel0 = run.channel0, n = tile.n;
+            activation_max = a.activation_max[n];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            LaneRow& row = rows[half];
-            const int channel = run.channel0 + row.channel, od = run.od0 + row.packed_d;
-            row.live = row.used && run.outer < outer_phases(a.p) && channel < a.p.C_out && od >= 0 && od < a.p.s.axis[0].out;
-            row.weight_max = row.live ? a.weight_max[channel] : 0;
-            row.bias = row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+            for (LaneRow& row : rows) {
+                const int channel = channel0 + row.channel;
+                row.exists = row.used && channel < a.p.C_out;
+                row.weight_max = row.exists ? a.weight_max[channel] : 0;
+                row.bias = row.exists && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+            }
+            if (kKeeps) prepare_rows();
         }
+#pragma unroll
+        for (LaneRow& row : rows) row.live = row.exists && run.count > 0 && unsigned(run.od0 + row.packed_d) < unsigned(a.p.s.axis[0].out);
     }
     __device__ __forceinline__ void prepare_rows() {
 #pragma unroll
@@ -315,13 +331,13 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
     SharedHead& head = me.shared.head;
     const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
     const int b_row = tile.run[me.warpgroup].b_row, ring = t.weight_rings == 2 ? me.warpgroup * t.weight_stages : 0;
-#pragma unroll
-    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
     auto let_the_other_begin = [&] {
         if (me.first && me.warpgroup == 0) named_barrier_arrive(kBeginBarrier, 256);
         me.first = false;
     };
-    me.load_constants(tile);
+    me.load_constants<kKeepsConstants<kBlockN>>(tile);
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i++) make_undefined(d[i]);
     int info = kLastTap, weight_stage = -1, input_stage = -1;    // of a tap
     uint32_t box = 0, b = 0, w = 0;
     auto take_tap = [&] {
@@ -337,10 +353,14 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         }
         b = box + (info & kTapRows) * row_bytes, w = shared_address(me.shared.weights + (ring + weight_stage) * t.weight_bytes);
     };
-    auto multiply_steps = [&](uint32_t w, uint32_t b, int first, int end) {
+    auto multiply_steps = [&](uint32_t w, uint32_t b, int first, int end, auto anew) {
         wgmma_fence();
 #pragma unroll
-        for (int step = first; step < end; step++) wgmma_m64k16_f16<0>(d, wgmma_descriptor(descriptor, w + step * 32), wgmma_descriptor(descriptor, b + step * 32));
+        for (int step = first; step < end; step++) {
+            const uint64_t a_step = wgmma_descriptor(descriptor, w + step * 32), b_step = wgmma_descriptor(descriptor, b + step * 32);
+            if (decltype(anew)::value && step == 0) wgmma_m64k16_f16<0, 0>(d, a_step, b_step);
+            else wgmma_m64k16_f16<0>(d, a_step, b_step);
+        }
         wgmma_commit_group();
     };
     int done_weight = -1, done_input = -1;    // stages whose last reader is in flight
@@ -348,9 +368,9 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.elected() && done_weight >= 0) mbarrier_arrive(head.weight_empty + ring + done_weight);
         if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
     };
-    auto begin_tap = [&] {
-        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_bytes : b, 0, kSteps);
-        else multiply_steps(w, b, 0, kSteps / 2);
+    auto begin_tap = [&](auto anew) {
+        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_bytes : b, 0, kSteps, anew);
+        else multiply_steps(w, b, 0, kSteps / 2, anew);
         wgmma_wait_group<1>();    // the tap before is done
         release();
         done_weight = weight_stage, done_input = -1;
@@ -362,15 +382,15 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             for (int i = 1; i < t.items; i++) {
                 const uint32_t b_item = b + rows * row_bytes;
                 rows = head.item_rows[i + 1];
-                multiply_steps(w + i * kRows * row_bytes, b_item, 0, kSteps);
+                multiply_steps(w + i * kRows * row_bytes, b_item, 0, kSteps, std::false_type());
             }
         } else {
-            multiply_steps(w, b, kSteps / 2, kSteps);
+            multiply_steps(w, b, kSteps / 2, kSteps, std::false_type());
         }
     };
     if (!tile.empty) {
         take_tap();
-        begin_tap();
+        begin_tap(std::true_type());
         for (int taps = 1; !(info & kLastTap); taps++) {
             const uint32_t this_w = w, this_b = b;
             const int this_input = input_stage;
@@ -378,13 +398,16 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             if (info & kOpensBox) done_input = this_input;
             if (taps == t.lag || done_input >= 0) let_the_other_begin();
             end_tap(this_w, this_b);
-            begin_tap();
+            begin_tap(std::false_type());
         }
         end_tap(w, b);
-    }
-    wgmma_wait_group<0>();
+        wgmma_wait_group<0>();
 #pragma unroll
-    for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
+        for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
+    } else {
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+    }
     done_input = input_stage;
     release();
     let_the_other_begin();
@@ -395,7 +418,31 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
 // Where a lane's row is staged.
 __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& tile, const LaneRow& row) {
     const Run& run = tile.run[me.warpgroup];
-    return me.buffer() + row.region + (me.a.p.t.contiguous ? region_alignment(me.a.p, tile, run, run.channel0 + row.channel, run.od0 + row.packed_d) : 0);
+    return me.buffer() + row.region + (run.alignment + row.alignment) % 4;
+}
+
+// The moments of a lane's share of a row. They are of deviations from one of the row's values, whose own squared deviation is part of
+// the result, which bounds the cancellation.
+struct Moments {
+    float shift = 0, sum = 0, squares = 0;
+    int count = 0;
+    __device__ __forceinline__ void add(float value) {
+        const float deviation = value - shift;
+        sum += deviation, squares = fmaf(deviation, deviation, squares), count++;
+    }
+};
+
+// Leaves the moments of a row, which a quad has.
+__device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& tile, const LaneRow& row, const Moments& m) {
+    const Parameters& a = me.a;
+    const Tiling& t = a.p.t;
+    const Run& run = tile.run[me.warpgroup];
+    const float total = quad_sum(float(m.count)), sum = quad_sum(m.sum), mean = total > 0 ? sum / total : 0.0f, deviations = quad_sum(m.squares) - sum * mean;
+    if (threadIdx.x % 4 == 0 && row.live) {
+        const int64_t place = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
+        a.workspace.moments[place * t.channels() + run.channel0 + row.channel] = make_float2(m.shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
+        a.workspace.counts[place] = total;    // the same from every channel
+    }
 }
 
 // Scales back, adds the bias and stages; kRelu: applies ReLU too, and leaves each row's moments where they are wanted.
@@ -409,56 +456,64 @@ __device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile,
 #pragma unroll
         for (int i = 0; i < kBlockN / 2; i++) v[i] *= me.rows[i / 2 % 2].more;
     }
+    const auto value = [&](int i) {
+        const LaneRow& row = me.rows[i / 2 % 2];
+        return kRelu ? max_nan(fmaf(v[i], row.scale, row.bias), 0.0f) : fmaf(v[i], row.scale, row.bias);
+    };
+    const auto begin = [&](Moments& moments, float value) { if (kRelu) moments.shift = __shfl_sync(~0u, value, lane & ~3); };
+    const auto put = [&](float* at, float value, Moments& moments) {
+        *at = value;
+        if (kRelu) moments.add(value);
+    };
+    const auto leave = [&](const LaneRow& row, const Moments& moments) { if (kRelu && a.workspace.moments) leave_moments(me, tile, row, moments); };
+    if (kBlockN <= kMostPaired && run.paired) {    // both rows are the same channel's, phases of W: position q has floats 2 q and 2 q + 1 of its row
+        Moments low, high;
+        begin(low, value(1)), begin(high, value(3));
+        if (me.rows[0].live) {
+            float* const region = staged_region(me, tile, me.rows[0]) + run.paired_place + me.rows[0].paired_place + lane % 4 * 4;
+            const bool first_missing = lane % 4 == 0 && tile.w0 * 2 < a.p.s.axis[2].crop;    // column 0 has no phase 0
+            const auto stage = [&](auto row_of, int skipped, int count) {
+#pragma unroll
+                for (int j = 0; j < kBlockN / 8; j++) {
+                    if (j * 8 >= count) continue;
+                    float* const at = region + j * 16 + row_of(j) * skipped;
+                    if (!first_missing || (j > 0 && row_of(j) == row_of(j - 1))) put(at, value(j * 4), low);
+                    put(at + 1, value(j * 4 + 2), high), put(at + 2, value(j * 4 + 1), low), put(at + 3, value(j * 4 + 3), high);
+                }
+            };
+            const int reciprocal = 65536 / (t.tile_w / 8) + 1;    // of a row's blocks of 8 positions
+            if (t.tile_w == kBlockN) stage([](int) { return 0; }, 0, kBlockN);
+            else stage([&](int j) { return j * reciprocal >> 16; }, paired_row(a.p) - 2 * t.tile_w, run.count);
+        }
+        leave(me.rows[0], low), leave(me.rows[1], high);
+        return;
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const LaneRow& row = me.rows[half];
-        const auto value = [&](int i) { return kRelu ? max_nan(fmaf(v[i], row.scale, row.bias), 0.0f) : fmaf(v[i], row.scale, row.bias); };
         const int* table = me.table() + row.table + lane % 4 * 2;
-        float shift = 0, sum = 0, squares = 0;
-        int count = 0;
-        if (kRelu) {    // moments are of deviations from one of the row's values, whose own squared deviation is part of the result, which bounds the cancellation
-            constexpr int kMiddle = kBlockN / 16;
-            shift = __shfl_sync(~0u, !t.dense && table[0] < 0 ? value(kMiddle * 4 + half * 2) : value(half * 2), lane & ~3);
-        }
-        const auto add = [&](float value) {
-            const float deviation = value - shift;
-            sum += deviation, squares = fmaf(deviation, deviation, squares), count++;
-        };
-        if (row.live) {
+        Moments moments;
+        if (kRelu) begin(moments, !t.dense && table[0] < 0 ? value(kBlockN / 16 * 4 + half * 2) : value(half * 2));
+        if (row.live && t.dense) {    // position q is float q of its region
+            float2* at = reinterpret_cast<float2*>(staged_region(me, tile, row) + lane % 4 * 2);
+            const int outputs = run.count - lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < kBlockN / 8; j++) {
+                const float2 pair = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
+                at[j * 4] = pair;
+                if (kRelu && j * 8 < outputs) moments.add(pair.x), moments.add(pair.y);    // runs are even
+            }
+        } else if (row.live) {
             float* region = staged_region(me, tile, row);
-            if (t.dense) {    // position q is float q of its region
-                float2* at = reinterpret_cast<float2*>(region + lane % 4 * 2);
-                const int outputs = run.count - lane % 4 * 2;
 #pragma unroll
-                for (int j = 0; j < kBlockN / 8; j++) {
-                    const float2 pair = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
-                    at[j * 4] = pair;
-                    if (kRelu && j * 8 < outputs) add(pair.x), add(pair.y);    // runs are even
-                }
-            } else {
-#pragma unroll
-                for (int j = 0; j < kBlockN / 8; j++) {
-                    const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
-                    const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
-                    if (place.x >= 0) {
-                        region[place.x] = low;
-                        if (kRelu) add(low);
-                    }
-                    if (place.y >= 0) {
-                        region[place.y] = high;
-                        if (kRelu) add(high);
-                    }
-                }
+            for (int j = 0; j < kBlockN / 8; j++) {
+                const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
+                const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
+                if (place.x >= 0) put(region + place.x, low, moments);
+                if (place.y >= 0) put(region + place.y, high, moments);
             }
         }
-        if (kRelu && a.workspace.moments) {
-            const float total = quad_sum(float(count)), of_row = quad_sum(sum), mean = total > 0 ? of_row / total : 0.0f, deviations = quad_sum(squares) - of_row * mean;
-            if (lane % 4 == 0 && row.live) {
-                const int64_t place = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
-                a.workspace.moments[place * t.channels() + run.channel0 + row.channel] = make_float2(shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
-                a.workspace.counts[place] = total;    // the same from every channel
-            }
-        }
+        leave(row, moments);
     }
 }
 
@@ -469,9 +524,9 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
     const Problem& p = a.p;
     const Tiling& t = p.t;
     const Run& run = tile.run[me.warpgroup];
-    me.prepare_rows();
+    if (!kKeepsConstants<kBlockN>) me.prepare_rows();
     me.wait_for_buffer();
-    if (!t.dense) {
+    if (!t.dense && !run.paired) {
         const int4 key = table_key(p, tile, run);
         if (!same_key(key, me.table_key)) {
             fill_table<kBlockN>(p, tile, run, [&] { return me.table(); });
@@ -496,7 +551,7 @@ template <int kBlockN>
 __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& shared) {
     Consumer me(a, shared);
     SharedHead& head = shared.head;
-    float d[kBlockN / 2];
+    float d[kBlockN / 2] = {};
     while (true) {
         mbarrier_wait(head.tile_full + me.slot.stage, me.slot.phase);
         const Tile& tile = head.tiles[me.slot.stage];

@@ -28,15 +28,22 @@ struct Run {
     int od0, phase_h;                    // output plane of packed phase 0, phase of H where it is not packed
     int oh0, ow0, oh_end, ow_end;        // the outputs of a region
     int first;                           // floats of the region's first row before the run
+    int alignment;                       // of the first region, modulo 4 floats
+    bool paired;                         // W has two phases, and position q has floats 2 q and 2 q + 1 of its row; only column 0's phase 0 may be missing
+    int paired_place;                    // then: where the first row's column 0 has phase 0 in its region, for packed phase 0 of H
 };
 
-struct Tile {
-    int n, d, w0, columns;    // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
-    int h0, part;             // first row of the box's positions; index in the sample
-    int source_channel;       // the first of the copy
-    int live_d, live_h;       // bit t: some row has a weight at tap t
-    bool empty;               // no tap reads anything
-    Run run[kMaxWarpgroups];  // of the warpgroups
+struct Place {
+    int n, d, w0, columns;       // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
+    int h0, part;                // first row of the box's positions; index in the sample
+    int row_tile, first_run;     // of the first warpgroup
+    int source_channel;          // the first of the copy
+    int live_d, live_h;          // bit t: some row has a weight at tap t
+    bool empty;                  // no tap reads anything
+};
+
+struct Tile : Place {
+    Run run[kMaxWarpgroups];     // of the warpgroups
 };
 
 // How many phases the axes have that are not packed.
@@ -137,42 +144,69 @@ struct BoxTaps {
     }
 };
 
-HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
+// Floats from one staged row to the next.
+HOST_DEVICE int staged_row(const Problem& p) { return p.t.contiguous ? p.s.axis[2].out : p.t.tile_w * p.s.axis[2].phases; }
+
+// The global index of a region's first float, in arithmetic of type T.
+template <typename T> HOST_DEVICE T region_origin(const Problem& p, const Place& place, const Run& run, int channel, int od) {
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    return ((T(place.n) * T(p.C_out) + T(channel)) * T(ad.out) + T(od)) * T(ah.out) * T(aw.out) + T(run.oh0) * T(aw.out) + T(run.ow0) + T(run.first);
+}
+
+HOST_DEVICE Place place_of(const Problem& p, int index) {
     const Tiling& t = p.t;
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
+    Place place = {};
+    place.row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
     index /= t.row_pairs;
-    tile.part = index % (t.sample_tiles / t.row_pairs);
-    const int first_run = index % t.runs * t.tile_runs();
+    place.part = index % (t.sample_tiles / t.row_pairs);
+    place.first_run = index % t.runs * t.tile_runs();
     index /= t.runs;
-    tile.w0 = index % t.strips * t.tile_w;
+    place.w0 = index % t.strips * t.tile_w;
     index /= t.strips;
-    tile.d = index % ad.positions, tile.n = index / ad.positions;
-    tile.columns = min_of(t.tile_w, aw.positions - tile.w0);
-    tile.h0 = first_run * t.run / t.tile_w;
-    tile.source_channel = t.split ? row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
-    tile.live_d = tile.live_h = 0;
-    for (int i = 0; i < t.warpgroups; i++) {
-        Run& run = tile.run[i];
-        run.row_tile = row_tile + (t.split_m ? i : 0);
-        run.channel0 = run.row_tile % t.rows.channel_tiles * t.rows.octets * 8, run.outer = run.row_tile / t.rows.channel_tiles;
-        const int phases_h = t.packed[1] ? 1 : ah.phases;
-        const int phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
-        run.phase_h = run.outer % phases_h;
-        tile.live_d |= live_taps(ad, t.packed[0], phase_d), tile.live_h |= live_taps(ah, t.packed[1], run.phase_h);
-        const int begin = (first_run + (t.split_m ? 0 : i)) * t.run;
-        run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
-        run.h0 = begin / t.tile_w, run.q0 = begin % t.tile_w;
-        run.b_row = run.count > 0 ? (run.h0 - tile.h0) * t.pitch + run.q0 : 0;
-        run.od0 = tile.d * ad.phases + phase_d - ad.crop;
-        run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, tile.w0 * aw.phases - aw.crop);
-        if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
-        run.oh_end = min_of(ah.out, (run.h0 + run.count / t.tile_w) * ah.phases - ah.crop), run.ow_end = min_of(aw.out, (tile.w0 + tile.columns) * aw.phases - aw.crop);
-        run.first = t.whole_rows ? 0 : run.q0;
+    place.d = index % ad.positions, place.n = index / ad.positions;
+    place.columns = min_of(t.tile_w, aw.positions - place.w0);
+    place.h0 = place.first_run * t.run / t.tile_w;
+    place.source_channel = t.split ? place.row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
+    const int phases_h = t.packed[1] ? 1 : ah.phases;
+    for (int i = 0; i <= t.split_m; i++) {
+        const int outer = (place.row_tile + i) / t.rows.channel_tiles;
+        place.live_d |= live_taps(ad, t.packed[0], t.packed[0] ? 0 : outer / phases_h % ad.phases), place.live_h |= live_taps(ah, t.packed[1], outer % phases_h);
     }
-    tile.empty = true;
-    for (int td = 0; td < ad.taps && tile.live_h != 0; td++)
-        if (tile.live_d >> td & 1 && unsigned(ad.first + tile.d - ad.shift[td]) < unsigned(ad.sources)) tile.empty = false;
+    place.empty = true;
+    for (int td = 0; td < ad.taps && place.live_h != 0; td++)
+        if (place.live_d >> td & 1 && unsigned(ad.first + place.d - ad.shift[td]) < unsigned(ad.sources)) place.empty = false;
+    return place;
+}
+
+HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
+    const Tiling& t = p.t;
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    Run run = {};
+    run.row_tile = place.row_tile + (t.split_m ? warpgroup : 0);
+    run.outer = run.row_tile / t.rows.channel_tiles, run.channel0 = (run.row_tile - run.outer * t.rows.channel_tiles) * t.rows.octets * 8;
+    const int phases_h = t.packed[1] ? 1 : ah.phases, phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
+    run.phase_h = run.outer % phases_h;
+    const int begin = (place.first_run + (t.split_m ? 0 : warpgroup)) * t.run;
+    run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
+    run.h0 = begin / t.tile_w, run.q0 = begin - run.h0 * t.tile_w;
+    run.b_row = run.count > 0 ? (run.h0 - place.h0) * t.pitch + run.q0 : 0;
+    run.od0 = place.d * ad.phases + phase_d - ad.crop;
+    run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
+    if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
+    const int rows = run.count / t.tile_w, oh_end = (run.h0 + rows) * ah.phases - ah.crop, ow_end = (place.w0 + place.columns) * aw.phases - aw.crop;
+    run.oh_end = min_of(ah.out, oh_end), run.ow_end = min_of(aw.out, ow_end);
+    run.first = t.whole_rows ? 0 : run.q0;
+    run.paired = t.block_n <= kMostPaired && aw.phases == 2 && t.whole_rows && t.tile_w % 8 == 0 && place.columns == t.tile_w && (rows == 1 || (rows > 1 && t.pitch == t.tile_w)) &&
+                 run.h0 * ah.phases >= ah.crop && oh_end <= ah.out && ow_end <= aw.out;
+    run.paired_place = (t.packed[1] ? run.h0 * ah.phases - ah.crop - run.oh0 : 0) * staged_row(p) + place.w0 * 2 - aw.crop - run.ow0;
+    run.alignment = t.contiguous ? region_origin<unsigned>(p, place, run, run.channel0, run.od0) % 4 : 0;
+    return run;
+}
+
+HOST_DEVICE void locate(const Problem& p, int index, Tile& tile) {
+    static_cast<Place&>(tile) = place_of(p, index);
+    for (int i = 0; i < p.t.warpgroups; i++) tile.run[i] = run_of(p, tile, i);
 }
 
 // Item i of a stage of weights is tap i % item_taps and product i / item_taps: by how many rows it is shifted against the first.
@@ -184,17 +218,12 @@ HOST_DEVICE int rows_of_item(const Problem& p, int i) {
 
 // -------------------------------------------------------------------------------------------------- Staged outputs
 
-// Floats from one staged row to the next.
-HOST_DEVICE int staged_row(const Problem& p) { return p.t.contiguous ? p.s.axis[2].out : p.t.tile_w * p.s.axis[2].phases; }
-
-// The global index of a region's first float, in arithmetic of type T.
-template <typename T> HOST_DEVICE T region_origin(const Problem& p, const Tile& tile, const Run& run, int channel, int od) {
-    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    return ((T(tile.n) * T(p.C_out) + T(channel)) * T(ad.out) + T(od)) * T(ah.out) * T(aw.out) + T(run.oh0) * T(aw.out) + T(run.ow0) + T(run.first);
+// How many floats a region is away from a multiple of 16 bytes: (run's + of the region) % 4; channel and plane from the run's first on. Only where
+// runs are contiguous.
+HOST_DEVICE int alignment_of_region(const Problem& p, int channel, int plane) {
+    const unsigned area = unsigned(p.s.axis[1].out) * unsigned(p.s.axis[2].out);
+    return p.t.contiguous ? (unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane)) * area % 4 : 0;
 }
-
-// The same modulo 4: what overflows does not matter.
-HOST_DEVICE int region_alignment(const Problem& p, const Tile& tile, const Run& run, int channel, int od) { return region_origin<unsigned>(p, tile, run, channel, od) % 4; }
 
 // Where position q of a phase is staged in its region, or -1. Positions count the gaps, from column 0 of the run's first row on.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
@@ -206,19 +235,26 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
     return inside ? (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first : -1;
 }
 
+// Floats of a paired run from row to row of the grid.
+HOST_DEVICE int paired_row(const Problem& p) { return (p.t.packed[1] ? p.s.axis[1].phases : 1) * staged_row(p); }
+
 // Staged regions of a run: (channel, packed phase of D).
-HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.rows.octets * 8 * packed_phases(p.t, p.s, 0) : 0; }
+HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.region_channels * packed_phases(p.t, p.s, 0) : 0; }
+
+// Outputs of a region, where they are neighbours in memory.
+HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
 
 // Calls f(global index, region, float of the region, count) for the pieces of every `step`-th region from `first` to `end`.
 template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int end, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const int phases_d = packed_phases(p.t, p.s, 0);
     const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
-    const int count = !p.t.contiguous ? run.ow_end - run.ow0 : p.t.whole_rows ? (run.oh_end - run.oh0) * aw.out : run.count;
+    const int count = p.t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0;
+    const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
-        const int channel = run.channel0 + (phases_d == 1 ? region : region / phases_d), od = run.od0 + (phases_d == 1 ? 0 : region % phases_d);
-        if (channel >= p.C_out || od < 0 || od >= p.s.axis[0].out) continue;
-        const int64_t origin = region_origin<int64_t>(p, tile, run, channel, od);
+        const int channel = phases_d == 1 ? region : region / phases_d, plane = phases_d == 1 ? 0 : region % phases_d;
+        if (run.channel0 + channel >= p.C_out || unsigned(run.od0 + plane) >= unsigned(p.s.axis[0].out)) continue;
+        const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane) * area;
         for (int row = 0; row < rows; row++) {
             const int oh = run.oh0 + row * row_step;
             if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region, p.t.contiguous ? int(origin & 3) : row * staged_row(p), count);

@@ -7,6 +7,7 @@ namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 constexpr int kMaxWarpgroups = 3;              // that multiply
+constexpr int kMostPaired = 128;               // the largest block_n of which runs can be paired (conv_tiles.h)
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
@@ -31,7 +32,7 @@ struct Tiling {
     bool contiguous;                           // the outputs of a run are neighbours in memory
     bool bulk, dense;                          // staged outputs are aligned as in memory; position q is float q of its region
     bool tensor_store;                         // one copy of the whole run
-    int region_stride;                         // floats of the staged outputs of a channel
+    int region_channels, region_stride;        // channels of a row tile that are staged; floats of the staged outputs of a channel
     int buffers, table_bytes;                  // one for each warpgroup, or one for all; what tells a warpgroup where to stage
     int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
     int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where all warpgroups have the same rows
@@ -107,7 +108,7 @@ inline bool cut_runs(Tiling& t, const Stencil& s) {
 }
 
 // Lays a run's outputs out for staging: a region for each (channel, packed phase of D). may_be_dense: the epilogue knows runs without a table.
-inline void lay_out_regions(Tiling& t, const Stencil& s, bool may_be_dense) {
+inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool may_be_dense) {
     const int out_h = s.axis[1].out, out_w = s.axis[2].out;
     const int phases_h = packed_phases(t, s, 1), phases_w = s.axis[2].phases;
     t.contiguous = t.strips == 1 && (s.axis[1].phases == 1 || t.packed[1]);
@@ -120,7 +121,8 @@ inline void lay_out_regions(Tiling& t, const Stencil& s, bool may_be_dense) {
     t.region_stride = phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;
     t.tensor_store = t.contiguous && !t.whole_rows && aligned && t.region_stride == t.run;
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
-    const int regions = t.rows.octets * 8 * packed_phases(t, s, 0);
+    t.region_channels = round_up(channels, 8) < t.rows.octets * 8 ? round_up(channels, 8) : t.rows.octets * 8;
+    const int regions = t.region_channels * packed_phases(t, s, 0);
     t.buffer_bytes = round_up(int64_t(regions) * t.region_stride * 4, 128);
 }
 

@@ -135,16 +135,16 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
     return max;
 }
 
-// The maximum of one destination channel: a warp reads the kernel of one source channel after another.
+// The maximum of one destination channel: a block reads the kernels of several source channels at a time.
 template <typename T> __device__ void look_at_channel(const Weight& p, int channel) {
     const T* w = static_cast<const T*>(p.w);
-    const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int volume = kernel_volume(p.stencil), together = volume < kThreads ? kThreads / volume : 1;
     unsigned max = 0;
-    for (int k = lane; k < volume; k += 32)
+    for (int i = threadIdx.x; i < together * volume; i += kThreads)
 #pragma unroll 8
-        for (int c = warp; c < p.C; c += kThreads / 32) {
+        for (int c = i / volume; c < p.C; c += together) {
             const int64_t kernel = p.kernel_of(channel, c);
-            max = umax(max, kernel >= 0 ? finite_magnitude(to_acc(w[kernel + k])) : 0);
+            max = umax(max, kernel >= 0 ? finite_magnitude(to_acc(w[kernel + i % volume])) : 0);
         }
     max = block_max(max);
     if (threadIdx.x == 0) p.max[channel] = max;

@@ -49,7 +49,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         t.pitch = box_pitch(w, t.tile_w, strips);
         if (t.pitch > 256 || !cut_runs(t, s)) continue;
-        lay_out_regions(t, s, true);
+        lay_out_regions(t, s, channels, true);
         const int64_t row_bytes = 2 * t.chunk;
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = t.items * kRows * row_bytes;
@@ -57,12 +57,12 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.buffers = warpgroups;
         if (warpgroups == 2 && kSharedBytes - shared_bytes(t) < (many ? 3 : 10) * t.weight_bytes) t.buffers = 1;
         const int64_t left_bytes = kSharedBytes - shared_bytes(t);    // for weights
-        if (left_bytes < (many ? 3 : 6) * t.weight_bytes) continue;
         t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
         // A tile's weights stay in shared memory for the next tile, where the ring has as many stages as they fill or a multiple.
         const int tile_stages = d.taps * h.taps * w.taps / t.item_taps * (t.C_pad / t.chunk) * (many ? 1 : t.products);
-        const bool kept = t.weight_rings == 1 && tile_stages <= t.weight_stages;
+        const bool kept = t.weight_rings == 1 && t.weight_stages >= 2 && tile_stages <= t.weight_stages;
         if (kept) t.weight_stages -= t.weight_stages % tile_stages;
+        else if (t.weight_stages * t.weight_rings < (many ? 3 : 6)) continue;
         // With one ring, the stages between the two warpgroups are not there to load weights in advance.
         const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
         t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
@@ -91,7 +91,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (products < store_time) products = store_time;
         const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
-        const double time = waves * (tile + 400);
+        const double time = waves * (tile + (kept ? 400 : 1200));
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
     }
     return best;

@@ -113,9 +113,13 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
             const int granule = r / 8, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases, channel = octet * 8 + r % 8;
             const int phase_w = phase % aw->phases, packed_h = phase / aw->phases % phases_h, packed_d = phase / aw->phases / phases_h, od = run.od0 + packed_d;
             if (octet >= t.rows.octets || run.outer >= outer_phases(p) || run.channel0 + channel >= p.C_out || od < 0 || od >= ad->out) continue;
-            const int align = t.contiguous ? region_alignment(p, tile, run, run.channel0 + channel, od) : 0;
+            const int align = (run.alignment + alignment_of_region(p, channel, packed_d)) % 4;
             for (int q = 0; q < t.block_n; q++) {
                 const int place = t.dense ? q : staged_place(p, tile, run, run.q0 + q, packed_h, phase_w);
+                if (run.paired) {
+                    const int row = q / t.tile_w, paired = q < run.count ? run.paired_place + packed_h * staged_row(p) + row * paired_row(p) + q % t.tile_w * 2 + phase_w : -1;
+                    REQUIRE(place == (q % t.tile_w == 0 && phase_w == 0 && tile.w0 * 2 < aw->crop ? -1 : paired));
+                }
                 REQUIRE(place >= 0 || q > 0 || t.whole_rows || run.count == 0);    // the epilogue relies on the first position
                 REQUIRE(place + align < t.region_stride);
                 if (place >= 0) buffer[(channel * phases_d + packed_d) * t.region_stride + align + place] = sums[r * t.block_n + q];
@@ -160,7 +164,7 @@ int main(int, char** arguments) {
         for (int i = 0; i < 3; i++) {
             Axis& a = g.axis[i];
             a.kernel = 1 + below(i == 0 ? 3 : 5), a.stride = same == 0 ? 1 : same == 1 ? stride : 1 + below(kMaxStride), a.dilation = below(3) ? 1 : 1 + below(4);
-            a.in = 1 + below(i == 0 ? 3 : i == 1 ? 20 : below(6) ? 40 : 300), a.padding = below(3) ? below(3) : 0;
+            a.in = i == 2 && below(3) == 0 ? 8 * (1 + below(16)) : 1 + below(i == 0 ? 3 : i == 1 ? 20 : below(6) ? 40 : 300), a.padding = below(3) ? below(3) : 0;
             const int output_padding = below(2) ? below(int(a.stride > a.dilation ? a.stride : a.dilation)) : 0;
             a.out = (a.in - 1) * a.stride - 2 * a.padding + a.dilation * (a.kernel - 1) + output_padding + 1;
             valid = valid && a.out > 0;
