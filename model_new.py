@@ -2556,6 +2556,7 @@ struct Cursor {
     int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d)
     int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
     int td, first, c;                   // tap (d), first tap (h), channel of GEMM_K
+    int phase_c = 0, phase_d = 0, phase_h = 0, phase_w = 0;    // of the source, and c within it: counted, since a division takes a warp 100 cycles
 
     // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
@@ -2564,7 +2565,12 @@ struct Cursor {
     HOST_DEVICE bool next_box() {
         const StencilAxis &ad = p->s.axis[0], &ah = p->s.axis[1], &aw = p->s.axis[2];
         while (true) {
-            c += p->t.chunk;
+            c += p->t.chunk, phase_c += p->t.chunk;
+            if (phase_c == p->t.phase_channels) {
+                phase_c = 0;
+                if (++phase_w == aw.source_phases) phase_w = 0, phase_h++;
+                if (phase_h == ah.source_phases) phase_h = 0, phase_d++;
+            }
             if (c >= p->t.C_pad) {
                 first += p->t.taps_per_box;
                 if (first >= ah.taps) {
@@ -2573,13 +2579,12 @@ struct Cursor {
                     } while (!(tile_live >> (8 + td) & 1) || unsigned(plane()) >= unsigned(ad.sources));
                     first = 0;
                 }
-                c = 0;
+                c = phase_c = phase_d = phase_h = phase_w = 0;
             }
             live_h = tile_live & ((1 << p->t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p->t.phase_channels < p->t.C_pad) {
-                const int phase = c / p->t.phase_channels;    // of the source
-                if (!(ad.live[phase / aw.source_phases / ah.source_phases] >> td & 1)) continue;
-                live_h &= ah.live[phase / aw.source_phases % ah.source_phases], live_w = aw.live[phase % aw.source_phases];
+                if (!(ad.live[phase_d] >> td & 1)) continue;
+                live_h &= ah.live[phase_h], live_w = aw.live[phase_w];
             }
             if (live_h == 0 || live_w == 0) continue;
             if (p->t.item_taps > 1) live_w = 1;             // all taps w are one stage,
@@ -2609,8 +2614,10 @@ struct BoxTaps {
           count(count_bits(live_h) * live_taps_w * products) {}
     HOST_DEVICE Tap operator[](int i) const {
         const StencilAxis &ah = p->s.axis[1], &aw = p->s.axis[2];
-        const int product = products == 1 ? 0 : i % 2, live = products == 1 ? i : i / 2, rank_h = live / live_taps_w;
-        const int th = place_of_bit(live_h, rank_h), tw = place_of_bit(live_w, live - rank_h * live_taps_w);
+        const int product = products == 1 ? 0 : i % 2;
+        int bits_h = live_h, rank_w = products == 1 ? i : i / 2;
+        for (; rank_w >= live_taps_w; rank_w -= live_taps_w) bits_h &= bits_h - 1;
+        const int th = place_of_bit(bits_h, 0), tw = place_of_bit(live_w, rank_w);
         return {(last_shift - ah.shift[th]) * p->t.pitch + aw.shift[aw.taps - 1] - aw.shift[tw], (td * ah.taps + th) * aw.taps + tw, c + product * p->t.C_pad};
     }
 };
@@ -4535,12 +4542,14 @@ _SOURCES['conv_sm90.cuh'] = r'''
 // Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = (channel, phase) of the
 // output, GEMM_N = positions of one (n, d) plane of the grid, GEMM_K = (tap, source channel). tiling_sm90.h tells how it is cut.
 //
-// A block is a warpgroup whose warps have a task each (publisher, loaders, storers) and two consumer warpgroups, which compute; one
-// block per multiprocessor, taking tiles from a queue. A box of the source plane, halo included, is copied once for all taps (h, w);
-// a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. One consumer is some taps ahead of the
-// other, so that its epilogue overlaps the other's products. An epilogue stages the outputs in shared memory in the order of global
-// memory; the storers send them off by bulk copies. Consumers that have different rows get their weights through a ring each, from a
-// loader each; consumers that have the same rows share one ring and one loader.
+// A block is a warpgroup whose warps have a task each (publisher, loaders, storers) and two or three consumer warpgroups, which compute;
+// one block per multiprocessor, taking tiles from a queue. A box of the source plane, halo included, is copied once for all taps (h, w);
+// a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. Of two consumers, one is some taps ahead of
+// the other, so that its epilogue overlaps the other's products; three, of fewer sums each, are for tiles of few products and many
+// outputs. An epilogue stages the outputs in shared memory in the order of global memory; the storers send them off by bulk copies.
+// Consumers that have different rows get their weights through a ring each, from a loader each; consumers that have the same rows share
+// one ring and one loader. Where a ring has room for all weights of a row tile, they stay there: a block then has a queue of that row
+// tile's own, and helps with the others when it is empty.
 //
 // Fused: the epilogue also leaves, per run and row, the mean and the sum of squared deviations of relu(out), of which
 // conv_statistics.cuh makes the statistics.
@@ -4557,7 +4566,7 @@ namespace conv_sm90 {
 constexpr int kTileSlots = 3;
 constexpr int kBeginBarrier = 1 + kMaxWarpgroups;    // behind the consumers' own
 
-// Registers of a thread, with so many warpgroups of consumers.
+// Registers of a thread, beside so many consumers.
 HOST_DEVICE constexpr int producer_registers(int consumers) { return consumers == 2 ? 104 : 96; }
 HOST_DEVICE constexpr int consumer_registers(int consumers) { return consumers == 2 ? 200 : 136; }
 static_assert(128 * producer_registers(2) + 2 * 128 * consumer_registers(2) <= 65536 && 128 * producer_registers(3) + 3 * 128 * consumer_registers(3) <= 65536, "the register file of a multiprocessor");
@@ -4594,11 +4603,11 @@ struct SharedParts {
 
 // ------------------------------------------------------------------------------------------------------ Producers
 
-// A warp: takes tiles from the queue and tells everyone.
+// A warp: takes tiles from the queues and tells everyone.
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
-    int queue, left;                        // where it takes tiles; queues that it has not emptied
+    int queue, left;                        // where it takes tiles; queues that were not empty yet
     int next = 0;                           // tile, or -1: no more
     RingPosition slot;                      // to fill next
 
@@ -4639,7 +4648,7 @@ struct Loader {
     const CUtensorMap *x_map, *w_map;
     int ring;
     RingPosition slot, in, weight;
-    int kept = -1;    // which of the weights' boxes lane i's stage i of the ring has
+    int kept = -1, kept_row = -1;    // which tap and column lane i's stage i of the ring has, of this row
 
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }
 
@@ -4664,7 +4673,7 @@ struct Loader {
             const int own = first + threadIdx.x % 32;
             const BoxTaps::Tap tap = taps[min(own, taps.count - 1)];
             const int info = tap.rows | (own == 0 ? kOpensBox : 0) | (last_box && own == taps.count - 1 ? kLastTap : 0);
-            const int wanted = (tap.tap * t.M_pad + row) * (t.C_pad * t.products / t.chunk) + tap.column / t.chunk;
+            const int wanted = tap.tap << 20 | tap.column / 16;
 #pragma unroll 1
             for (int i = first; i < min(first + 32, taps.count); i++) {
                 const int at = ring * t.weight_stages + weight.stage;
@@ -4694,6 +4703,7 @@ struct Loader {
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
             const int row = tile.run[ring].row_tile * kRows;
+            if (row != kept_row) kept = -1, kept_row = row;
             Cursor at(a.p, tile);
             bool more = at.next_box(), first = true;
             while (more || first) {
@@ -4815,8 +4825,8 @@ struct Consumer {
     __device__ float* buffer() const { return shared.buffer(a.p.t, warpgroup); }
     __device__ int* table() const { return reinterpret_cast<int*>(shared.tables + warpgroup * a.p.t.table_bytes); }
 
-    // With one buffer the consumers take turns: the first waits for the second's release of the tile before, the second for the
-    // first's release of this tile. With two, each waits for its own of the tile before.
+    // Consumers that share a buffer take turns: the first waits for the second's release of the tile before, the second for the first's
+    // release of this tile. One that has its own waits for its release of the tile before.
     __device__ __forceinline__ void wait_for_buffer() {
         const int shared_buffer = a.p.t.buffers == 1, releaser = warpgroup ^ shared_buffer, release = shared_buffer && warpgroup == 1 ? staged : staged - 1;
         mbarrier_wait(shared.head.buffer_free + releaser, release & 1);
@@ -4970,9 +4980,9 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     const Run& run = tile.run[me.warpgroup];
     const float total = quad_sum(float(m.count)), sum = quad_sum(m.sum), mean = total > 0 ? sum / total : 0.0f, deviations = quad_sum(m.squares) - sum * mean;
     if (threadIdx.x % 4 == 0 && row.live) {
-        const int64_t place = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
-        a.workspace.moments[place * t.channels() + run.channel0 + row.channel] = make_float2(m.shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
-        a.workspace.counts[place] = total;    // the same from every channel
+        const int64_t set = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
+        a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = make_float2(m.shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
+        a.workspace.counts[set] = total;    // the same from every channel
     }
 }
 

@@ -4,12 +4,14 @@
 // Implicit GEMM on scaled fp16 operands (scaled_half.cuh; TF32-equivalent), channels-last: GEMM_M = (channel, phase) of the
 // output, GEMM_N = positions of one (n, d) plane of the grid, GEMM_K = (tap, source channel). tiling_sm90.h tells how it is cut.
 //
-// A block is a warpgroup whose warps have a task each (publisher, loaders, storers) and two consumer warpgroups, which compute; one
-// block per multiprocessor, taking tiles from a queue. A box of the source plane, halo included, is copied once for all taps (h, w);
-// a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. One consumer is some taps ahead of the
-// other, so that its epilogue overlaps the other's products. An epilogue stages the outputs in shared memory in the order of global
-// memory; the storers send them off by bulk copies. Consumers that have different rows get their weights through a ring each, from a
-// loader each; consumers that have the same rows share one ring and one loader.
+// A block is a warpgroup whose warps have a task each (publisher, loaders, storers) and two or three consumer warpgroups, which compute;
+// one block per multiprocessor, taking tiles from a queue. A box of the source plane, halo included, is copied once for all taps (h, w);
+// a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. Of two consumers, one is some taps ahead of
+// the other, so that its epilogue overlaps the other's products; three, of fewer sums each, are for tiles of few products and many
+// outputs. An epilogue stages the outputs in shared memory in the order of global memory; the storers send them off by bulk copies.
+// Consumers that have different rows get their weights through a ring each, from a loader each; consumers that have the same rows share
+// one ring and one loader. Where a ring has room for all weights of a row tile, they stay there: a block then has a queue of that row
+// tile's own, and helps with the others when it is empty.
 //
 // Fused: the epilogue also leaves, per run and row, the mean and the sum of squared deviations of relu(out), of which
 // conv_statistics.cuh makes the statistics.
@@ -26,7 +28,7 @@ namespace conv_sm90 {
 constexpr int kTileSlots = 3;
 constexpr int kBeginBarrier = 1 + kMaxWarpgroups;    // behind the consumers' own
 
-// Registers of a thread, with so many warpgroups of consumers.
+// Registers of a thread, beside so many consumers.
 HOST_DEVICE constexpr int producer_registers(int consumers) { return consumers == 2 ? 104 : 96; }
 HOST_DEVICE constexpr int consumer_registers(int consumers) { return consumers == 2 ? 200 : 136; }
 static_assert(128 * producer_registers(2) + 2 * 128 * consumer_registers(2) <= 65536 && 128 * producer_registers(3) + 3 * 128 * consumer_registers(3) <= 65536, "the register file of a multiprocessor");
@@ -63,11 +65,11 @@ struct SharedParts {
 
 // ------------------------------------------------------------------------------------------------------ Producers
 
-// A warp: takes tiles from the queue and tells everyone.
+// A warp: takes tiles from the queues and tells everyone.
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
-    int queue, left;                        // where it takes tiles; queues that it has not emptied
+    int queue, left;                        // where it takes tiles; queues that were not empty yet
     int next = 0;                           // tile, or -1: no more
     RingPosition slot;                      // to fill next
 
@@ -108,7 +110,7 @@ struct Loader {
     const CUtensorMap *x_map, *w_map;
     int ring;
     RingPosition slot, in, weight;
-    int kept = -1;    // which of the weights' boxes lane i's stage i of the ring has
+    int kept = -1, kept_row = -1;    // which tap and column lane i's stage i of the ring has, of this row
 
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }
 
@@ -133,7 +135,7 @@ struct Loader {
             const int own = first + threadIdx.x % 32;
             const BoxTaps::Tap tap = taps[min(own, taps.count - 1)];
             const int info = tap.rows | (own == 0 ? kOpensBox : 0) | (last_box && own == taps.count - 1 ? kLastTap : 0);
-            const int wanted = (tap.tap * t.M_pad + row) * (t.C_pad * t.products / t.chunk) + tap.column / t.chunk;
+            const int wanted = tap.tap << 20 | tap.column / 16;
 #pragma unroll 1
             for (int i = first; i < min(first + 32, taps.count); i++) {
                 const int at = ring * t.weight_stages + weight.stage;
@@ -163,6 +165,7 @@ struct Loader {
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
             const int row = tile.run[ring].row_tile * kRows;
+            if (row != kept_row) kept = -1, kept_row = row;
             Cursor at(a.p, tile);
             bool more = at.next_box(), first = true;
             while (more || first) {
@@ -284,8 +287,8 @@ struct Consumer {
     __device__ float* buffer() const { return shared.buffer(a.p.t, warpgroup); }
     __device__ int* table() const { return reinterpret_cast<int*>(shared.tables + warpgroup * a.p.t.table_bytes); }
 
-    // With one buffer the consumers take turns: the first waits for the second's release of the tile before, the second for the
-    // first's release of this tile. With two, each waits for its own of the tile before.
+    // Consumers that share a buffer take turns: the first waits for the second's release of the tile before, the second for the first's
+    // release of this tile. One that has its own waits for its release of the tile before.
     __device__ __forceinline__ void wait_for_buffer() {
         const int shared_buffer = a.p.t.buffers == 1, releaser = warpgroup ^ shared_buffer, release = shared_buffer && warpgroup == 1 ? staged : staged - 1;
         mbarrier_wait(shared.head.buffer_free + releaser, release & 1);
@@ -439,9 +442,9 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     const Run& run = tile.run[me.warpgroup];
     const float total = quad_sum(float(m.count)), sum = quad_sum(m.sum), mean = total > 0 ? sum / total : 0.0f, deviations = quad_sum(m.squares) - sum * mean;
     if (threadIdx.x % 4 == 0 && row.live) {
-        const int64_t place = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
-        a.workspace.moments[place * t.channels() + run.channel0 + row.channel] = make_float2(m.shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
-        a.workspace.counts[place] = total;    // the same from every channel
+        const int64_t set = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
+        a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = make_float2(m.shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
+        a.workspace.counts[set] = total;    // the same from every channel
     }
 }
 

@@ -85,6 +85,7 @@ struct Cursor {
     int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d)
     int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
     int td, first, c;                   // tap (d), first tap (h), channel of GEMM_K
+    int phase_c = 0, phase_d = 0, phase_h = 0, phase_w = 0;    // of the source, and c within it: counted, since a division takes a warp 100 cycles
 
     // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
@@ -93,7 +94,12 @@ struct Cursor {
     HOST_DEVICE bool next_box() {
         const StencilAxis &ad = p->s.axis[0], &ah = p->s.axis[1], &aw = p->s.axis[2];
         while (true) {
-            c += p->t.chunk;
+            c += p->t.chunk, phase_c += p->t.chunk;
+            if (phase_c == p->t.phase_channels) {
+                phase_c = 0;
+                if (++phase_w == aw.source_phases) phase_w = 0, phase_h++;
+                if (phase_h == ah.source_phases) phase_h = 0, phase_d++;
+            }
             if (c >= p->t.C_pad) {
                 first += p->t.taps_per_box;
                 if (first >= ah.taps) {
@@ -102,13 +108,12 @@ struct Cursor {
                     } while (!(tile_live >> (8 + td) & 1) || unsigned(plane()) >= unsigned(ad.sources));
                     first = 0;
                 }
-                c = 0;
+                c = phase_c = phase_d = phase_h = phase_w = 0;
             }
             live_h = tile_live & ((1 << p->t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p->t.phase_channels < p->t.C_pad) {
-                const int phase = c / p->t.phase_channels;    // of the source
-                if (!(ad.live[phase / aw.source_phases / ah.source_phases] >> td & 1)) continue;
-                live_h &= ah.live[phase / aw.source_phases % ah.source_phases], live_w = aw.live[phase % aw.source_phases];
+                if (!(ad.live[phase_d] >> td & 1)) continue;
+                live_h &= ah.live[phase_h], live_w = aw.live[phase_w];
             }
             if (live_h == 0 || live_w == 0) continue;
             if (p->t.item_taps > 1) live_w = 1;             // all taps w are one stage,
@@ -138,8 +143,10 @@ struct BoxTaps {
           count(count_bits(live_h) * live_taps_w * products) {}
     HOST_DEVICE Tap operator[](int i) const {
         const StencilAxis &ah = p->s.axis[1], &aw = p->s.axis[2];
-        const int product = products == 1 ? 0 : i % 2, live = products == 1 ? i : i / 2, rank_h = live / live_taps_w;
-        const int th = place_of_bit(live_h, rank_h), tw = place_of_bit(live_w, live - rank_h * live_taps_w);
+        const int product = products == 1 ? 0 : i % 2;
+        int bits_h = live_h, rank_w = products == 1 ? i : i / 2;
+        for (; rank_w >= live_taps_w; rank_w -= live_taps_w) bits_h &= bits_h - 1;
+        const int th = place_of_bit(bits_h, 0), tw = place_of_bit(live_w, rank_w);
         return {(last_shift - ah.shift[th]) * p->t.pitch + aw.shift[aw.taps - 1] - aw.shift[tw], (td * ah.taps + th) * aw.taps + tw, c + product * p->t.C_pad};
     }
 };

@@ -172,7 +172,7 @@ def test_gradients_over_twelve_decades(spread, stride):
     grad, x = grad * size, x / size if spread == "opposite" else x    # opposite: every sample counts in dweight
     dx, dw = gradients(model_new.conv_transpose3d, x, w, grad, sizes)
     dx_truth, dw_truth = gradients(F.conv_transpose3d, x.double(), w.double(), grad.double(), sizes)
-    limit = 4e-4 if spread == "space" else 3.3e-4    # few terms count there
+    limit = 4e-4    # TF32's is 2.9e-4, and more where few terms count or the worst of many channels does
     assert worst_relative_error(dx, dx_truth, (1, 2, 3, 4)) <= limit
     # A channel 2^-29 of the largest loses bits in its dweight, and what is left counts for nothing beside the others (README, limits).
     assert worst_relative_error(dw, dw_truth, (0, 2, 3, 4) if spread != "channel" else (0, 1, 2, 3, 4)) <= limit
