@@ -4986,33 +4986,37 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     }
 }
 
-// Scales back, adds the bias and stages; kRelu: applies ReLU too, and leaves each row's moments where they are wanted.
-template <int kBlockN, bool kRelu>
-__device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
-    const Parameters& a = me.a;
-    const Tiling& t = a.p.t;
-    const Run& run = tile.run[me.warpgroup];
-    const int lane = threadIdx.x % 32;
-    if (__any_sync(~0u, me.rows[0].more != 1 || me.rows[1].more != 1)) {
-#pragma unroll
-        for (int i = 0; i < kBlockN / 2; i++) v[i] *= me.rows[i / 2 % 2].more;
-    }
-    const auto value = [&](int i) {
+// Stages a tile's values, scaled back and with the bias; kRelu: with ReLU too, and leaves each row's moments where they are wanted.
+template <int kBlockN, bool kRelu> struct Stager {
+    const Consumer& me;
+    const Tile& tile;
+    const Run& run;
+    float (&v)[kBlockN / 2];
+
+    __device__ __forceinline__ float value(int i) const {
         const LaneRow& row = me.rows[i / 2 % 2];
         return kRelu ? max_nan(fmaf(v[i], row.scale, row.bias), 0.0f) : fmaf(v[i], row.scale, row.bias);
-    };
-    const auto begin = [&](Moments& moments, float value) { if (kRelu) moments.shift = __shfl_sync(~0u, value, lane & ~3); };
-    const auto put = [&](float* at, float value, Moments& moments) {
+    }
+    __device__ __forceinline__ void begin(Moments& moments, float value) const {
+        if (kRelu) moments.shift = __shfl_sync(~0u, value, threadIdx.x % 32 & ~3);
+    }
+    __device__ __forceinline__ void put(float* at, float value, Moments& moments) const {
         *at = value;
         if (kRelu) moments.add(value);
-    };
-    const auto leave = [&](const LaneRow& row, const Moments& moments) { if (kRelu && a.workspace.moments) leave_moments(me, tile, row, moments); };
-    if (kBlockN <= kMostPaired && run.paired) {    // both rows are the same channel's, phases of W: position q has floats 2 q and 2 q + 1 of its row
+    }
+    __device__ __forceinline__ void leave(const LaneRow& row, const Moments& moments) const {
+        if (kRelu && me.a.workspace.moments) leave_moments(me, tile, row, moments);
+    }
+
+    // A paired run: a lane's two rows are the same channel's, so it has four neighbours at a time.
+    __device__ __forceinline__ void stage_pairs() const {
+        const Tiling& t = me.a.p.t;
+        const int lane = threadIdx.x % 32;
         Moments low, high;
         begin(low, value(1)), begin(high, value(3));
         if (me.rows[0].live) {
             float* const region = staged_region(me, tile, me.rows[0]) + run.paired_place + me.rows[0].paired_place + lane % 4 * 4;
-            const bool first_missing = lane % 4 == 0 && tile.w0 * 2 < a.p.s.axis[2].crop;    // column 0 has no phase 0
+            const bool first_missing = lane % 4 == 0 && tile.w0 * 2 < me.a.p.s.axis[2].crop;    // column 0 has no phase 0
             const auto stage = [&](auto row_of, int skipped, int count) {
 #pragma unroll
                 for (int j = 0; j < kBlockN / 8; j++) {
@@ -5024,13 +5028,14 @@ __device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile,
             };
             const int reciprocal = 65536 / (t.tile_w / 8) + 1;    // of a row's blocks of 8 positions
             if (t.tile_w == kBlockN) stage([](int) { return 0; }, 0, kBlockN);
-            else stage([&](int j) { return j * reciprocal >> 16; }, paired_row(a.p) - 2 * t.tile_w, run.count);
+            else stage([&](int j) { return j * reciprocal >> 16; }, paired_row(me.a.p) - 2 * t.tile_w, run.count);
         }
         leave(me.rows[0], low), leave(me.rows[1], high);
-        return;
     }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
+
+    __device__ __forceinline__ void stage_row(int half) const {
+        const Tiling& t = me.a.p.t;
+        const int lane = threadIdx.x % 32;
         const LaneRow& row = me.rows[half];
         const int* table = me.table() + row.table + lane % 4 * 2;
         Moments moments;
@@ -5056,7 +5061,17 @@ __device__ __forceinline__ void stage_rows(const Consumer& me, const Tile& tile,
         }
         leave(row, moments);
     }
-}
+
+    __device__ __forceinline__ void stage() const {
+        if (__any_sync(~0u, me.rows[0].more != 1 || me.rows[1].more != 1)) {
+#pragma unroll
+            for (int i = 0; i < kBlockN / 2; i++) v[i] *= me.rows[i / 2 % 2].more;
+        }
+        if (kBlockN <= kMostPaired && run.paired) return stage_pairs();
+#pragma unroll
+        for (int half = 0; half < 2; half++) stage_row(half);
+    }
+};
 
 // What a consumer does behind a tile's products.
 template <int kBlockN>
@@ -5075,8 +5090,8 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         }
         me.sync();
     }
-    if (a.apply_relu) stage_rows<kBlockN, true>(me, tile, v);
-    else stage_rows<kBlockN, false>(me, tile, v);
+    if (a.apply_relu) Stager<kBlockN, true>{me, tile, run, v}.stage();
+    else Stager<kBlockN, false>{me, tile, run, v}.stage();
     fence_proxy_async();
     if (!stores_bulk(a)) {
         me.sync();
