@@ -4566,7 +4566,8 @@ namespace conv_sm90 {
 constexpr int kTileSlots = 3;
 constexpr int kBeginBarrier = 1 + kMaxWarpgroups;    // behind the consumers' own
 
-// Registers of a thread, beside so many consumers.
+// Threads of a block with so many consumers, and registers of a thread.
+HOST_DEVICE constexpr int threads_of(int consumers) { return 128 + 128 * consumers; }
 HOST_DEVICE constexpr int producer_registers(int consumers) { return consumers == 2 ? 104 : 96; }
 HOST_DEVICE constexpr int consumer_registers(int consumers) { return consumers == 2 ? 200 : 136; }
 static_assert(128 * producer_registers(2) + 2 * 128 * consumer_registers(2) <= 65536 && 128 * producer_registers(3) + 3 * 128 * consumer_registers(3) <= 65536, "the register file of a multiprocessor");
@@ -5140,7 +5141,7 @@ namespace conv_sm90 {
 // --------------------------------------------------------------------------------------------------------- Kernel
 
 template <int kBlockN, int kConsumers>
-__global__ void __launch_bounds__(128 + kConsumers * 128, 1)
+__global__ void __launch_bounds__(threads_of(kConsumers), 1)
 conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map,
             const __grid_constant__ Parameters a) {
 #ifdef HAS_SM90A
@@ -5193,7 +5194,7 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
     const Tiling& t = a.p.t;
     RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN, kConsumers>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
-    conv_kernel<kBlockN, kConsumers><<<unsigned(blocks), 128 + kConsumers * 128, shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
+    conv_kernel<kBlockN, kConsumers><<<unsigned(blocks), threads_of(kConsumers), shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
     return cudaGetLastError();
 }
 

@@ -9,7 +9,7 @@ namespace conv_sm90 {
 // --------------------------------------------------------------------------------------------------------- Kernel
 
 template <int kBlockN, int kConsumers>
-__global__ void __launch_bounds__(128 + kConsumers * 128, 1)
+__global__ void __launch_bounds__(threads_of(kConsumers), 1)
 conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map,
             const __grid_constant__ Parameters a) {
 #ifdef HAS_SM90A
@@ -62,7 +62,7 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
     const Tiling& t = a.p.t;
     RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN, kConsumers>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
-    conv_kernel<kBlockN, kConsumers><<<unsigned(blocks), 128 + kConsumers * 128, shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
+    conv_kernel<kBlockN, kConsumers><<<unsigned(blocks), threads_of(kConsumers), shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
     return cudaGetLastError();
 }
 

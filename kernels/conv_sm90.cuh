@@ -28,7 +28,8 @@ namespace conv_sm90 {
 constexpr int kTileSlots = 3;
 constexpr int kBeginBarrier = 1 + kMaxWarpgroups;    // behind the consumers' own
 
-// Registers of a thread, beside so many consumers.
+// Threads of a block with so many consumers, and registers of a thread.
+HOST_DEVICE constexpr int threads_of(int consumers) { return 128 + 128 * consumers; }
 HOST_DEVICE constexpr int producer_registers(int consumers) { return consumers == 2 ? 104 : 96; }
 HOST_DEVICE constexpr int consumer_registers(int consumers) { return consumers == 2 ? 200 : 136; }
 static_assert(128 * producer_registers(2) + 2 * 128 * consumer_registers(2) <= 65536 && 128 * producer_registers(3) + 3 * 128 * consumer_registers(3) <= 65536, "the register file of a multiprocessor");

@@ -172,10 +172,12 @@ def test_gradients_over_twelve_decades(spread, stride):
     grad, x = grad * size, x / size if spread == "opposite" else x    # opposite: every sample counts in dweight
     dx, dw = gradients(model_new.conv_transpose3d, x, w, grad, sizes)
     dx_truth, dw_truth = gradients(F.conv_transpose3d, x.double(), w.double(), grad.double(), sizes)
-    limit = 4e-4    # TF32's is 2.9e-4, and more where few terms count or the worst of many channels does
+    limit = 4e-4 if spread == "space" else 3.3e-4    # few terms count there
     assert worst_relative_error(dx, dx_truth, (1, 2, 3, 4)) <= limit
     # A channel 2^-29 of the largest loses bits in its dweight, and what is left counts for nothing beside the others (README, limits).
-    assert worst_relative_error(dw, dw_truth, (0, 2, 3, 4) if spread != "channel" else (0, 1, 2, 3, 4)) <= limit
+    # Operands rounded as TF32 rounds them, and nothing else, have 3.1e-4 to 3.4e-4 in the worst of 64 channels.
+    dims, limit = ((0, 1, 2, 3, 4), limit) if spread == "channel" else ((0, 2, 3, 4), max(limit, 3.6e-4))
+    assert worst_relative_error(dw, dw_truth, dims) <= limit
 
 
 @pytest.mark.parametrize("groups, stride", [(1, 1), (1, 2), (4, 2)])
