@@ -2119,10 +2119,10 @@ template <typename T> using Four = Vector<T, 4>;
 
 enum class Kind { kPlain, kSplit, kNorm };
 
-// Where shared memory has the pair of channels p of position s: at pair p + rotation, which keeps threads off each other's banks.
-template <int kChannels> __device__ __forceinline__ int rotation(bool vectors, int s) {
-    if (kChannels == 64) return vectors ? s / 4 + s % 4 : s;
-    return vectors ? s / 4 + s % 4 / 2 * 2 : s / 2;
+// x / phases, of 1 to 4 phases.
+__device__ __forceinline__ int divide_by_phases(int x, int phases) {
+    static_assert(kMaxStride == 4, "below");
+    return phases == 3 ? __umulhi(x, 0xaaaaaaab) >> 1 : x >> phases / 2;
 }
 
 // Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u): x, the element of the
@@ -2133,120 +2133,129 @@ __device__ __forceinline__ int2 place_of(const Activation& a, unsigned f) {
     const int w = int(f - row * row_u), d = int(row / rows), h = int(row - d * rows);    // u of each axis
     const int source_d = d - ad.crop, source_h = h - ah.crop, source_w = w - aw.crop;
     const bool inside = source_d >= 0 && source_d < ad.size && source_h >= 0 && source_h < ah.size && source_w >= 0 && source_w < aw.size;
-    const int position = (d / ad.phases * ah.positions + h / ah.phases) * aw.positions + w / aw.phases;
-    return make_int2(inside ? (source_d * ah.size + source_h) * aw.size + source_w : -1, position * a.phases() + (d % ad.phases * ah.phases + h % ah.phases) * aw.phases + w % aw.phases);
+    const int pd = divide_by_phases(d, ad.phases), ph = divide_by_phases(h, ah.phases), pw = divide_by_phases(w, aw.phases);
+    const int position = (pd * ah.positions + ph) * aw.positions + pw, phase = ((d - pd * ad.phases) * ah.phases + h - ph * ah.phases) * aw.phases + w - pw * aw.phases;
+    return make_int2(inside ? (source_d * ah.size + source_h) * aw.size + source_w : -1, position * a.phases() + phase);
+}
+
+// Where shared memory has channels 8 * octet to 8 * octet + 7 of position s, counted in vectors of 16 bytes. Eight of them, of consecutive
+// positions, of every fourth, or of consecutive octets, are in different banks.
+template <int kOctets> __device__ __forceinline__ int staged_at(int s, int octet) {
+    const int at = s * kOctets + octet, line = at / 8;
+    return at ^ ((line ^ line >> 3) & 7);
+}
+
+// Four elements of each of eight channels; zero where `from` is -1, and from channel `channels` on. kVectors: they are neighbours; kAll: there are all channels.
+template <bool kVectors, bool kAll, typename T> __device__ __forceinline__ void load_octet(const T* channel, int64_t volume, int channels, const int (&from)[4], Four<T> (&eight)[8]) {
+    const T* at[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) at[e] = channel + from[e];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (kVectors) eight[i] = from[0] >= 0 ? *reinterpret_cast<const Four<T>*>(at[0]) : Four<T>{};
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            if (!kVectors) eight[i].v[e] = (kAll || i < channels) && from[e] >= 0 ? *at[e] : from_acc<T>(0.0f);
+            at[e] += volume;
+        }
+    }
 }
 
 // Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes.
-template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(const Activation& a, int64_t n, int64_t index, float scale) {
-    constexpr int kPositions = kTileElements / kChannels, kPairs = kChannels / 2;
-    constexpr bool kSplit = kKind == Kind::kSplit;
-    const int channel_tiles = ceil_div(a.channels(), kChannels), c0 = int(index % channel_tiles) * kChannels;
-    const int f0 = int(index / channel_tiles) * kPositions, count = int(elements_of_channel(a));
+template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(const Activation& a, int64_t n, unsigned index, float scale) {
+    constexpr int kOctets = kChannels / 8, kPositions = kTileElements / kChannels;
+    constexpr bool kSplit = kKind == Kind::kSplit, kNorm = kKind == Kind::kNorm;
+    const unsigned channel_tiles = ceil_div(a.channels(), kChannels);
+    const int c0 = int(index % channel_tiles) * kChannels, f0 = int(index / channel_tiles) * kPositions, count = int(elements_of_channel(a));
     const int64_t volume = int64_t(a.axis[0].size) * a.axis[1].size * a.axis[2].size;
     const bool plain = a.phases() == 1;    // then the source and the copy have the same order
-    const T* source = static_cast<const T*>(a.x) + n * a.C * volume;
-    __shared__ __half2 tile[kSplit ? 2 : 1][kPositions][kPairs];    // high, low
+    __shared__ uint4 tile[kSplit ? 2 : 1][kPositions * kOctets];    // high, low
     __shared__ int2 places[kPositions];    // source element or -1, position and phase of the copy
     if (!plain) {
         if (threadIdx.x < kPositions) places[threadIdx.x] = f0 + int(threadIdx.x) < count ? place_of(a, f0 + threadIdx.x) : make_int2(-1, 0);
         __syncthreads();
     }
-    // A warp has 128 positions of a pair at a time, always the same ones.
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    constexpr int kParts = kPositions / 128, kCount = kPairs * kParts / (kThreads / 32);
-    static_assert(kThreads / 32 % kParts == 0, "or a warp's positions change");
-    const int part = warp % kParts * 128;
-    int from[4];                           // elements of the source, or -1; of a vector, the first
+    // A warp has eight channels of 128 positions, four a lane.
+    static_assert(kOctets * (kPositions / 128) * 32 == kThreads, "one for each");
+    const int lane = threadIdx.x % 32, octet = threadIdx.x / 32 % kOctets, c = c0 + octet * 8, channels = int(a.C) - c;
+    const int first = threadIdx.x / 32 / kOctets * 128 + (a.vectors ? lane * 4 : lane), step = a.vectors ? 1 : 32;
+    int from[4];                           // elements of the source, or -1
+#pragma unroll
+    for (int e = 0; e < 4; e++) from[e] = plain ? (f0 + first + e * step < count ? f0 + first + e * step : -1) : places[first + e * step].x;
+    const auto load = [&](const void* x, Four<T> (&eight)[8]) {
+        const T* channel = static_cast<const T*>(x) + (n * a.C + c) * volume;
+        if (channels < 8) load_octet<false, false>(channel, volume, channels, from, eight);
+        else if (a.vectors) load_octet<true, true>(channel, volume, channels, from, eight);
+        else load_octet<false, true>(channel, volume, channels, from, eight);
+    };
+    Four<T> values[8];
+    load(a.x, values);
+    if constexpr (kNorm) {
+        Four<T> activations[8];
+        load(a.norm.r, activations);
+        __shared__ group_norm::ChannelGradient<float> gradients[kChannels];    // taken while those loads are under way
+        if (threadIdx.x < kChannels) gradients[threadIdx.x] = a.norm.channel(n, min(c0 + int(threadIdx.x), int(a.C) - 1));
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const group_norm::ChannelGradient<float> gradient = gradients[octet * 8 + i];
+#pragma unroll
+            for (int e = 0; e < 4; e++) values[i].v[e] = gradient.dz(values[i].v[e], activations[i].v[e]);    // zero where r is zero: outside too
+        }
+    }
+    unsigned any = 0;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-        const int s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
-        from[e] = plain ? (f0 + s < count ? f0 + s : -1) : places[s].x;
+        __half2 high[4], low[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const float x = to_acc(values[k * 2].v[e]), y = to_acc(values[k * 2 + 1].v[e]);
+            any = umax(any, umax(magnitude(x), magnitude(y)));
+            high[k] = __floats2half2_rn(x * scale, y * scale);
+            if (kSplit) low[k] = __floats2half2_rn(x * scale - __low2float(high[k]), y * scale - __high2float(high[k]));
+        }
+        const int at = staged_at<kOctets>(first + e * step, octet);
+        tile[0][at] = *reinterpret_cast<const uint4*>(high);
+        if (kSplit) tile[kSplit][at] = *reinterpret_cast<const uint4*>(low);
     }
-    Four<T> values[kCount][2], activations[kKind == Kind::kNorm ? kCount : 1][2];
-#pragma unroll
-    for (int i = 0; i < kCount; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int64_t c = c0 + (warp + i * (kThreads / 32)) / kParts * 2 + half;
-            auto load = [&](const T* source, Four<T>& four) {
-                if (a.vectors) {
-                    if (c < a.C && from[0] >= 0) four = *reinterpret_cast<const Four<T>*>(source + c * volume + from[0]);
-                    else four = {};
-                } else {
-#pragma unroll
-                    for (int e = 0; e < 4; e++) four.v[e] = c < a.C && from[e] >= 0 ? source[c * volume + from[e]] : from_acc<T>(0.0f);
-                }
-            };
-            load(source, values[i][half]);
-            if constexpr (kKind == Kind::kNorm) load(static_cast<const T*>(a.norm.r) + n * a.C * volume, activations[i][half]);
-        }
-    __shared__ group_norm::ChannelGradient<float> channels[kKind == Kind::kNorm ? kChannels : 1];    // taken while those loads are under way
-    if constexpr (kKind == Kind::kNorm) {
-        if (threadIdx.x < kChannels) channels[threadIdx.x] = a.norm.channel(n, min(c0 + int(threadIdx.x), int(a.C) - 1));
-        __syncthreads();
-    }
-    Extremes max = {0, 0};
-#pragma unroll
-    for (int i = 0; i < kCount; i++) {
-        const int item = warp + i * (kThreads / 32);
-        float gradients[2][4];
-        if constexpr (kKind == Kind::kNorm) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const group_norm::ChannelGradient<float> channel = channels[item / kParts * 2 + half];
-#pragma unroll
-                for (int e = 0; e < 4; e++) gradients[half][e] = channel.dz(to_acc(values[i][half].v[e]), to_acc(activations[i][half].v[e]));    // zero where r is zero: outside too
-            }
-        }
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int s = part + (a.vectors ? lane * 4 + e : lane + e * 32);
-            const float low = kKind == Kind::kNorm ? gradients[0][e] : to_acc(values[i][0].v[e]), high = kKind == Kind::kNorm ? gradients[1][e] : to_acc(values[i][1].v[e]);
-            max.finite = umax(max.finite, umax(finite_magnitude(low), finite_magnitude(high)));
-            max.any = umax(max.any, umax(magnitude(low), magnitude(high)));
-            const int pair = (item / kParts + rotation<kChannels>(a.vectors, s)) % kPairs;
-            const __half2 half = __floats2half2_rn(low * scale, high * scale);
-            tile[0][s][pair] = half;
-            if (kSplit) tile[kSplit][s][pair] = __floats2half2_rn(low * scale - __low2float(half), high * scale - __high2float(half));
-        }
+    Extremes max = {any, any};
+    if (any >= kInfinity) {
+        max.finite = 0;
+        for (const Four<T>& four : values)
+            for (const T& value : four.v) max.finite = umax(max.finite, finite_magnitude(to_acc(value)));
     }
     __syncthreads();
-    constexpr int kVectors = kChannels / 8;                    // of 16 bytes per position
-    __half* copy = a.copy + n * count * a.phase_channels;
+    const int column = c0 + int(threadIdx.x) % kOctets * 8, channel = kSplit ? column / a.split * 2 * a.split + column % a.split : column;
+    if (column < a.channels()) {
+        __half* copy = a.copy + n * count * a.phase_channels + channel;
 #pragma unroll
-    for (int i = threadIdx.x; i < kPositions * kVectors; i += kThreads) {
-        const int s = i / kVectors, v = i % kVectors;
-        if (f0 + s >= count || c0 + v * 8 >= a.channels()) continue;
-        const int64_t place = plain ? f0 + s : places[s].y;
-#pragma unroll
-        for (int part = 0; part <= kSplit; part++) {
-            __half2 four[4];
-#pragma unroll
-            for (int k = 0; k < 4; k++) four[k] = tile[part][s][(v * 4 + k + rotation<kChannels>(a.vectors, s)) % kPairs];
-            const int c = c0 + v * 8, channel = kSplit ? c / a.split * 2 * a.split + part * a.split + c % a.split : c;
-            *reinterpret_cast<uint4*>(copy + place * a.phase_channels + channel) = *reinterpret_cast<const uint4*>(four);
+        for (int s = threadIdx.x / kOctets; s < kPositions; s += kThreads / kOctets) {
+            if (f0 + s >= count) continue;
+            __half* to = copy + int64_t(plain ? f0 + s : places[s].y) * int(a.phase_channels);
+            const int at = staged_at<kOctets>(s, threadIdx.x % kOctets);
+            *reinterpret_cast<uint4*>(to) = tile[0][at];
+            if (kSplit) *reinterpret_cast<uint4*>(to + a.split) = tile[kSplit][at];
         }
     }
     return max;
 }
 
-// The weight, and every sample.
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p) {
-    if (blockIdx.x < tiles_of_weight(p)) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
-    const int64_t block = blockIdx.x - tiles_of_weight(p), tiles = tiles_of_sample(a), n = block / tiles;
-    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block % tiles, power_of_two(first_shift_of(a.max[n])));
+// The weight, and every sample: so many blocks each.
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles) {
+    if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
+    const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
+    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block - n * sample_tiles, power_of_two(first_shift_of(a.max[n])));
     const unsigned max = block_max(extremes.finite);
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
 // Copies again the samples whose first copy does not hold: mostly none.
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a) {
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a, unsigned sample_tiles) {
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
-        for (int64_t tile = blockIdx.x; tile < tiles_of_sample(a); tile += gridDim.x) {
+        for (unsigned tile = blockIdx.x; tile < sample_tiles; tile += gridDim.x) {
             copy_tile<T, kChannels, kKind>(a, n, tile, scale);
             __syncthreads();
         }
@@ -2257,8 +2266,9 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
     RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
-    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, tiles_of_weight(p) + a.N * tiles_of_sample(a), kThreads, stream, a, p));
-    return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a);
+    const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
+    return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a, unsigned(sample_tiles));
 }
 
 template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
