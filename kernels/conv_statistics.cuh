@@ -6,43 +6,30 @@
 
 namespace conv {
 
-// Sums of squares in float64 lose nothing that float32 had.
-struct ChannelSums { double sum, squares; };
-
-// One warp: the sums of a channel of a sample from its moments, in a fixed order.
-__device__ __forceinline__ ChannelSums sums_of_channel(const Problem& p, const Workspace& workspace, int n, int channel) {
-    const int parts = parts_of_sample(p), channels = p.t.channels();
-    const float* counts = workspace.counts + int64_t(n) * parts;
-    const float2* moments = workspace.moments + int64_t(n) * parts * channels + channel;
-    ChannelSums s = {0, 0};
-#pragma unroll 8
-    for (int part = threadIdx.x % 32; part < parts; part += 32) {
-        const double count = counts[part];
-        const float2 m = moments[int64_t(part) * channels];
-        s.sum += count == 0 ? 0 : count * m.x;
-        s.squares += count == 0 ? 0 : m.y + count * m.x * m.x;
-    }
-    for (int offset = 16; offset > 0; offset /= 2) s.sum += __shfl_xor_sync(~0u, s.sum, offset), s.squares += __shfl_xor_sync(~0u, s.squares, offset);
-    return s;
-}
-
 constexpr int kStatisticsThreads = 512;
 
-// mean, rstd (N, num_groups): a block for each.
+// mean, rstd (N, num_groups): a block for each, whose threads have a channel and some of its parts each. Sums of squares in float64 lose
+// nothing that float32 had; they are added in a fixed order.
 __global__ void __launch_bounds__(kStatisticsThreads)
 statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, double eps, double* mean, double* rstd) {
-    const int group = blockIdx.x % shape.num_groups, n = blockIdx.x / shape.num_groups, channels = int(shape.group_channels());
-    ChannelSums total = {0, 0};
-    for (int c = threadIdx.x / 32; c < channels; c += kStatisticsThreads / 32) {
-        const ChannelSums of_channel = sums_of_channel(p, workspace, n, group * channels + c);
-        total.sum += of_channel.sum, total.squares += of_channel.squares;
+    const int group = blockIdx.x % shape.num_groups, n = blockIdx.x / shape.num_groups, group_channels = int(shape.group_channels());
+    const int parts = parts_of_sample(p), channels = p.t.channels();
+    const float* counts = workspace.counts + int64_t(n) * parts;
+    const float2* moments = workspace.moments + int64_t(n) * parts * channels + group * group_channels;
+    const int columns = min(group_channels, kStatisticsThreads), rows = kStatisticsThreads / columns, row = threadIdx.x / columns;
+    group_norm::Pair sums = {0, 0};    // of values, of their squares
+    for (int c = threadIdx.x % columns; c < group_channels && row < rows; c += columns) {
+#pragma unroll 8
+        for (int part = row; part < parts; part += rows) {
+            const double count = counts[part];
+            const float2 m = moments[int64_t(part) * channels + c];
+            sums.a += count == 0 ? 0 : count * m.x;
+            sums.b += count == 0 ? 0 : m.y + count * m.x * m.x;
+        }
     }
-    __shared__ ChannelSums warps[kStatisticsThreads / 32];
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
-    __syncthreads();
+    sums = group_norm::block_sum<kStatisticsThreads>(sums);
     if (threadIdx.x != 0) return;
-    for (int i = 1; i < kStatisticsThreads / 32; i++) total.sum += warps[i].sum, total.squares += warps[i].squares;
-    const double mean_of_all = total.sum / double(shape.group_count()), variance = total.squares / double(shape.group_count()) - mean_of_all * mean_of_all;
+    const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
     mean[blockIdx.x] = mean_of_all, rstd[blockIdx.x] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
 }
 

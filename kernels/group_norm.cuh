@@ -28,11 +28,12 @@ constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
 struct Pair { double a, b; };
 
 // The sum over the block, in a fixed order, in every thread.
-__device__ __forceinline__ Pair block_sum(Pair v) {
-    __shared__ Pair sums[kThreads];
+template <int kBlock = kThreads> __device__ __forceinline__ Pair block_sum(Pair v) {
+    static_assert((kBlock & (kBlock - 1)) == 0, "halved again and again");
+    __shared__ Pair sums[kBlock];
     __syncthreads();
     sums[threadIdx.x] = v;
-    for (int half = kThreads / 2; half > 0; half /= 2) {
+    for (int half = kBlock / 2; half > 0; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) {
             sums[threadIdx.x].a += sums[threadIdx.x + half].a;
