@@ -2308,7 +2308,8 @@ namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 constexpr int kMaxWarpgroups = 3;              // that multiply
-constexpr int kMostPaired = 128;               // the largest block_n of which runs can be paired (conv_tiles.h)
+constexpr int kMostPaired = 136;               // the largest block_n whose epilogue knows paired runs, and runs with outputs of the next one (conv_tiles.h)
+constexpr int kSector = 8, kLine = 32;         // floats of memory that are written at once, and requested at once: parts of a sector cost more than all of it
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
@@ -2330,9 +2331,11 @@ struct Tiling {
     int pitch, box_rows;
     int taps_per_box;                          // taps h that a box serves: all, or 1
     bool whole_rows;                           // a run is whole rows of the strip
+    bool whole_sectors;                        // of memory are stored: a run has the first outputs of the next one too, to the end of its last sector
     bool contiguous;                           // the outputs of a run are neighbours in memory
-    bool bulk, dense;                          // staged outputs are aligned as in memory; position q is float q of its region
+    bool bulk, dense, vectors;                 // staged outputs are aligned as in memory; position q is float q of its region; with two phases of W, pairs of positions are aligned vectors
     bool tensor_store;                         // one copy of the whole run
+    int staging_unit;                          // contiguous outputs are staged as they are aligned to so many floats in memory
     int region_channels, region_stride;        // channels of a row tile that are staged; floats of the staged outputs of a channel
     int buffers, table_bytes;                  // one for each warpgroup, or one for all; what tells a warpgroup where to stage
     int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
@@ -2381,8 +2384,8 @@ inline int longest_run(const Tiling& t, int64_t strip, int step) {
     }
 }
 
-// Cuts a strip into runs. False where one would not fit.
-inline bool cut_runs(Tiling& t, const Stencil& s) {
+// Cuts a strip into runs. False where one would not fit. may_share: runs may have outputs of the next one too.
+inline bool cut_runs(Tiling& t, const Stencil& s, bool may_share) {
     const StencilAxis &h = s.axis[1], &w = s.axis[2];
     const int64_t strip = int64_t(h.positions) * t.tile_w, group = t.tile_runs();
     t.whole_rows = h.phases * w.phases > 1 || t.strips > 1;
@@ -2390,6 +2393,8 @@ inline bool cut_runs(Tiling& t, const Stencil& s) {
         if (t.tile_w > t.block_n) return false;
         const int rows = (t.block_n - t.tile_w) / t.pitch + 1;
         t.run = (rows < h.positions ? rows : h.positions) * t.tile_w;
+        const int shared = ceil_div(kSector - 1 + w.crop, w.phases);    // positions of the next row
+        t.whole_sectors = may_share && t.block_n <= kMostPaired && t.strips == 1 && (h.phases == 1 || t.packed[1]) && rows < h.positions && w.out > kSector && w.out % kSector != 0 && rows * t.pitch + shared <= t.block_n;
     } else {
         // Runs of 8 mod 16 positions, which suits lay_out_regions, if that makes hardly more of them.
         const int suited = longest_run(t, strip, 16), other = longest_run(t, strip, 4);
@@ -2404,23 +2409,27 @@ inline bool cut_runs(Tiling& t, const Stencil& s) {
         rows = span > rows ? span : rows;
         if (i > 64) { rows++; break; }
     }
-    t.box_rows = rows + (t.taps_per_box == 1 ? 0 : h.shift[h.taps - 1]);
+    t.box_rows = rows + t.whole_sectors + (t.taps_per_box == 1 ? 0 : h.shift[h.taps - 1]);
     return t.box_rows <= 256;
 }
 
-// Lays a run's outputs out for staging: a region for each (channel, packed phase of D). may_be_dense: the epilogue knows runs without a table.
-inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool may_be_dense) {
+// Lays a run's outputs out for staging: a region for each (channel, packed phase of D). bulk_copies: what stores them; then the epilogue
+// also knows runs without a table.
+inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool bulk_copies) {
     const int out_h = s.axis[1].out, out_w = s.axis[2].out;
     const int phases_h = packed_phases(t, s, 1), phases_w = s.axis[2].phases;
     t.contiguous = t.strips == 1 && (s.axis[1].phases == 1 || t.packed[1]);
     const int rows = ceil_div(t.run, t.tile_w) * phases_h;
     const bool aligned = int64_t(out_h) * out_w % 4 == 0 && (t.whole_rows && t.contiguous ? out_w : t.run) % 4 == 0;
     t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
-    t.dense = may_be_dense && t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
-    const int floats = t.contiguous ? (t.whole_rows ? rows * out_w : t.run) + (aligned ? 0 : 4) : rows * t.tile_w * phases_w;
-    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts; where the neighbours are phases, 4 mod 8 is better.
-    t.region_stride = phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;
-    t.tensor_store = t.contiguous && !t.whole_rows && aligned && t.region_stride == t.run;
+    t.dense = bulk_copies && t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
+    t.vectors = aligned && t.contiguous && t.whole_rows && phases_w == 2 && s.axis[2].crop == 0;
+    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts; where the neighbours are phases, 4 mod 8 is better, or 16 mod 32 for vectors.
+    const auto stride_of = [&](int floats) { return t.vectors ? round_up(floats - 16, 32) + 16 : phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up(floats - 8, 16) + 8; };
+    const int outputs = !t.contiguous ? rows * t.tile_w * phases_w : t.whole_rows ? rows * out_w : t.dense ? t.block_n : t.run;
+    t.tensor_store = t.contiguous && !t.whole_rows && aligned && stride_of(outputs) == t.run;
+    t.staging_unit = t.whole_sectors ? kLine : 4;
+    t.region_stride = stride_of(outputs + (t.contiguous ? t.staging_unit - (aligned ? 4 : 1) : 0) + (t.whole_sectors ? kSector - 1 : 0));
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
     t.region_channels = round_up(channels, 8) < t.rows.octets * 8 ? round_up(channels, 8) : t.rows.octets * 8;
     const int regions = t.region_channels * packed_phases(t, s, 0);
@@ -2506,11 +2515,11 @@ struct Problem {
 struct Run {
     int row_tile, channel0, outer;       // first channel of the row tile, phase of the axes that are not packed
     int b_row;                           // of the box
-    int count, h0, q0;                   // positions; the first one's row and column
+    int count, rows, h0, q0;             // positions, whole rows of them; the first one's row and column
     int od0, phase_h;                    // output plane of packed phase 0, phase of H where it is not packed
     int oh0, ow0, oh_end, ow_end;        // the outputs of a region
     int first;                           // floats of the region's first row before the run
-    int alignment;                       // of the first region, modulo 4 floats
+    int alignment;                       // of the first region, modulo staging_unit
     bool paired;                         // W has two phases, and position q has floats 2 q and 2 q + 1 of its row; only column 0's phase 0 may be missing
     int paired_place;                    // then: where the first row's column 0 has phase 0 in its region, for packed phase 0 of H
 };
@@ -2520,7 +2529,7 @@ struct Place {
     int h0, part;                // first row of the box's positions; index in the sample
     int row_tile, first_run;     // of the first warpgroup
     int source_channel;          // the first of the copy
-    int live_d, live_h;          // bit t: some row has a weight at tap t
+    int live_d, live_h;          // bit t: some row has a weight at tap t, and tap d reads a plane of the source
     bool empty;                  // no tap reads anything
 };
 
@@ -2587,7 +2596,7 @@ struct Cursor {
                 if (first >= ah.taps) {
                     do {
                         if (++td >= ad.taps) return false;
-                    } while (!(tile_live >> (8 + td) & 1) || unsigned(plane()) >= unsigned(ad.sources));
+                    } while (!(tile_live >> (8 + td) & 1));
                     first = 0;
                 }
                 c = phase_c = phase_d = phase_h = phase_w = 0;
@@ -2662,9 +2671,9 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
         const int outer = (place.row_tile + i) / t.rows.channel_tiles;
         place.live_d |= live_taps(ad, t.packed[0], t.packed[0] ? 0 : outer / phases_h % ad.phases), place.live_h |= live_taps(ah, t.packed[1], outer % phases_h);
     }
-    place.empty = true;
-    for (int td = 0; td < ad.taps && place.live_h != 0; td++)
-        if (place.live_d >> td & 1 && unsigned(ad.first + place.d - ad.shift[td]) < unsigned(ad.sources)) place.empty = false;
+    for (int td = 0; td < ad.taps; td++)
+        if (unsigned(ad.first + place.d - ad.shift[td]) >= unsigned(ad.sources)) place.live_d &= ~(1 << td);
+    place.empty = place.live_d == 0 || place.live_h == 0;
     return place;
 }
 
@@ -2683,13 +2692,14 @@ HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
     run.od0 = place.d * ad.phases + phase_d - ad.crop;
     run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
     if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
-    const int rows = run.count / t.tile_w, oh_end = (run.h0 + rows) * ah.phases - ah.crop, ow_end = (place.w0 + place.columns) * aw.phases - aw.crop;
+    run.rows = run.count / t.tile_w;
+    const int oh_end = (run.h0 + run.rows) * ah.phases - ah.crop, ow_end = (place.w0 + place.columns) * aw.phases - aw.crop;
     run.oh_end = min_of(ah.out, oh_end), run.ow_end = min_of(aw.out, ow_end);
     run.first = t.whole_rows ? 0 : run.q0;
-    run.paired = t.block_n <= kMostPaired && aw.phases == 2 && t.whole_rows && t.tile_w % 8 == 0 && place.columns == t.tile_w && (rows == 1 || (rows > 1 && t.pitch == t.tile_w)) &&
-                 run.h0 * ah.phases >= ah.crop && oh_end <= ah.out && ow_end <= aw.out;
+    run.paired = t.block_n <= kMostPaired && aw.phases == 2 && t.whole_rows && t.tile_w % 8 == 0 && place.columns == t.tile_w && (run.rows == 1 || (run.rows > 1 && t.pitch == t.tile_w)) &&
+                 run.h0 * ah.phases >= ah.crop && oh_end <= ah.out && ow_end <= aw.out && (!t.whole_sectors || oh_end == ah.out || run.rows * t.pitch >= t.block_n - 8);
     run.paired_place = (t.packed[1] ? run.h0 * ah.phases - ah.crop - run.oh0 : 0) * staged_row(p) + place.w0 * 2 - aw.crop - run.ow0;
-    run.alignment = t.contiguous ? region_origin<unsigned>(p, place, run, run.channel0, run.od0) % 4 : 0;
+    run.alignment = t.contiguous ? region_origin<unsigned>(p, place, run, run.channel0, run.od0) & (t.staging_unit - 1) : 0;
     return run;
 }
 
@@ -2707,21 +2717,26 @@ HOST_DEVICE int rows_of_item(const Problem& p, int i) {
 
 // -------------------------------------------------------------------------------------------------- Staged outputs
 
-// How many floats a region is away from a multiple of 16 bytes: (run's + of the region) % 4; channel and plane from the run's first on. Only where
-// runs are contiguous.
+// Where a region begins behind a multiple of region_stride, so that its outputs are staged as they are aligned in memory: the run's alignment + the region's,
+// modulo staging_unit. channel and plane from the run's first on. Only where runs are contiguous.
 HOST_DEVICE int alignment_of_region(const Problem& p, int channel, int plane) {
-    const unsigned area = unsigned(p.s.axis[1].out) * unsigned(p.s.axis[2].out);
-    return p.t.contiguous ? (unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane)) * area % 4 : 0;
+    const unsigned area = unsigned(p.s.axis[1].out) * unsigned(p.s.axis[2].out), region = channel * packed_phases(p.t, p.s, 0) + plane;
+    return p.t.contiguous ? ((unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane)) * area - region * unsigned(p.t.region_stride)) & (p.t.staging_unit - 1) : 0;
 }
 
-// Where position q of a phase is staged in its region, or -1. Positions count the gaps, from column 0 of the run's first row on.
+// Outputs of a region, where they are neighbours in memory.
+HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
+
+// Where position q of a phase is staged in its region, or -1; from contiguous_count() on: the next run's. Positions count the gaps, from column 0 of the run's first row on.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
     const Tiling& t = p.t;
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const int row = q / t.pitch, column = q % t.pitch;
     const int oh = (run.h0 + row) * ah.phases + (t.packed[1] ? packed_h : run.phase_h) - ah.crop, ow = (tile.w0 + column) * aw.phases + phase_w - aw.crop;
-    const bool inside = column < tile.columns && row * t.tile_w + column - run.q0 < run.count && oh >= 0 && oh < ah.out && ow >= 0 && ow < aw.out;
-    return inside ? (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first : -1;
+    if (column >= tile.columns || oh < 0 || oh >= ah.out || ow < 0 || ow >= aw.out) return -1;
+    const int place = (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first;
+    const bool own = row * t.tile_w + column - run.q0 < run.count, of_next = t.whole_sectors && place < contiguous_count(p, run) + kSector - 1;
+    return own || of_next ? place : -1;
 }
 
 // Floats of a paired run from row to row of the grid.
@@ -2730,23 +2745,23 @@ HOST_DEVICE int paired_row(const Problem& p) { return (p.t.packed[1] ? p.s.axis[
 // Staged regions of a run: (channel, packed phase of D).
 HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.region_channels * packed_phases(p.t, p.s, 0) : 0; }
 
-// Outputs of a region, where they are neighbours in memory.
-HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
-
 // Calls f(global index, region, float of the region, count) for the pieces of every `step`-th region from `first` to `end`.
 template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int end, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const int phases_d = packed_phases(p.t, p.s, 0);
-    const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
+    const int rows = p.t.contiguous ? 1 : run.rows * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
     const int count = p.t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0;
     const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
         const int channel = phases_d == 1 ? region : region / phases_d, plane = phases_d == 1 ? 0 : region % phases_d;
         if (run.channel0 + channel >= p.C_out || unsigned(run.od0 + plane) >= unsigned(p.s.axis[0].out)) continue;
         const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane) * area;
+        // A sector that two runs share is the first one's.
+        const int skipped = p.t.whole_sectors && run.oh0 > 0 ? int(-origin & (kSector - 1)) : 0, added = p.t.whole_sectors && run.oh_end < ah.out ? int(-(origin + count) & (kSector - 1)) : 0;
         for (int row = 0; row < rows; row++) {
             const int oh = run.oh0 + row * row_step;
-            if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region, p.t.contiguous ? int(origin & 3) : row * staged_row(p), count);
+            if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out))
+                f(origin + skipped + int64_t(row) * row_step * aw.out, region, p.t.contiguous ? (int(origin - region * p.t.region_stride) & (p.t.staging_unit - 1)) + skipped : row * staged_row(p), count - skipped + added);
         }
     }
 }
@@ -2858,7 +2873,8 @@ __device__ __forceinline__ float quad_sum(float v) {
 
 // What the table of a run's staged places depends on: runs of the same form, all but those at the edges, have the same one.
 __device__ __forceinline__ int4 table_key(const Problem& p, const Tile& tile, const Run& run) {
-    return make_int4(run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * p.s.axis[1].phases) * 8 + run.phase_h) * 2 + (run.h0 == 0));
+    const StencilAxis& ah = p.s.axis[1];
+    return make_int4(run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 4 + (run.oh_end == ah.out) * 2 + (run.h0 == 0));
 }
 __device__ __forceinline__ bool same_key(int4 a, int4 b) { return a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w; }
 
@@ -3566,7 +3582,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.item_taps = t.items = 1;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         t.pitch = box_pitch(w, t.tile_w, strips);
-        if (!cut_runs(t, s)) continue;
+        if (!cut_runs(t, s, false)) continue;
         lay_out_regions(t, s, t.rows.octets * 8, false);    // halves of all rows take turns
         const int halo_w = w.shift[w.taps - 1], halo_h = taps_per_box == 1 ? 0 : h.shift[h.taps - 1], row_bytes = 2 * chunk;
         // Rows of shared memory that a box's stage has: positions that are no outputs read beyond the box.
@@ -3902,7 +3918,7 @@ __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, con
         const int index = granule * 8 + threadIdx.x % 32 / 4;
         const LaneRow row = lane_row(p, run, index);
         const RowConstants constants = rows[index];
-        float* region = buffer + slot_of(p, row.region) * t.region_stride + (run.alignment + alignment_of_region(p, row.channel, row.packed_d)) % 4;
+        float* region = buffer + slot_of(p, row.region) * t.region_stride + ((run.alignment + alignment_of_region(p, row.channel, row.packed_d)) & (t.staging_unit - 1));
 #pragma unroll
         for (int j = 0; j < kColumns / 8; j++) {
             const int2 place = *reinterpret_cast<const int2*>(table + row.phase_hw * t.block_n + j * 8);
@@ -4381,6 +4397,9 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait_group() { asm
 // Keeps the compiler from using a register's value ahead of this point.
 __device__ __forceinline__ void keep_after(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 
+// Here and not before, where a zero would not be wanted.
+__device__ __forceinline__ void make_zero(float& v) { asm volatile("mov.f32 %0, 0f00000000;" : "=f"(v)); }
+
 // Says that a register's value is not wanted any more.
 __device__ __forceinline__ void make_undefined(float& v) { asm volatile("" : "=f"(v)); }
 
@@ -4392,7 +4411,9 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int blo
     const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
     return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
 }
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t address) { return base | (address & 0x3ffff) >> 4; }
+// vector: the address in units of 16 bytes.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t vector) { return base >> 32 << 32 | (uint32_t(base) + vector); }
+__device__ __forceinline__ uint32_t shared_vector(const void* p) { return shared_address(p) / 16; }
 
 // d (64, 2 * registers) += a * b, or = without kAccumulate; fp16 operands in shared memory, K-major (0) or both transposed (1), fp32 sums in registers:
 // element i of lane l in warp w is row 16 * w + l / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + l % 4 * 2 + i % 2.
@@ -4406,6 +4427,10 @@ template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void 
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, %67, 1, 1, %66, %66;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[68], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n136k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63, %64, %65, %66, %67" "}, %68, %69, %71, 1, 1, %70, %70;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[80], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, %83, 1, 1, %82, %82;\n"
@@ -4446,7 +4471,11 @@ constexpr int kSharedBytes = 227 * 1024;
 constexpr int kMaxStages = 16;                 // of weights, all rings together
 constexpr int kMaxInputStages = 6;
 constexpr int kMaxItems = 64;
-constexpr int kHeadBytes = 2048;               // barriers and the like
+constexpr int kHeadBytes = 2560;               // barriers and the like
+
+// Whether there is a kernel of these columns for stages of such a chunk, with several products or one. Each costs nvcc seconds, so those that hardly any
+// shape is best with are left out.
+HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) { return chunk == 64 ? !many || block_n <= 192 : chunk == 32 || block_n <= 136; }
 
 inline int64_t shared_bytes(const Tiling& t) {
     return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + t.warpgroups * int64_t(t.table_bytes);
@@ -4461,12 +4490,13 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int packing = 0; packing < 3; packing++)
     for (int warpgroups : {2, 3})
     for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {232, 224, 192, 160, 128, 64})
+    for (int block_n : {232, 224, 192, 160, 136, 128, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
+    for (bool half_chunk : {false, true})
     for (int input_stages : {2, 3, 4, 6})
     for (int item_taps : {h.taps * w.taps, w.taps, 1}) {
-        if (warpgroups == 3 && (split_m || block_n != 128)) continue;    // as many sums as there are registers for
+        if ((warpgroups == 3) != (block_n == 136) || (warpgroups == 3 && split_m)) continue;    // as many sums as there are registers for
         Tiling t = {};
         t.input_stages = input_stages, t.warpgroups = warpgroups;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
@@ -4476,12 +4506,15 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
         if (!set_channels(t, s, source_channels, channels, groups)) continue;
+        if (half_chunk && (warpgroups == 2 || t.split || t.chunk < 64)) continue;    // where three consumers leave room for no more
+        if (half_chunk) t.chunk /= 2;
         const bool many = item_taps > 1;
+        if (!is_built(block_n, t.chunk, many)) continue;
         t.item_taps = item_taps, t.items = many ? item_taps * t.products : 1;
         if (many && (split_m || t.items > kMaxItems || (item_taps > w.taps && taps_per_box < h.taps) || s.source_phases() > 1)) continue;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         t.pitch = box_pitch(w, t.tile_w, strips);
-        if (t.pitch > 256 || !cut_runs(t, s)) continue;
+        if (t.pitch > 256 || !cut_runs(t, s, true)) continue;
         lay_out_regions(t, s, channels, true);
         const int64_t row_bytes = 2 * t.chunk;
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
@@ -4512,17 +4545,20 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         double products = steps * step * (lead < latency && !kept ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
         products = products > box_time ? products : box_time;
         // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
-        const double instructions = steps / (t.chunk / 16) * (many ? 100 + 600.0 / t.items : 600) + boxes * 600 + block_n * (t.dense ? 15 : 20);
+        const double instructions = steps / (t.chunk / 16) * (many ? 60 + 350.0 / t.items : 350) + boxes * 600 + block_n * (t.dense ? 15 : 20);
         products = products > instructions ? products : instructions;
         const double loads = (steps * (kept ? 0 : t.weight_rings) * kRows * 16 * 2 + boxes * box_bytes) / 21;
         products = products > loads ? products : loads;
         const double out_bytes = 4.0 * warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
-        // A warp issues the copies of a run's pieces one after another.
-        const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
-        const double store_time = t.bulk ? pieces * 50 : 0;
+        // Two warps issue the copies of the runs' pieces one after another.
+        const double pieces = warpgroups * (t.tensor_store ? 1.0 : t.region_channels * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)));
+        const double store_time = t.bulk ? pieces / 2 * 50 : 0;
         if (products < store_time) products = store_time;
-        const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
+        double tile = products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products;
+        if (t.buffers == 1) tile += 0.05 * traffic;
+        if (!t.tensor_store && !t.whole_sectors) tile += t.contiguous ? 0.3 * traffic : t.bulk ? 0.4 * traffic + 0.5 * store_time : 1.5 * traffic;
+        if (warpgroups == 2 && !t.dense) tile += 25 * block_n;    // with three, one's epilogue is always beside the others' products
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
         const double time = waves * (tile + (kept ? 400 : 1200));
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
@@ -4561,7 +4597,7 @@ _SOURCES['conv_sm90.cuh'] = r'''
 
 namespace conv_sm90 {
 
-constexpr int kTileSlots = 3;
+constexpr int kTileSlots = 4;
 constexpr int kBeginBarrier = 1 + kMaxWarpgroups;    // behind the consumers' own
 
 // Threads of a block with so many consumers, and registers of a thread.
@@ -4602,7 +4638,7 @@ struct SharedParts {
 
 // ------------------------------------------------------------------------------------------------------ Producers
 
-// A warp: takes tiles from the queues and tells everyone.
+// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone.
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
@@ -4640,80 +4676,95 @@ struct Publisher {
     }
 };
 
-// A warp for each ring of weights: loads them, and the first one the boxes.
+// A warp for each ring of weights: loads them, and the first one the boxes. Each lane knows one of the steps that come next, a tap and its box.
+// Tiles with the same live taps have the same steps; where there are no more than lanes, they are looked up once.
 struct Loader {
     const Parameters& a;
     const SharedParts& shared;
     const CUtensorMap *x_map, *w_map;
     int ring;
     RingPosition slot, in, weight;
-    int kept = -1, kept_row = -1;    // which tap and column lane i's stage i of the ring has, of this row
+    int kept = -1, kept_row = -1;      // which weights lane i's stage i of the ring has, of this row
+    struct Step {
+        int rows, weights;             // rows with kOpensBox; which weights: tap << 20 | column / 16
+        int plane_row, channel;        // of the box, from the tile's on; plane << 16 | row
+    } step = {};
+    int steps = 0, steps_live = -1;    // known ones; of tiles with these live taps they are all
 
-    __device__ bool elected() const { return threadIdx.x % 32 == 0; }
+    // Takes the next steps from `tap` of the box at the cursor on. more: whether there are others, then.
+    __device__ __forceinline__ void take_steps(const Tile& tile, Cursor& at, int& tap, bool& more) {
+        const int lane = threadIdx.x % 32;
+        for (steps = 0; more && steps < 32;) {
+            const BoxTaps taps(at);
+            const int own = tap + lane - steps, taken = min(taps.count - tap, 32 - steps);
+            if (lane >= steps && lane < steps + taken) {
+                const BoxTaps::Tap t = taps[own];
+                step = {t.rows | (own == 0 ? kOpensBox : 0), t.tap << 20 | t.column / 16, (at.plane() - tile.d) << 16 | ((at.source_row() - tile.h0) & 0xffff), at.c};
+            }
+            steps += taken, tap += taken;
+            if (tap == taps.count) more = at.next_box(), tap = 0;
+        }
+    }
 
-    __device__ __forceinline__ void load_box(const Tile& tile, const Cursor& at) {
+    // Lane `i` loads its step's box.
+    __device__ __forceinline__ void load_box(const Tile& tile, int i) {
         const StencilAxis& aw = a.p.s.axis[2];
         SharedHead& head = shared.head;
         mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
-        if (elected()) {
+        if (threadIdx.x % 32 == i) {
             mbarrier_arrive_expect_tx(head.input_full + in.stage, a.p.t.box_bytes());
-            tma_load_5d(shared.input + in.stage * a.p.t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + at.c, aw.first + tile.w0 - aw.shift[aw.taps - 1],
-                        at.source_row(), at.plane(), tile.n);
+            tma_load_5d(shared.input + in.stage * a.p.t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + step.channel, aw.first + tile.w0 - aw.shift[aw.taps - 1],
+                        tile.h0 + int16_t(step.plane_row), tile.d + (step.plane_row >> 16), tile.n);
         }
         __syncwarp();
         in.advance(a.p.t.input_stages);
     }
 
-    // Loads the weights of a box's taps; each lane knows some of them. row: of the packed weights.
-    __device__ __forceinline__ void load_weights(const BoxTaps& taps, int row, bool last_box) {
+    // Lane `i` loads its step's weights, unless the stage has them already. row: of the packed ones.
+    __device__ __forceinline__ void load_weights(int i, int row, bool last) {
         const Tiling& t = a.p.t;
         SharedHead& head = shared.head;
-        for (int first = 0; first < taps.count; first += 32) {
-            const int own = first + threadIdx.x % 32;
-            const BoxTaps::Tap tap = taps[min(own, taps.count - 1)];
-            const int info = tap.rows | (own == 0 ? kOpensBox : 0) | (last_box && own == taps.count - 1 ? kLastTap : 0);
-            const int wanted = tap.tap << 20 | tap.column / 16;
-#pragma unroll 1
-            for (int i = first; i < min(first + 32, taps.count); i++) {
-                const int at = ring * t.weight_stages + weight.stage;
-                mbarrier_wait(head.weight_empty + at, weight.phase ^ 1);
-                const int is_kept = __shfl_sync(~0u, kept, weight.stage), of_tap = __shfl_sync(~0u, wanted, i - first);
-                if (threadIdx.x % 32 == weight.stage) kept = of_tap;
-                if (i == own) head.taps[at] = info;
-                if (i == own && is_kept == wanted) {
-                    mbarrier_arrive(head.weight_full + at);
-                } else if (i == own) {
-                    uint8_t* stage = shared.weights + at * t.weight_bytes;
-                    mbarrier_arrive_expect_tx(head.weight_full + at, t.weight_bytes);
-                    tma_load_3d(stage, w_map, head.weight_full + at, tap.column, row, tap.tap);
-                    if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, head.weight_full + at, tap.column + t.chunk, row, tap.tap);
-                }
-                __syncwarp();
-                weight.advance(t.weight_stages);
-            }
+        const int lane = threadIdx.x % 32, at = ring * t.weight_stages + weight.stage;
+        mbarrier_wait(head.weight_empty + at, weight.phase ^ 1);
+        const int is_kept = __shfl_sync(~0u, kept, weight.stage), wanted = __shfl_sync(~0u, step.weights, i);
+        if (lane == weight.stage) kept = wanted;
+        if (lane == i) head.taps[at] = step.rows | (last ? kLastTap : 0);
+        if (lane == i && is_kept == wanted) {
+            mbarrier_arrive(head.weight_full + at);
+        } else if (lane == i) {
+            const int tap = wanted >> 20, column = (wanted & 0xfffff) * 16;
+            uint8_t* stage = shared.weights + at * t.weight_bytes;
+            mbarrier_arrive_expect_tx(head.weight_full + at, t.weight_bytes);
+            tma_load_3d(stage, w_map, head.weight_full + at, column, row, tap);
+            if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, head.weight_full + at, column + t.chunk, row, tap);
         }
+        __syncwarp();
+        weight.advance(t.weight_stages);
     }
 
-    // publishes: the next tile, while the consumers have something to do with the one before.
-    __device__ __forceinline__ void run(Publisher& publisher, bool publishes) {
+    __device__ __forceinline__ void run() {
         SharedHead& head = shared.head;
         while (true) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
-            const int row = tile.run[ring].row_tile * kRows;
+            const int row = tile.run[ring].row_tile * kRows, live = tile.live_h | tile.live_d << 8;
             if (row != kept_row) kept = -1, kept_row = row;
             Cursor at(a.p, tile);
-            bool more = at.next_box(), first = true;
-            while (more || first) {
-                if (more) {
-                    if (ring == 0) load_box(tile, at);
-                    const BoxTaps taps(at);
-                    more = at.next_box();
-                    load_weights(taps, row, !more);
+            int tap = 0;
+            bool more = false;
+            if (live != steps_live) {
+                more = at.next_box();
+                take_steps(tile, at, tap, more);
+                steps_live = more ? -1 : live;
+            }
+            while (true) {
+                for (int i = 0; i < steps; i++) {
+                    if (ring == 0 && __shfl_sync(~0u, step.rows, i) & kOpensBox) load_box(tile, i);
+                    load_weights(i, row, i == steps - 1 && !more);
                 }
-                if (first && publishes) publisher.publish();
-                first = false;
+                if (!more) break;
+                take_steps(tile, at, tap, more);
             }
             mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
@@ -4751,14 +4802,17 @@ struct Storer {
         bulk_commit_group();
     }
 
-    __device__ __forceinline__ void run() const {
+    // publishes: two tiles ahead, when consumers begin one.
+    __device__ __forceinline__ void run(Publisher& publisher, bool publishes) const {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
+        bool more = publishes && publisher.publish() && publisher.publish();
         RingPosition slot;
         for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
+            if (more) more = publisher.publish();
             for (; consumer < consumers; consumer += 2) {
                 mbarrier_wait(head.staged[tiles % 2] + consumer, tiles / 2 % 2);
                 store(tile, tile.run[consumer], shared.buffer(a.p.t, consumer));
@@ -4788,7 +4842,7 @@ struct LaneRow {
 };
 
 // Whether consumers have registers to keep the epilogue's constants from tile to tile.
-template <int kBlockN> constexpr bool kKeepsConstants = kBlockN <= 128;
+template <int kBlockN> constexpr bool kKeepsConstants = kBlockN <= 136;
 
 // What a consumer warpgroup carries from tile to tile.
 struct Consumer {
@@ -4866,10 +4920,10 @@ struct Consumer {
 // of this one, or the tensor cores would be idle meanwhile.
 template <int kBlockN, int kSteps, bool kItems>
 __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (&d)[kBlockN / 2]) {
-    constexpr int row_bytes = kSteps * 32;
+    constexpr int row_vectors = kSteps * 2;    // of 16 bytes, as all addresses of operands here
     const Tiling& t = me.a.p.t;
     SharedHead& head = me.shared.head;
-    const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
+    const uint64_t descriptor = wgmma_descriptor_base(row_vectors * 16);
     const int b_row = tile.run[me.warpgroup].b_row, ring = t.weight_rings == 2 ? me.warpgroup * t.weight_stages : 0;
     auto let_the_other_begin = [&] {
         if (me.first && me.warpgroup == 0) named_barrier_arrive(kBeginBarrier, 256);
@@ -4888,16 +4942,16 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (info & kOpensBox) {
             input_stage = me.in.stage;
             mbarrier_wait(head.input_full + input_stage, me.in.phase);
-            box = shared_address(me.shared.input + input_stage * t.input_bytes) + b_row * row_bytes;
+            box = shared_vector(me.shared.input + input_stage * t.input_bytes) + b_row * row_vectors;
             me.in.advance(t.input_stages);
         }
-        b = box + (info & kTapRows) * row_bytes, w = shared_address(me.shared.weights + (ring + weight_stage) * t.weight_bytes);
+        b = box + (info & kTapRows) * row_vectors, w = shared_vector(me.shared.weights + (ring + weight_stage) * t.weight_bytes);
     };
     auto multiply_steps = [&](uint32_t w, uint32_t b, int first, int end, auto anew) {
         wgmma_fence();
 #pragma unroll
         for (int step = first; step < end; step++) {
-            const uint64_t a_step = wgmma_descriptor(descriptor, w + step * 32), b_step = wgmma_descriptor(descriptor, b + step * 32);
+            const uint64_t a_step = wgmma_descriptor(descriptor, w + step * 2), b_step = wgmma_descriptor(descriptor, b + step * 2);
             if (decltype(anew)::value && step == 0) wgmma_m64k16_f16<0, 0>(d, a_step, b_step);
             else wgmma_m64k16_f16<0>(d, a_step, b_step);
         }
@@ -4909,7 +4963,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
     };
     auto begin_tap = [&](auto anew) {
-        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_bytes : b, 0, kSteps, anew);
+        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_vectors : b, 0, kSteps, anew);
         else multiply_steps(w, b, 0, kSteps / 2, anew);
         wgmma_wait_group<1>();    // the tap before is done
         release();
@@ -4920,9 +4974,9 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             int rows = head.item_rows[1];
 #pragma unroll 1
             for (int i = 1; i < t.items; i++) {
-                const uint32_t b_item = b + rows * row_bytes;
+                const uint32_t b_item = b + rows * row_vectors;
                 rows = head.item_rows[i + 1];
-                multiply_steps(w + i * kRows * row_bytes, b_item, 0, kSteps, std::false_type());
+                multiply_steps(w + i * kRows * row_vectors, b_item, 0, kSteps, std::false_type());
             }
         } else {
             multiply_steps(w, b, kSteps / 2, kSteps, std::false_type());
@@ -4946,7 +5000,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
     } else {
 #pragma unroll
-        for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+        for (int i = 0; i < kBlockN / 2; i++) make_zero(d[i]);
     }
     done_input = input_stage;
     release();
@@ -4958,17 +5012,17 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
 // Where a lane's row is staged.
 __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& tile, const LaneRow& row) {
     const Run& run = tile.run[me.warpgroup];
-    return me.buffer() + row.region + (run.alignment + row.alignment) % 4;
+    return me.buffer() + row.region + ((run.alignment + row.alignment) & (me.a.p.t.staging_unit - 1));
 }
 
 // The moments of a lane's share of a row. They are of deviations from one of the row's values, whose own squared deviation is part of
 // the result, which bounds the cancellation.
 struct Moments {
     float shift = 0, sum = 0, squares = 0;
-    int count = 0;
+    int count = 0;    // whoever adds counts
     __device__ __forceinline__ void add(float value) {
         const float deviation = value - shift;
-        sum += deviation, squares = fmaf(deviation, deviation, squares), count++;
+        sum += deviation, squares = fmaf(deviation, deviation, squares);
     }
 };
 
@@ -4992,16 +5046,12 @@ template <int kBlockN, bool kRelu> struct Stager {
     const Run& run;
     float (&v)[kBlockN / 2];
 
-    __device__ __forceinline__ float value(int i) const {
-        const LaneRow& row = me.rows[i / 2 % 2];
-        return kRelu ? max_nan(fmaf(v[i], row.scale, row.bias), 0.0f) : fmaf(v[i], row.scale, row.bias);
-    }
     __device__ __forceinline__ void begin(Moments& moments, float value) const {
         if (kRelu) moments.shift = __shfl_sync(~0u, value, threadIdx.x % 32 & ~3);
     }
-    __device__ __forceinline__ void put(float* at, float value, Moments& moments) const {
+    __device__ __forceinline__ void put(float* at, float value, Moments& moments, bool own = true) const {
         *at = value;
-        if (kRelu) moments.add(value);
+        if (kRelu && own) moments.add(value), moments.count++;
     }
     __device__ __forceinline__ void leave(const LaneRow& row, const Moments& moments) const {
         if (kRelu && me.a.workspace.moments) leave_moments(me, tile, row, moments);
@@ -5012,22 +5062,38 @@ template <int kBlockN, bool kRelu> struct Stager {
         const Tiling& t = me.a.p.t;
         const int lane = threadIdx.x % 32;
         Moments low, high;
-        begin(low, value(1)), begin(high, value(3));
+        begin(low, v[1]), begin(high, v[3]);
         if (me.rows[0].live) {
             float* const region = staged_region(me, tile, me.rows[0]) + run.paired_place + me.rows[0].paired_place + lane % 4 * 4;
             const bool first_missing = lane % 4 == 0 && tile.w0 * 2 < me.a.p.s.axis[2].crop;    // column 0 has no phase 0
-            const auto stage = [&](auto row_of, int skipped, int count) {
+            const int count = run.count;    // a copy, or every store to shared memory could have changed it
+            const auto stage = [&](auto vectors, auto row_of, int skipped) {
 #pragma unroll
                 for (int j = 0; j < kBlockN / 8; j++) {
                     if (j * 8 >= count) continue;
                     float* const at = region + j * 16 + row_of(j) * skipped;
-                    if (!first_missing || (j > 0 && row_of(j) == row_of(j - 1))) put(at, value(j * 4), low);
-                    put(at + 1, value(j * 4 + 2), high), put(at + 2, value(j * 4 + 1), low), put(at + 3, value(j * 4 + 3), high);
+                    if (decltype(vectors)::value) {
+                        *reinterpret_cast<float4*>(at) = make_float4(v[j * 4], v[j * 4 + 2], v[j * 4 + 1], v[j * 4 + 3]);
+                        if (kRelu) low.add(v[j * 4]), low.add(v[j * 4 + 1]), high.add(v[j * 4 + 2]), high.add(v[j * 4 + 3]), low.count += 2, high.count += 2;
+                    } else {
+                        if (!first_missing || (j > 0 && row_of(j) == row_of(j - 1))) put(at, v[j * 4], low);
+                        put(at + 1, v[j * 4 + 2], high), put(at + 2, v[j * 4 + 1], low), put(at + 3, v[j * 4 + 3], high);
+                    }
                 }
             };
             const int reciprocal = 65536 / (t.tile_w / 8) + 1;    // of a row's blocks of 8 positions
-            if (t.tile_w == kBlockN) stage([](int) { return 0; }, 0, kBlockN);
-            else stage([&](int j) { return j * reciprocal >> 16; }, paired_row(me.a.p) - 2 * t.tile_w, run.count);
+            const auto row_of = [&](int j) { return j * reciprocal >> 16; };
+            const int skipped = paired_row(me.a.p) - 2 * t.tile_w;
+            if (t.vectors) stage(std::true_type(), row_of, skipped);
+            else if (run.rows == 1) stage(std::false_type(), [](int) { return 0; }, 0);
+            else stage(std::false_type(), row_of, skipped);
+            if (t.whole_sectors && run.oh_end < me.a.p.s.axis[1].out && me.rows[0].paired_place == 0) {    // outputs of the next row, of the last positions
+                float* const next = staged_region(me, tile, me.rows[0]) + contiguous_count(me.a.p, run);
+                const int first = (kBlockN - 8 + lane % 4 * 2 - run.rows * t.pitch) * 2 - me.a.p.s.axis[2].crop;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (unsigned(first + i) < kSector - 1) next[first + i] = v[kBlockN / 2 - 4 + i % 2 * 2 + i / 2];
+            }
         }
         leave(me.rows[0], low), leave(me.rows[1], high);
     }
@@ -5037,25 +5103,28 @@ template <int kBlockN, bool kRelu> struct Stager {
         const int lane = threadIdx.x % 32;
         const LaneRow& row = me.rows[half];
         const int* table = me.table() + row.table + lane % 4 * 2;
+        const unsigned own = kBlockN <= kMostPaired && t.whole_sectors ? contiguous_count(me.a.p, run) : 1u << 31;    // the places behind them are the next run's
         Moments moments;
-        if (kRelu) begin(moments, !t.dense && table[0] < 0 ? value(kBlockN / 16 * 4 + half * 2) : value(half * 2));
+        const float edge = v[half * 2], middle = v[kBlockN / 16 * 4 + half * 2];
+        if (kRelu) begin(moments, !t.dense && table[0] < 0 ? middle : edge);
         if (row.live && t.dense) {    // position q is float q of its region
             float2* at = reinterpret_cast<float2*>(staged_region(me, tile, row) + lane % 4 * 2);
             const int outputs = run.count - lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kBlockN / 8; j++) {
-                const float2 pair = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
+                const float2 pair = make_float2(v[j * 4 + half * 2], v[j * 4 + half * 2 + 1]);
                 at[j * 4] = pair;
                 if (kRelu && j * 8 < outputs) moments.add(pair.x), moments.add(pair.y);    // runs are even
             }
+            moments.count = max(0, min((outputs + 7) / 8, kBlockN / 8)) * 2;
         } else if (row.live) {
             float* region = staged_region(me, tile, row);
 #pragma unroll
             for (int j = 0; j < kBlockN / 8; j++) {
                 const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
-                const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
-                if (place.x >= 0) put(region + place.x, low, moments);
-                if (place.y >= 0) put(region + place.y, high, moments);
+                const float low = v[j * 4 + half * 2], high = v[j * 4 + half * 2 + 1];
+                if (place.x >= 0) put(region + place.x, low, moments, kBlockN > kMostPaired || unsigned(place.x) < own);
+                if (place.y >= 0) put(region + place.y, high, moments, kBlockN > kMostPaired || unsigned(place.y) < own);
             }
         }
         leave(row, moments);
@@ -5065,6 +5134,12 @@ template <int kBlockN, bool kRelu> struct Stager {
         if (__any_sync(~0u, me.rows[0].more != 1 || me.rows[1].more != 1)) {
 #pragma unroll
             for (int i = 0; i < kBlockN / 2; i++) v[i] *= me.rows[i / 2 % 2].more;
+        }
+        // In place: a store to shared memory reads its register late, and whoever wants to write another value there waits.
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; i++) {
+            v[i] = fmaf(v[i], me.rows[i / 2 % 2].scale, me.rows[i / 2 % 2].bias);
+            if (kRelu) v[i] = max_nan(v[i], 0.0f);
         }
         if (kBlockN <= kMostPaired && run.paired) return stage_pairs();
 #pragma unroll
@@ -5113,9 +5188,9 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         if (tile.n < 0) break;
         if (me.first && me.warpgroup == 1) named_barrier(kBeginBarrier, 256);
         if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4, false>(me, tile, d);
-        else if (a.p.t.chunk == 64) multiply<kBlockN, 4, true>(me, tile, d);
-        else if (a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);
-        else multiply<kBlockN, 1, true>(me, tile, d);
+        else if (is_built(kBlockN, 64, true) && a.p.t.chunk == 64) multiply<kBlockN, 4, true>(me, tile, d);
+        else if (is_built(kBlockN, 16, true) && a.p.t.chunk == 16) multiply<kBlockN, 1, true>(me, tile, d);
+        else multiply<kBlockN, 2, true>(me, tile, d);
         finish<kBlockN>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);
@@ -5167,16 +5242,14 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
-        if (warp < 2) {
-            const bool publishes = warp == (t.weight_rings == 2 ? 0 : 1);    // who has less to do
-            Publisher publisher(a, head);
-            if (publishes) {
-                publisher.take();
-                while (publisher.publish() && t.weight_rings == 1) {}
-            }
-            if (warp < t.weight_rings) Loader{a, shared, &x_map, &w_map, warp}.run(publisher, publishes);
+        if (warp < t.weight_rings) {
+            Loader{a, shared, &x_map, &w_map, warp}.run();
         } else {
-            Storer{a, shared, &out_map, warp - 2}.run();
+            const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
+            Publisher publisher(a, head);
+            if (publishes) publisher.take();
+            if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes);
+            else while (publisher.publish()) {}
         }
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
@@ -5219,9 +5292,8 @@ struct Path {
             case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 160: return launch_conv<160>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 128:
-                if (t.warpgroups == 3) return launch_conv<128, 3>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-                return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 136: return launch_conv<136, 3>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 128: return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             default: return launch_conv<64>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         }
     }
@@ -5306,8 +5378,8 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, u
     const bool live = is_live(a.p, g, consumer);
     const int row_bytes = t.chunk * 2;
     const uint64_t dout_descriptor = wgmma_descriptor_base(kRows * 2), x_descriptor = wgmma_descriptor_base(row_bytes, t.n_over_taps ? step_w(a.p.s) * row_bytes : t.x_bytes);
-    const uint32_t dout_base = shared_address(stages) + (t.m_over_taps ? 0 : consumer) * t.dout_bytes;
-    const uint32_t x_base = live ? shared_address(stages) + t.dout_boxes * t.dout_bytes + first_shift(a.p, g, consumer) * row_bytes : 0;
+    const uint32_t dout_base = shared_vector(stages + (t.m_over_taps ? 0 : consumer) * t.dout_bytes);
+    const uint32_t x_base = live ? shared_vector(stages + t.dout_boxes * t.dout_bytes + first_shift(a.p, g, consumer) * row_bytes) : 0;
     const bool elected = threadIdx.x % 32 == 0;
     float d[kBlockN / 2];
 #pragma unroll
@@ -5336,11 +5408,11 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, u
         chain += t.steps * 16;
         mbarrier_wait(head.full + stage.stage, stage.phase);
         if (live) {
-            const uint32_t dout = dout_base + stage.stage * t.stage_bytes, x = x_base + stage.stage * t.stage_bytes;
+            const uint32_t dout = dout_base + stage.stage * t.stage_bytes / 16, x = x_base + stage.stage * t.stage_bytes / 16;
             wgmma_fence();
 #pragma unroll 1
             for (int step = 0; step < t.steps; step++)
-                wgmma_m64k16_f16<1>(d, wgmma_descriptor(dout_descriptor, dout + step * 16 * kRows * 2), wgmma_descriptor(x_descriptor, x + step * 16 * row_bytes));
+                wgmma_m64k16_f16<1>(d, wgmma_descriptor(dout_descriptor, dout + step * kRows * 2), wgmma_descriptor(x_descriptor, x + step * row_bytes));
             wgmma_commit_group();
             wgmma_wait_group<1>();
         }

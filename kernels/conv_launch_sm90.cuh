@@ -37,16 +37,14 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
-        if (warp < 2) {
-            const bool publishes = warp == (t.weight_rings == 2 ? 0 : 1);    // who has less to do
-            Publisher publisher(a, head);
-            if (publishes) {
-                publisher.take();
-                while (publisher.publish() && t.weight_rings == 1) {}
-            }
-            if (warp < t.weight_rings) Loader{a, shared, &x_map, &w_map, warp}.run(publisher, publishes);
+        if (warp < t.weight_rings) {
+            Loader{a, shared, &x_map, &w_map, warp}.run();
         } else {
-            Storer{a, shared, &out_map, warp - 2}.run();
+            const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
+            Publisher publisher(a, head);
+            if (publishes) publisher.take();
+            if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes);
+            else while (publisher.publish()) {}
         }
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
@@ -89,9 +87,8 @@ struct Path {
             case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             case 160: return launch_conv<160>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 128:
-                if (t.warpgroups == 3) return launch_conv<128, 3>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-                return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 136: return launch_conv<136, 3>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 128: return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
             default: return launch_conv<64>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
         }
     }

@@ -297,7 +297,7 @@ __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, con
         const int index = granule * 8 + threadIdx.x % 32 / 4;
         const LaneRow row = lane_row(p, run, index);
         const RowConstants constants = rows[index];
-        float* region = buffer + slot_of(p, row.region) * t.region_stride + (run.alignment + alignment_of_region(p, row.channel, row.packed_d)) % 4;
+        float* region = buffer + slot_of(p, row.region) * t.region_stride + ((run.alignment + alignment_of_region(p, row.channel, row.packed_d)) & (t.staging_unit - 1));
 #pragma unroll
         for (int j = 0; j < kColumns / 8; j++) {
             const int2 place = *reinterpret_cast<const int2*>(table + row.phase_hw * t.block_n + j * 8);

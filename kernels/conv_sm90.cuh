@@ -25,7 +25,7 @@
 
 namespace conv_sm90 {
 
-constexpr int kTileSlots = 3;
+constexpr int kTileSlots = 4;
 constexpr int kBeginBarrier = 1 + kMaxWarpgroups;    // behind the consumers' own
 
 // Threads of a block with so many consumers, and registers of a thread.
@@ -66,7 +66,7 @@ struct SharedParts {
 
 // ------------------------------------------------------------------------------------------------------ Producers
 
-// A warp: takes tiles from the queues and tells everyone.
+// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone.
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
@@ -104,80 +104,95 @@ struct Publisher {
     }
 };
 
-// A warp for each ring of weights: loads them, and the first one the boxes.
+// A warp for each ring of weights: loads them, and the first one the boxes. Each lane knows one of the steps that come next, a tap and its box.
+// Tiles with the same live taps have the same steps; where there are no more than lanes, they are looked up once.
 struct Loader {
     const Parameters& a;
     const SharedParts& shared;
     const CUtensorMap *x_map, *w_map;
     int ring;
     RingPosition slot, in, weight;
-    int kept = -1, kept_row = -1;    // which tap and column lane i's stage i of the ring has, of this row
+    int kept = -1, kept_row = -1;      // which weights lane i's stage i of the ring has, of this row
+    struct Step {
+        int rows, weights;             // rows with kOpensBox; which weights: tap << 20 | column / 16
+        int plane_row, channel;        // of the box, from the tile's on; plane << 16 | row
+    } step = {};
+    int steps = 0, steps_live = -1;    // known ones; of tiles with these live taps they are all
 
-    __device__ bool elected() const { return threadIdx.x % 32 == 0; }
+    // Takes the next steps from `tap` of the box at the cursor on. more: whether there are others, then.
+    __device__ __forceinline__ void take_steps(const Tile& tile, Cursor& at, int& tap, bool& more) {
+        const int lane = threadIdx.x % 32;
+        for (steps = 0; more && steps < 32;) {
+            const BoxTaps taps(at);
+            const int own = tap + lane - steps, taken = min(taps.count - tap, 32 - steps);
+            if (lane >= steps && lane < steps + taken) {
+                const BoxTaps::Tap t = taps[own];
+                step = {t.rows | (own == 0 ? kOpensBox : 0), t.tap << 20 | t.column / 16, (at.plane() - tile.d) << 16 | ((at.source_row() - tile.h0) & 0xffff), at.c};
+            }
+            steps += taken, tap += taken;
+            if (tap == taps.count) more = at.next_box(), tap = 0;
+        }
+    }
 
-    __device__ __forceinline__ void load_box(const Tile& tile, const Cursor& at) {
+    // Lane `i` loads its step's box.
+    __device__ __forceinline__ void load_box(const Tile& tile, int i) {
         const StencilAxis& aw = a.p.s.axis[2];
         SharedHead& head = shared.head;
         mbarrier_wait(head.input_empty + in.stage, in.phase ^ 1);
-        if (elected()) {
+        if (threadIdx.x % 32 == i) {
             mbarrier_arrive_expect_tx(head.input_full + in.stage, a.p.t.box_bytes());
-            tma_load_5d(shared.input + in.stage * a.p.t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + at.c, aw.first + tile.w0 - aw.shift[aw.taps - 1],
-                        at.source_row(), at.plane(), tile.n);
+            tma_load_5d(shared.input + in.stage * a.p.t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + step.channel, aw.first + tile.w0 - aw.shift[aw.taps - 1],
+                        tile.h0 + int16_t(step.plane_row), tile.d + (step.plane_row >> 16), tile.n);
         }
         __syncwarp();
         in.advance(a.p.t.input_stages);
     }
 
-    // Loads the weights of a box's taps; each lane knows some of them. row: of the packed weights.
-    __device__ __forceinline__ void load_weights(const BoxTaps& taps, int row, bool last_box) {
+    // Lane `i` loads its step's weights, unless the stage has them already. row: of the packed ones.
+    __device__ __forceinline__ void load_weights(int i, int row, bool last) {
         const Tiling& t = a.p.t;
         SharedHead& head = shared.head;
-        for (int first = 0; first < taps.count; first += 32) {
-            const int own = first + threadIdx.x % 32;
-            const BoxTaps::Tap tap = taps[min(own, taps.count - 1)];
-            const int info = tap.rows | (own == 0 ? kOpensBox : 0) | (last_box && own == taps.count - 1 ? kLastTap : 0);
-            const int wanted = tap.tap << 20 | tap.column / 16;
-#pragma unroll 1
-            for (int i = first; i < min(first + 32, taps.count); i++) {
-                const int at = ring * t.weight_stages + weight.stage;
-                mbarrier_wait(head.weight_empty + at, weight.phase ^ 1);
-                const int is_kept = __shfl_sync(~0u, kept, weight.stage), of_tap = __shfl_sync(~0u, wanted, i - first);
-                if (threadIdx.x % 32 == weight.stage) kept = of_tap;
-                if (i == own) head.taps[at] = info;
-                if (i == own && is_kept == wanted) {
-                    mbarrier_arrive(head.weight_full + at);
-                } else if (i == own) {
-                    uint8_t* stage = shared.weights + at * t.weight_bytes;
-                    mbarrier_arrive_expect_tx(head.weight_full + at, t.weight_bytes);
-                    tma_load_3d(stage, w_map, head.weight_full + at, tap.column, row, tap.tap);
-                    if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, head.weight_full + at, tap.column + t.chunk, row, tap.tap);
-                }
-                __syncwarp();
-                weight.advance(t.weight_stages);
-            }
+        const int lane = threadIdx.x % 32, at = ring * t.weight_stages + weight.stage;
+        mbarrier_wait(head.weight_empty + at, weight.phase ^ 1);
+        const int is_kept = __shfl_sync(~0u, kept, weight.stage), wanted = __shfl_sync(~0u, step.weights, i);
+        if (lane == weight.stage) kept = wanted;
+        if (lane == i) head.taps[at] = step.rows | (last ? kLastTap : 0);
+        if (lane == i && is_kept == wanted) {
+            mbarrier_arrive(head.weight_full + at);
+        } else if (lane == i) {
+            const int tap = wanted >> 20, column = (wanted & 0xfffff) * 16;
+            uint8_t* stage = shared.weights + at * t.weight_bytes;
+            mbarrier_arrive_expect_tx(head.weight_full + at, t.weight_bytes);
+            tma_load_3d(stage, w_map, head.weight_full + at, column, row, tap);
+            if (t.items > 1 && t.products > 1) tma_load_3d(stage + t.weight_bytes / 2, w_map, head.weight_full + at, column + t.chunk, row, tap);
         }
+        __syncwarp();
+        weight.advance(t.weight_stages);
     }
 
-    // publishes: the next tile, while the consumers have something to do with the one before.
-    __device__ __forceinline__ void run(Publisher& publisher, bool publishes) {
+    __device__ __forceinline__ void run() {
         SharedHead& head = shared.head;
         while (true) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
-            const int row = tile.run[ring].row_tile * kRows;
+            const int row = tile.run[ring].row_tile * kRows, live = tile.live_h | tile.live_d << 8;
             if (row != kept_row) kept = -1, kept_row = row;
             Cursor at(a.p, tile);
-            bool more = at.next_box(), first = true;
-            while (more || first) {
-                if (more) {
-                    if (ring == 0) load_box(tile, at);
-                    const BoxTaps taps(at);
-                    more = at.next_box();
-                    load_weights(taps, row, !more);
+            int tap = 0;
+            bool more = false;
+            if (live != steps_live) {
+                more = at.next_box();
+                take_steps(tile, at, tap, more);
+                steps_live = more ? -1 : live;
+            }
+            while (true) {
+                for (int i = 0; i < steps; i++) {
+                    if (ring == 0 && __shfl_sync(~0u, step.rows, i) & kOpensBox) load_box(tile, i);
+                    load_weights(i, row, i == steps - 1 && !more);
                 }
-                if (first && publishes) publisher.publish();
-                first = false;
+                if (!more) break;
+                take_steps(tile, at, tap, more);
             }
             mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
@@ -215,14 +230,17 @@ struct Storer {
         bulk_commit_group();
     }
 
-    __device__ __forceinline__ void run() const {
+    // publishes: two tiles ahead, when consumers begin one.
+    __device__ __forceinline__ void run(Publisher& publisher, bool publishes) const {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
+        bool more = publishes && publisher.publish() && publisher.publish();
         RingPosition slot;
         for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
+            if (more) more = publisher.publish();
             for (; consumer < consumers; consumer += 2) {
                 mbarrier_wait(head.staged[tiles % 2] + consumer, tiles / 2 % 2);
                 store(tile, tile.run[consumer], shared.buffer(a.p.t, consumer));
@@ -252,7 +270,7 @@ struct LaneRow {
 };
 
 // Whether consumers have registers to keep the epilogue's constants from tile to tile.
-template <int kBlockN> constexpr bool kKeepsConstants = kBlockN <= 128;
+template <int kBlockN> constexpr bool kKeepsConstants = kBlockN <= 136;
 
 // What a consumer warpgroup carries from tile to tile.
 struct Consumer {
@@ -330,10 +348,10 @@ struct Consumer {
 // of this one, or the tensor cores would be idle meanwhile.
 template <int kBlockN, int kSteps, bool kItems>
 __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (&d)[kBlockN / 2]) {
-    constexpr int row_bytes = kSteps * 32;
+    constexpr int row_vectors = kSteps * 2;    // of 16 bytes, as all addresses of operands here
     const Tiling& t = me.a.p.t;
     SharedHead& head = me.shared.head;
-    const uint64_t descriptor = wgmma_descriptor_base(row_bytes);
+    const uint64_t descriptor = wgmma_descriptor_base(row_vectors * 16);
     const int b_row = tile.run[me.warpgroup].b_row, ring = t.weight_rings == 2 ? me.warpgroup * t.weight_stages : 0;
     auto let_the_other_begin = [&] {
         if (me.first && me.warpgroup == 0) named_barrier_arrive(kBeginBarrier, 256);
@@ -352,16 +370,16 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (info & kOpensBox) {
             input_stage = me.in.stage;
             mbarrier_wait(head.input_full + input_stage, me.in.phase);
-            box = shared_address(me.shared.input + input_stage * t.input_bytes) + b_row * row_bytes;
+            box = shared_vector(me.shared.input + input_stage * t.input_bytes) + b_row * row_vectors;
             me.in.advance(t.input_stages);
         }
-        b = box + (info & kTapRows) * row_bytes, w = shared_address(me.shared.weights + (ring + weight_stage) * t.weight_bytes);
+        b = box + (info & kTapRows) * row_vectors, w = shared_vector(me.shared.weights + (ring + weight_stage) * t.weight_bytes);
     };
     auto multiply_steps = [&](uint32_t w, uint32_t b, int first, int end, auto anew) {
         wgmma_fence();
 #pragma unroll
         for (int step = first; step < end; step++) {
-            const uint64_t a_step = wgmma_descriptor(descriptor, w + step * 32), b_step = wgmma_descriptor(descriptor, b + step * 32);
+            const uint64_t a_step = wgmma_descriptor(descriptor, w + step * 2), b_step = wgmma_descriptor(descriptor, b + step * 2);
             if (decltype(anew)::value && step == 0) wgmma_m64k16_f16<0, 0>(d, a_step, b_step);
             else wgmma_m64k16_f16<0>(d, a_step, b_step);
         }
@@ -373,7 +391,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
     };
     auto begin_tap = [&](auto anew) {
-        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_bytes : b, 0, kSteps, anew);
+        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_vectors : b, 0, kSteps, anew);
         else multiply_steps(w, b, 0, kSteps / 2, anew);
         wgmma_wait_group<1>();    // the tap before is done
         release();
@@ -384,9 +402,9 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
             int rows = head.item_rows[1];
 #pragma unroll 1
             for (int i = 1; i < t.items; i++) {
-                const uint32_t b_item = b + rows * row_bytes;
+                const uint32_t b_item = b + rows * row_vectors;
                 rows = head.item_rows[i + 1];
-                multiply_steps(w + i * kRows * row_bytes, b_item, 0, kSteps, std::false_type());
+                multiply_steps(w + i * kRows * row_vectors, b_item, 0, kSteps, std::false_type());
             }
         } else {
             multiply_steps(w, b, kSteps / 2, kSteps, std::false_type());
@@ -410,7 +428,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);    // or ptxas serializes the wgmmas
     } else {
 #pragma unroll
-        for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+        for (int i = 0; i < kBlockN / 2; i++) make_zero(d[i]);
     }
     done_input = input_stage;
     release();
@@ -422,17 +440,17 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
 // Where a lane's row is staged.
 __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& tile, const LaneRow& row) {
     const Run& run = tile.run[me.warpgroup];
-    return me.buffer() + row.region + (run.alignment + row.alignment) % 4;
+    return me.buffer() + row.region + ((run.alignment + row.alignment) & (me.a.p.t.staging_unit - 1));
 }
 
 // The moments of a lane's share of a row. They are of deviations from one of the row's values, whose own squared deviation is part of
 // the result, which bounds the cancellation.
 struct Moments {
     float shift = 0, sum = 0, squares = 0;
-    int count = 0;
+    int count = 0;    // whoever adds counts
     __device__ __forceinline__ void add(float value) {
         const float deviation = value - shift;
-        sum += deviation, squares = fmaf(deviation, deviation, squares), count++;
+        sum += deviation, squares = fmaf(deviation, deviation, squares);
     }
 };
 
@@ -456,16 +474,12 @@ template <int kBlockN, bool kRelu> struct Stager {
     const Run& run;
     float (&v)[kBlockN / 2];
 
-    __device__ __forceinline__ float value(int i) const {
-        const LaneRow& row = me.rows[i / 2 % 2];
-        return kRelu ? max_nan(fmaf(v[i], row.scale, row.bias), 0.0f) : fmaf(v[i], row.scale, row.bias);
-    }
     __device__ __forceinline__ void begin(Moments& moments, float value) const {
         if (kRelu) moments.shift = __shfl_sync(~0u, value, threadIdx.x % 32 & ~3);
     }
-    __device__ __forceinline__ void put(float* at, float value, Moments& moments) const {
+    __device__ __forceinline__ void put(float* at, float value, Moments& moments, bool own = true) const {
         *at = value;
-        if (kRelu) moments.add(value);
+        if (kRelu && own) moments.add(value), moments.count++;
     }
     __device__ __forceinline__ void leave(const LaneRow& row, const Moments& moments) const {
         if (kRelu && me.a.workspace.moments) leave_moments(me, tile, row, moments);
@@ -476,22 +490,38 @@ template <int kBlockN, bool kRelu> struct Stager {
         const Tiling& t = me.a.p.t;
         const int lane = threadIdx.x % 32;
         Moments low, high;
-        begin(low, value(1)), begin(high, value(3));
+        begin(low, v[1]), begin(high, v[3]);
         if (me.rows[0].live) {
             float* const region = staged_region(me, tile, me.rows[0]) + run.paired_place + me.rows[0].paired_place + lane % 4 * 4;
             const bool first_missing = lane % 4 == 0 && tile.w0 * 2 < me.a.p.s.axis[2].crop;    // column 0 has no phase 0
-            const auto stage = [&](auto row_of, int skipped, int count) {
+            const int count = run.count;    // a copy, or every store to shared memory could have changed it
+            const auto stage = [&](auto vectors, auto row_of, int skipped) {
 #pragma unroll
                 for (int j = 0; j < kBlockN / 8; j++) {
                     if (j * 8 >= count) continue;
                     float* const at = region + j * 16 + row_of(j) * skipped;
-                    if (!first_missing || (j > 0 && row_of(j) == row_of(j - 1))) put(at, value(j * 4), low);
-                    put(at + 1, value(j * 4 + 2), high), put(at + 2, value(j * 4 + 1), low), put(at + 3, value(j * 4 + 3), high);
+                    if (decltype(vectors)::value) {
+                        *reinterpret_cast<float4*>(at) = make_float4(v[j * 4], v[j * 4 + 2], v[j * 4 + 1], v[j * 4 + 3]);
+                        if (kRelu) low.add(v[j * 4]), low.add(v[j * 4 + 1]), high.add(v[j * 4 + 2]), high.add(v[j * 4 + 3]), low.count += 2, high.count += 2;
+                    } else {
+                        if (!first_missing || (j > 0 && row_of(j) == row_of(j - 1))) put(at, v[j * 4], low);
+                        put(at + 1, v[j * 4 + 2], high), put(at + 2, v[j * 4 + 1], low), put(at + 3, v[j * 4 + 3], high);
+                    }
                 }
             };
             const int reciprocal = 65536 / (t.tile_w / 8) + 1;    // of a row's blocks of 8 positions
-            if (t.tile_w == kBlockN) stage([](int) { return 0; }, 0, kBlockN);
-            else stage([&](int j) { return j * reciprocal >> 16; }, paired_row(me.a.p) - 2 * t.tile_w, run.count);
+            const auto row_of = [&](int j) { return j * reciprocal >> 16; };
+            const int skipped = paired_row(me.a.p) - 2 * t.tile_w;
+            if (t.vectors) stage(std::true_type(), row_of, skipped);
+            else if (run.rows == 1) stage(std::false_type(), [](int) { return 0; }, 0);
+            else stage(std::false_type(), row_of, skipped);
+            if (t.whole_sectors && run.oh_end < me.a.p.s.axis[1].out && me.rows[0].paired_place == 0) {    // outputs of the next row, of the last positions
+                float* const next = staged_region(me, tile, me.rows[0]) + contiguous_count(me.a.p, run);
+                const int first = (kBlockN - 8 + lane % 4 * 2 - run.rows * t.pitch) * 2 - me.a.p.s.axis[2].crop;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (unsigned(first + i) < kSector - 1) next[first + i] = v[kBlockN / 2 - 4 + i % 2 * 2 + i / 2];
+            }
         }
         leave(me.rows[0], low), leave(me.rows[1], high);
     }
@@ -501,25 +531,28 @@ template <int kBlockN, bool kRelu> struct Stager {
         const int lane = threadIdx.x % 32;
         const LaneRow& row = me.rows[half];
         const int* table = me.table() + row.table + lane % 4 * 2;
+        const unsigned own = kBlockN <= kMostPaired && t.whole_sectors ? contiguous_count(me.a.p, run) : 1u << 31;    // the places behind them are the next run's
         Moments moments;
-        if (kRelu) begin(moments, !t.dense && table[0] < 0 ? value(kBlockN / 16 * 4 + half * 2) : value(half * 2));
+        const float edge = v[half * 2], middle = v[kBlockN / 16 * 4 + half * 2];
+        if (kRelu) begin(moments, !t.dense && table[0] < 0 ? middle : edge);
         if (row.live && t.dense) {    // position q is float q of its region
             float2* at = reinterpret_cast<float2*>(staged_region(me, tile, row) + lane % 4 * 2);
             const int outputs = run.count - lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kBlockN / 8; j++) {
-                const float2 pair = make_float2(value(j * 4 + half * 2), value(j * 4 + half * 2 + 1));
+                const float2 pair = make_float2(v[j * 4 + half * 2], v[j * 4 + half * 2 + 1]);
                 at[j * 4] = pair;
                 if (kRelu && j * 8 < outputs) moments.add(pair.x), moments.add(pair.y);    // runs are even
             }
+            moments.count = max(0, min((outputs + 7) / 8, kBlockN / 8)) * 2;
         } else if (row.live) {
             float* region = staged_region(me, tile, row);
 #pragma unroll
             for (int j = 0; j < kBlockN / 8; j++) {
                 const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
-                const float low = value(j * 4 + half * 2), high = value(j * 4 + half * 2 + 1);
-                if (place.x >= 0) put(region + place.x, low, moments);
-                if (place.y >= 0) put(region + place.y, high, moments);
+                const float low = v[j * 4 + half * 2], high = v[j * 4 + half * 2 + 1];
+                if (place.x >= 0) put(region + place.x, low, moments, kBlockN > kMostPaired || unsigned(place.x) < own);
+                if (place.y >= 0) put(region + place.y, high, moments, kBlockN > kMostPaired || unsigned(place.y) < own);
             }
         }
         leave(row, moments);
@@ -529,6 +562,12 @@ template <int kBlockN, bool kRelu> struct Stager {
         if (__any_sync(~0u, me.rows[0].more != 1 || me.rows[1].more != 1)) {
 #pragma unroll
             for (int i = 0; i < kBlockN / 2; i++) v[i] *= me.rows[i / 2 % 2].more;
+        }
+        // In place: a store to shared memory reads its register late, and whoever wants to write another value there waits.
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; i++) {
+            v[i] = fmaf(v[i], me.rows[i / 2 % 2].scale, me.rows[i / 2 % 2].bias);
+            if (kRelu) v[i] = max_nan(v[i], 0.0f);
         }
         if (kBlockN <= kMostPaired && run.paired) return stage_pairs();
 #pragma unroll
@@ -577,9 +616,9 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         if (tile.n < 0) break;
         if (me.first && me.warpgroup == 1) named_barrier(kBeginBarrier, 256);
         if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4, false>(me, tile, d);
-        else if (a.p.t.chunk == 64) multiply<kBlockN, 4, true>(me, tile, d);
-        else if (a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);
-        else multiply<kBlockN, 1, true>(me, tile, d);
+        else if (is_built(kBlockN, 64, true) && a.p.t.chunk == 64) multiply<kBlockN, 4, true>(me, tile, d);
+        else if (is_built(kBlockN, 16, true) && a.p.t.chunk == 16) multiply<kBlockN, 1, true>(me, tile, d);
+        else multiply<kBlockN, 2, true>(me, tile, d);
         finish<kBlockN>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);

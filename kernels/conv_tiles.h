@@ -24,11 +24,11 @@ struct Problem {
 struct Run {
     int row_tile, channel0, outer;       // first channel of the row tile, phase of the axes that are not packed
     int b_row;                           // of the box
-    int count, h0, q0;                   // positions; the first one's row and column
+    int count, rows, h0, q0;             // positions, whole rows of them; the first one's row and column
     int od0, phase_h;                    // output plane of packed phase 0, phase of H where it is not packed
     int oh0, ow0, oh_end, ow_end;        // the outputs of a region
     int first;                           // floats of the region's first row before the run
-    int alignment;                       // of the first region, modulo 4 floats
+    int alignment;                       // of the first region, modulo staging_unit
     bool paired;                         // W has two phases, and position q has floats 2 q and 2 q + 1 of its row; only column 0's phase 0 may be missing
     int paired_place;                    // then: where the first row's column 0 has phase 0 in its region, for packed phase 0 of H
 };
@@ -38,7 +38,7 @@ struct Place {
     int h0, part;                // first row of the box's positions; index in the sample
     int row_tile, first_run;     // of the first warpgroup
     int source_channel;          // the first of the copy
-    int live_d, live_h;          // bit t: some row has a weight at tap t
+    int live_d, live_h;          // bit t: some row has a weight at tap t, and tap d reads a plane of the source
     bool empty;                  // no tap reads anything
 };
 
@@ -105,7 +105,7 @@ struct Cursor {
                 if (first >= ah.taps) {
                     do {
                         if (++td >= ad.taps) return false;
-                    } while (!(tile_live >> (8 + td) & 1) || unsigned(plane()) >= unsigned(ad.sources));
+                    } while (!(tile_live >> (8 + td) & 1));
                     first = 0;
                 }
                 c = phase_c = phase_d = phase_h = phase_w = 0;
@@ -180,9 +180,9 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
         const int outer = (place.row_tile + i) / t.rows.channel_tiles;
         place.live_d |= live_taps(ad, t.packed[0], t.packed[0] ? 0 : outer / phases_h % ad.phases), place.live_h |= live_taps(ah, t.packed[1], outer % phases_h);
     }
-    place.empty = true;
-    for (int td = 0; td < ad.taps && place.live_h != 0; td++)
-        if (place.live_d >> td & 1 && unsigned(ad.first + place.d - ad.shift[td]) < unsigned(ad.sources)) place.empty = false;
+    for (int td = 0; td < ad.taps; td++)
+        if (unsigned(ad.first + place.d - ad.shift[td]) >= unsigned(ad.sources)) place.live_d &= ~(1 << td);
+    place.empty = place.live_d == 0 || place.live_h == 0;
     return place;
 }
 
@@ -201,13 +201,14 @@ HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
     run.od0 = place.d * ad.phases + phase_d - ad.crop;
     run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
     if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
-    const int rows = run.count / t.tile_w, oh_end = (run.h0 + rows) * ah.phases - ah.crop, ow_end = (place.w0 + place.columns) * aw.phases - aw.crop;
+    run.rows = run.count / t.tile_w;
+    const int oh_end = (run.h0 + run.rows) * ah.phases - ah.crop, ow_end = (place.w0 + place.columns) * aw.phases - aw.crop;
     run.oh_end = min_of(ah.out, oh_end), run.ow_end = min_of(aw.out, ow_end);
     run.first = t.whole_rows ? 0 : run.q0;
-    run.paired = t.block_n <= kMostPaired && aw.phases == 2 && t.whole_rows && t.tile_w % 8 == 0 && place.columns == t.tile_w && (rows == 1 || (rows > 1 && t.pitch == t.tile_w)) &&
-                 run.h0 * ah.phases >= ah.crop && oh_end <= ah.out && ow_end <= aw.out;
+    run.paired = t.block_n <= kMostPaired && aw.phases == 2 && t.whole_rows && t.tile_w % 8 == 0 && place.columns == t.tile_w && (run.rows == 1 || (run.rows > 1 && t.pitch == t.tile_w)) &&
+                 run.h0 * ah.phases >= ah.crop && oh_end <= ah.out && ow_end <= aw.out && (!t.whole_sectors || oh_end == ah.out || run.rows * t.pitch >= t.block_n - 8);
     run.paired_place = (t.packed[1] ? run.h0 * ah.phases - ah.crop - run.oh0 : 0) * staged_row(p) + place.w0 * 2 - aw.crop - run.ow0;
-    run.alignment = t.contiguous ? region_origin<unsigned>(p, place, run, run.channel0, run.od0) % 4 : 0;
+    run.alignment = t.contiguous ? region_origin<unsigned>(p, place, run, run.channel0, run.od0) & (t.staging_unit - 1) : 0;
     return run;
 }
 
@@ -225,21 +226,26 @@ HOST_DEVICE int rows_of_item(const Problem& p, int i) {
 
 // -------------------------------------------------------------------------------------------------- Staged outputs
 
-// How many floats a region is away from a multiple of 16 bytes: (run's + of the region) % 4; channel and plane from the run's first on. Only where
-// runs are contiguous.
+// Where a region begins behind a multiple of region_stride, so that its outputs are staged as they are aligned in memory: the run's alignment + the region's,
+// modulo staging_unit. channel and plane from the run's first on. Only where runs are contiguous.
 HOST_DEVICE int alignment_of_region(const Problem& p, int channel, int plane) {
-    const unsigned area = unsigned(p.s.axis[1].out) * unsigned(p.s.axis[2].out);
-    return p.t.contiguous ? (unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane)) * area % 4 : 0;
+    const unsigned area = unsigned(p.s.axis[1].out) * unsigned(p.s.axis[2].out), region = channel * packed_phases(p.t, p.s, 0) + plane;
+    return p.t.contiguous ? ((unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane)) * area - region * unsigned(p.t.region_stride)) & (p.t.staging_unit - 1) : 0;
 }
 
-// Where position q of a phase is staged in its region, or -1. Positions count the gaps, from column 0 of the run's first row on.
+// Outputs of a region, where they are neighbours in memory.
+HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
+
+// Where position q of a phase is staged in its region, or -1; from contiguous_count() on: the next run's. Positions count the gaps, from column 0 of the run's first row on.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
     const Tiling& t = p.t;
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const int row = q / t.pitch, column = q % t.pitch;
     const int oh = (run.h0 + row) * ah.phases + (t.packed[1] ? packed_h : run.phase_h) - ah.crop, ow = (tile.w0 + column) * aw.phases + phase_w - aw.crop;
-    const bool inside = column < tile.columns && row * t.tile_w + column - run.q0 < run.count && oh >= 0 && oh < ah.out && ow >= 0 && ow < aw.out;
-    return inside ? (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first : -1;
+    if (column >= tile.columns || oh < 0 || oh >= ah.out || ow < 0 || ow >= aw.out) return -1;
+    const int place = (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first;
+    const bool own = row * t.tile_w + column - run.q0 < run.count, of_next = t.whole_sectors && place < contiguous_count(p, run) + kSector - 1;
+    return own || of_next ? place : -1;
 }
 
 // Floats of a paired run from row to row of the grid.
@@ -248,23 +254,23 @@ HOST_DEVICE int paired_row(const Problem& p) { return (p.t.packed[1] ? p.s.axis[
 // Staged regions of a run: (channel, packed phase of D).
 HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.region_channels * packed_phases(p.t, p.s, 0) : 0; }
 
-// Outputs of a region, where they are neighbours in memory.
-HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
-
 // Calls f(global index, region, float of the region, count) for the pieces of every `step`-th region from `first` to `end`.
 template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int end, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     const int phases_d = packed_phases(p.t, p.s, 0);
-    const int rows = p.t.contiguous ? 1 : run.count / p.t.tile_w * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
+    const int rows = p.t.contiguous ? 1 : run.rows * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
     const int count = p.t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0;
     const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
         const int channel = phases_d == 1 ? region : region / phases_d, plane = phases_d == 1 ? 0 : region % phases_d;
         if (run.channel0 + channel >= p.C_out || unsigned(run.od0 + plane) >= unsigned(p.s.axis[0].out)) continue;
         const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane) * area;
+        // A sector that two runs share is the first one's.
+        const int skipped = p.t.whole_sectors && run.oh0 > 0 ? int(-origin & (kSector - 1)) : 0, added = p.t.whole_sectors && run.oh_end < ah.out ? int(-(origin + count) & (kSector - 1)) : 0;
         for (int row = 0; row < rows; row++) {
             const int oh = run.oh0 + row * row_step;
-            if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out)) f(origin + int64_t(row) * row_step * aw.out, region, p.t.contiguous ? int(origin & 3) : row * staged_row(p), count);
+            if (oh >= 0 && oh < (p.t.packed[1] ? run.oh_end : ah.out))
+                f(origin + skipped + int64_t(row) * row_step * aw.out, region, p.t.contiguous ? (int(origin - region * p.t.region_stride) & (p.t.staging_unit - 1)) + skipped : row * staged_row(p), count - skipped + added);
         }
     }
 }

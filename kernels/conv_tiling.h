@@ -7,7 +7,8 @@ namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 constexpr int kMaxWarpgroups = 3;              // that multiply
-constexpr int kMostPaired = 128;               // the largest block_n of which runs can be paired (conv_tiles.h)
+constexpr int kMostPaired = 136;               // the largest block_n whose epilogue knows paired runs, and runs with outputs of the next one (conv_tiles.h)
+constexpr int kSector = 8, kLine = 32;         // floats of memory that are written at once, and requested at once: parts of a sector cost more than all of it
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
@@ -29,9 +30,11 @@ struct Tiling {
     int pitch, box_rows;
     int taps_per_box;                          // taps h that a box serves: all, or 1
     bool whole_rows;                           // a run is whole rows of the strip
+    bool whole_sectors;                        // of memory are stored: a run has the first outputs of the next one too, to the end of its last sector
     bool contiguous;                           // the outputs of a run are neighbours in memory
-    bool bulk, dense;                          // staged outputs are aligned as in memory; position q is float q of its region
+    bool bulk, dense, vectors;                 // staged outputs are aligned as in memory; position q is float q of its region; with two phases of W, pairs of positions are aligned vectors
     bool tensor_store;                         // one copy of the whole run
+    int staging_unit;                          // contiguous outputs are staged as they are aligned to so many floats in memory
     int region_channels, region_stride;        // channels of a row tile that are staged; floats of the staged outputs of a channel
     int buffers, table_bytes;                  // one for each warpgroup, or one for all; what tells a warpgroup where to stage
     int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
@@ -80,8 +83,8 @@ inline int longest_run(const Tiling& t, int64_t strip, int step) {
     }
 }
 
-// Cuts a strip into runs. False where one would not fit.
-inline bool cut_runs(Tiling& t, const Stencil& s) {
+// Cuts a strip into runs. False where one would not fit. may_share: runs may have outputs of the next one too.
+inline bool cut_runs(Tiling& t, const Stencil& s, bool may_share) {
     const StencilAxis &h = s.axis[1], &w = s.axis[2];
     const int64_t strip = int64_t(h.positions) * t.tile_w, group = t.tile_runs();
     t.whole_rows = h.phases * w.phases > 1 || t.strips > 1;
@@ -89,6 +92,8 @@ inline bool cut_runs(Tiling& t, const Stencil& s) {
         if (t.tile_w > t.block_n) return false;
         const int rows = (t.block_n - t.tile_w) / t.pitch + 1;
         t.run = (rows < h.positions ? rows : h.positions) * t.tile_w;
+        const int shared = ceil_div(kSector - 1 + w.crop, w.phases);    // positions of the next row
+        t.whole_sectors = may_share && t.block_n <= kMostPaired && t.strips == 1 && (h.phases == 1 || t.packed[1]) && rows < h.positions && w.out > kSector && w.out % kSector != 0 && rows * t.pitch + shared <= t.block_n;
     } else {
         // Runs of 8 mod 16 positions, which suits lay_out_regions, if that makes hardly more of them.
         const int suited = longest_run(t, strip, 16), other = longest_run(t, strip, 4);
@@ -103,23 +108,27 @@ inline bool cut_runs(Tiling& t, const Stencil& s) {
         rows = span > rows ? span : rows;
         if (i > 64) { rows++; break; }
     }
-    t.box_rows = rows + (t.taps_per_box == 1 ? 0 : h.shift[h.taps - 1]);
+    t.box_rows = rows + t.whole_sectors + (t.taps_per_box == 1 ? 0 : h.shift[h.taps - 1]);
     return t.box_rows <= 256;
 }
 
-// Lays a run's outputs out for staging: a region for each (channel, packed phase of D). may_be_dense: the epilogue knows runs without a table.
-inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool may_be_dense) {
+// Lays a run's outputs out for staging: a region for each (channel, packed phase of D). bulk_copies: what stores them; then the epilogue
+// also knows runs without a table.
+inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool bulk_copies) {
     const int out_h = s.axis[1].out, out_w = s.axis[2].out;
     const int phases_h = packed_phases(t, s, 1), phases_w = s.axis[2].phases;
     t.contiguous = t.strips == 1 && (s.axis[1].phases == 1 || t.packed[1]);
     const int rows = ceil_div(t.run, t.tile_w) * phases_h;
     const bool aligned = int64_t(out_h) * out_w % 4 == 0 && (t.whole_rows && t.contiguous ? out_w : t.run) % 4 == 0;
     t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
-    t.dense = may_be_dense && t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
-    const int floats = t.contiguous ? (t.whole_rows ? rows * out_w : t.run) + (aligned ? 0 : 4) : rows * t.tile_w * phases_w;
-    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts; where the neighbours are phases, 4 mod 8 is better.
-    t.region_stride = phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up((t.dense ? t.block_n : floats) - 8, 16) + 8;
-    t.tensor_store = t.contiguous && !t.whole_rows && aligned && t.region_stride == t.run;
+    t.dense = bulk_copies && t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
+    t.vectors = aligned && t.contiguous && t.whole_rows && phases_w == 2 && s.axis[2].crop == 0;
+    // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts; where the neighbours are phases, 4 mod 8 is better, or 16 mod 32 for vectors.
+    const auto stride_of = [&](int floats) { return t.vectors ? round_up(floats - 16, 32) + 16 : phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up(floats - 8, 16) + 8; };
+    const int outputs = !t.contiguous ? rows * t.tile_w * phases_w : t.whole_rows ? rows * out_w : t.dense ? t.block_n : t.run;
+    t.tensor_store = t.contiguous && !t.whole_rows && aligned && stride_of(outputs) == t.run;
+    t.staging_unit = t.whole_sectors ? kLine : 4;
+    t.region_stride = stride_of(outputs + (t.contiguous ? t.staging_unit - (aligned ? 4 : 1) : 0) + (t.whole_sectors ? kSector - 1 : 0));
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
     t.region_channels = round_up(channels, 8) < t.rows.octets * 8 ? round_up(channels, 8) : t.rows.octets * 8;
     const int regions = t.region_channels * packed_phases(t, s, 0);

@@ -64,8 +64,8 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, u
     const bool live = is_live(a.p, g, consumer);
     const int row_bytes = t.chunk * 2;
     const uint64_t dout_descriptor = wgmma_descriptor_base(kRows * 2), x_descriptor = wgmma_descriptor_base(row_bytes, t.n_over_taps ? step_w(a.p.s) * row_bytes : t.x_bytes);
-    const uint32_t dout_base = shared_address(stages) + (t.m_over_taps ? 0 : consumer) * t.dout_bytes;
-    const uint32_t x_base = live ? shared_address(stages) + t.dout_boxes * t.dout_bytes + first_shift(a.p, g, consumer) * row_bytes : 0;
+    const uint32_t dout_base = shared_vector(stages + (t.m_over_taps ? 0 : consumer) * t.dout_bytes);
+    const uint32_t x_base = live ? shared_vector(stages + t.dout_boxes * t.dout_bytes + first_shift(a.p, g, consumer) * row_bytes) : 0;
     const bool elected = threadIdx.x % 32 == 0;
     float d[kBlockN / 2];
 #pragma unroll
@@ -94,11 +94,11 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, u
         chain += t.steps * 16;
         mbarrier_wait(head.full + stage.stage, stage.phase);
         if (live) {
-            const uint32_t dout = dout_base + stage.stage * t.stage_bytes, x = x_base + stage.stage * t.stage_bytes;
+            const uint32_t dout = dout_base + stage.stage * t.stage_bytes / 16, x = x_base + stage.stage * t.stage_bytes / 16;
             wgmma_fence();
 #pragma unroll 1
             for (int step = 0; step < t.steps; step++)
-                wgmma_m64k16_f16<1>(d, wgmma_descriptor(dout_descriptor, dout + step * 16 * kRows * 2), wgmma_descriptor(x_descriptor, x + step * 16 * row_bytes));
+                wgmma_m64k16_f16<1>(d, wgmma_descriptor(dout_descriptor, dout + step * kRows * 2), wgmma_descriptor(x_descriptor, x + step * row_bytes));
             wgmma_commit_group();
             wgmma_wait_group<1>();
         }

@@ -128,6 +128,9 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait_group() { asm
 // Keeps the compiler from using a register's value ahead of this point.
 __device__ __forceinline__ void keep_after(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 
+// Here and not before, where a zero would not be wanted.
+__device__ __forceinline__ void make_zero(float& v) { asm volatile("mov.f32 %0, 0f00000000;" : "=f"(v)); }
+
 // Says that a register's value is not wanted any more.
 __device__ __forceinline__ void make_undefined(float& v) { asm volatile("" : "=f"(v)); }
 
@@ -139,7 +142,9 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int blo
     const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
     return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
 }
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t address) { return base | (address & 0x3ffff) >> 4; }
+// vector: the address in units of 16 bytes.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t vector) { return base >> 32 << 32 | (uint32_t(base) + vector); }
+__device__ __forceinline__ uint32_t shared_vector(const void* p) { return shared_address(p) / 16; }
 
 // d (64, 2 * registers) += a * b, or = without kAccumulate; fp16 operands in shared memory, K-major (0) or both transposed (1), fp32 sums in registers:
 // element i of lane l in warp w is row 16 * w + l / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + l % 4 * 2 + i % 2.
@@ -153,6 +158,10 @@ template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void 
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, %67, 1, 1, %66, %66;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[68], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n136k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63, %64, %65, %66, %67" "}, %68, %69, %71, 1, 1, %70, %70;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[80], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, %83, 1, 1, %82, %82;\n"

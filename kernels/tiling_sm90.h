@@ -13,7 +13,11 @@ constexpr int kSharedBytes = 227 * 1024;
 constexpr int kMaxStages = 16;                 // of weights, all rings together
 constexpr int kMaxInputStages = 6;
 constexpr int kMaxItems = 64;
-constexpr int kHeadBytes = 2048;               // barriers and the like
+constexpr int kHeadBytes = 2560;               // barriers and the like
+
+// Whether there is a kernel of these columns for stages of such a chunk, with several products or one. Each costs nvcc seconds, so those that hardly any
+// shape is best with are left out.
+HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) { return chunk == 64 ? !many || block_n <= 192 : chunk == 32 || block_n <= 136; }
 
 inline int64_t shared_bytes(const Tiling& t) {
     return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + t.warpgroups * int64_t(t.table_bytes);
@@ -28,12 +32,13 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int packing = 0; packing < 3; packing++)
     for (int warpgroups : {2, 3})
     for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {232, 224, 192, 160, 128, 64})
+    for (int block_n : {232, 224, 192, 160, 136, 128, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
+    for (bool half_chunk : {false, true})
     for (int input_stages : {2, 3, 4, 6})
     for (int item_taps : {h.taps * w.taps, w.taps, 1}) {
-        if (warpgroups == 3 && (split_m || block_n != 128)) continue;    // as many sums as there are registers for
+        if ((warpgroups == 3) != (block_n == 136) || (warpgroups == 3 && split_m)) continue;    // as many sums as there are registers for
         Tiling t = {};
         t.input_stages = input_stages, t.warpgroups = warpgroups;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
@@ -43,12 +48,15 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
         if (!set_channels(t, s, source_channels, channels, groups)) continue;
+        if (half_chunk && (warpgroups == 2 || t.split || t.chunk < 64)) continue;    // where three consumers leave room for no more
+        if (half_chunk) t.chunk /= 2;
         const bool many = item_taps > 1;
+        if (!is_built(block_n, t.chunk, many)) continue;
         t.item_taps = item_taps, t.items = many ? item_taps * t.products : 1;
         if (many && (split_m || t.items > kMaxItems || (item_taps > w.taps && taps_per_box < h.taps) || s.source_phases() > 1)) continue;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         t.pitch = box_pitch(w, t.tile_w, strips);
-        if (t.pitch > 256 || !cut_runs(t, s)) continue;
+        if (t.pitch > 256 || !cut_runs(t, s, true)) continue;
         lay_out_regions(t, s, channels, true);
         const int64_t row_bytes = 2 * t.chunk;
         t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
@@ -79,17 +87,20 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         double products = steps * step * (lead < latency && !kept ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
         products = products > box_time ? products : box_time;
         // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
-        const double instructions = steps / (t.chunk / 16) * (many ? 100 + 600.0 / t.items : 600) + boxes * 600 + block_n * (t.dense ? 15 : 20);
+        const double instructions = steps / (t.chunk / 16) * (many ? 60 + 350.0 / t.items : 350) + boxes * 600 + block_n * (t.dense ? 15 : 20);
         products = products > instructions ? products : instructions;
         const double loads = (steps * (kept ? 0 : t.weight_rings) * kRows * 16 * 2 + boxes * box_bytes) / 21;
         products = products > loads ? products : loads;
         const double out_bytes = 4.0 * warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
         const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
-        // A warp issues the copies of a run's pieces one after another.
-        const double pieces = t.tensor_store ? 1 : t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
-        const double store_time = t.bulk ? pieces * 50 : 0;
+        // Two warps issue the copies of the runs' pieces one after another.
+        const double pieces = warpgroups * (t.tensor_store ? 1.0 : t.region_channels * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)));
+        const double store_time = t.bulk ? pieces / 2 * 50 : 0;
         if (products < store_time) products = store_time;
-        const double tile = (products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products) + (t.buffers == 1 ? 0.05 * traffic : 0) + (t.tensor_store ? 0 : t.contiguous ? 0.3 * traffic : t.bulk ? 0.5 * traffic : traffic);
+        double tile = products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products;
+        if (t.buffers == 1) tile += 0.05 * traffic;
+        if (!t.tensor_store && !t.whole_sectors) tile += t.contiguous ? 0.3 * traffic : t.bulk ? 0.4 * traffic + 0.5 * store_time : 1.5 * traffic;
+        if (warpgroups == 2 && !t.dense) tile += 25 * block_n;    // with three, one's epilogue is always beside the others' products
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
         const double time = waves * (tile + (kept ? 400 : 1200));
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;

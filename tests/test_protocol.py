@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-SLOTS, BOXES = 3, 2
+SLOTS, BOXES = 4, 2
 
 
 class Barrier:
@@ -69,10 +69,21 @@ class Block:
 
     def storer(self, me):
         slot, tiles, consumer = Ring(SLOTS), 0, me
+        publisher = self.publisher() if me == 1 and self.rings == 2 else iter(())
+
+        def publish():
+            for step in publisher:
+                if step is None:
+                    return
+                yield step
+
+        yield from publish()
+        yield from publish()
         while True:
             yield lambda: self.tile_full[slot.stage].passed(slot.phase)
             if self.tiles[slot.stage] is None:
                 break
+            yield from publish()
             while consumer < self.consumers:
                 yield lambda: self.staged[tiles % 2][consumer].passed(tiles // 2 % 2)
                 yield lambda: True
@@ -87,35 +98,19 @@ class Block:
 
     def loader(self, me):
         slot, box, weight = Ring(SLOTS), Ring(BOXES), Ring(self.weight_stages)
-        publisher = self.publisher() if me == 0 and self.rings == 2 else iter(())
-
-        def publish():
-            for step in publisher:
-                if step is None:
-                    return
-                yield step
-
-        yield from publish()
         while True:
             yield lambda: self.tile_full[slot.stage].passed(slot.phase)
             tile = self.tiles[slot.stage]
             if tile is None:
                 break
-            boxes = 0
             for opens_box in tile:
-                if opens_box:
-                    if boxes == 1:
-                        yield from publish()
-                    boxes += 1
-                    if me == 0:
-                        yield lambda: self.box_empty[box.stage].passed(box.phase ^ 1)
-                        self.box_full[box.stage].arrive()
-                        box.advance()
+                if opens_box and me == 0:
+                    yield lambda: self.box_empty[box.stage].passed(box.phase ^ 1)
+                    self.box_full[box.stage].arrive()
+                    box.advance()
                 yield lambda: self.weight_empty[me][weight.stage].passed(weight.phase ^ 1)
                 self.weight_full[me][weight.stage].arrive()
                 weight.advance()
-            if boxes < 2:
-                yield from publish()
             self.tile_empty[slot.stage].arrive()
             slot.advance()
 

@@ -113,12 +113,16 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
             const int granule = r / 8, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases, channel = octet * 8 + r % 8;
             const int phase_w = phase % aw->phases, packed_h = phase / aw->phases % phases_h, packed_d = phase / aw->phases / phases_h, od = run.od0 + packed_d;
             if (octet >= t.rows.octets || run.outer >= outer_phases(p) || run.channel0 + channel >= p.C_out || od < 0 || od >= ad->out) continue;
-            const int align = (run.alignment + alignment_of_region(p, channel, packed_d)) % 4;
+            const int align = (run.alignment + alignment_of_region(p, channel, packed_d)) % t.staging_unit;
             for (int q = 0; q < t.block_n; q++) {
                 const int place = t.dense ? q : staged_place(p, tile, run, run.q0 + q, packed_h, phase_w);
                 if (run.paired) {
-                    const int row = q / t.tile_w, paired = q < run.count ? run.paired_place + packed_h * staged_row(p) + row * paired_row(p) + q % t.tile_w * 2 + phase_w : -1;
-                    REQUIRE(place == (q % t.tile_w == 0 && phase_w == 0 && tile.w0 * 2 < aw->crop ? -1 : paired));
+                    const int row = q / t.tile_w, column = q - run.rows * t.pitch;
+                    int paired = q < run.count ? run.paired_place + packed_h * staged_row(p) + row * paired_row(p) + q % t.tile_w * 2 + phase_w : -1;
+                    if (q < run.count && q % t.tile_w == 0 && phase_w == 0 && tile.w0 * 2 < aw->crop) paired = -1;
+                    const int next = column * 2 + phase_w - aw->crop;    // output of the next row
+                    if (t.whole_sectors && run.oh_end < ah->out && packed_h == 0 && q >= t.block_n - 8 && next >= 0 && next < kSector - 1) paired = contiguous_count(p, run) + next;
+                    REQUIRE(place == paired);
                 }
                 REQUIRE(place >= 0 || q > 0 || t.whole_rows || run.count == 0);    // the epilogue relies on the first position
                 REQUIRE(place + align < t.region_stride);
@@ -133,7 +137,8 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
             bool aligned = true;
             for_each_piece(p, tile, run, 0, regions_of(p, run), 1, [&](int64_t first, int region, int offset, int count) {
                 const int staged = region * t.region_stride + offset;
-                aligned = aligned && (!t.bulk || on_sm80(t) || (first - staged) % 4 == 0);
+                aligned = aligned && (!t.bulk || on_sm80(t) || (first - staged) % (t.contiguous ? t.staging_unit : 4) == 0);
+                aligned = aligned && (!t.whole_sectors || ((first % kSector == 0 || run.h0 == 0) && ((first + count) % kSector == 0 || run.oh_end == ah->out)));
                 for (int k = 0; k < count; k++) put(first + k, buffer[staged + k]);
             });
             REQUIRE(aligned);
