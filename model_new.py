@@ -2739,6 +2739,15 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
     return own || of_next ? place : -1;
 }
 
+// The first position of a row of GEMM_M that is an output, given its staged places: columns 0 and 1 or the first row of the grid may be cropped. Where it
+// has no outputs, any.
+HOST_DEVICE int first_output(const Tiling& t, const int* places) {
+    if (places[0] >= 0) return 0;
+    if (t.block_n > 1 && places[1] >= 0) return 1;
+    const int next_row = min_of(t.pitch, t.block_n - 2);
+    return next_row + (places[next_row] < 0);
+}
+
 // Floats of a paired run from row to row of the grid.
 HOST_DEVICE int paired_row(const Problem& p) { return (p.t.packed[1] ? p.s.axis[1].phases : 1) * staged_row(p); }
 
@@ -5046,9 +5055,6 @@ template <int kBlockN, bool kRelu> struct Stager {
     const Run& run;
     float (&v)[kBlockN / 2];
 
-    __device__ __forceinline__ void begin(Moments& moments, float value) const {
-        if (kRelu) moments.shift = __shfl_sync(~0u, value, threadIdx.x % 32 & ~3);
-    }
     __device__ __forceinline__ void put(float* at, float value, Moments& moments, bool own = true) const {
         *at = value;
         if (kRelu && own) moments.add(value), moments.count++;
@@ -5062,7 +5068,7 @@ template <int kBlockN, bool kRelu> struct Stager {
         const Tiling& t = me.a.p.t;
         const int lane = threadIdx.x % 32;
         Moments low, high;
-        begin(low, v[1]), begin(high, v[3]);
+        if (kRelu) low.shift = __shfl_sync(~0u, v[1], lane & ~3), high.shift = __shfl_sync(~0u, v[3], lane & ~3);    // column 1
         if (me.rows[0].live) {
             float* const region = staged_region(me, tile, me.rows[0]) + run.paired_place + me.rows[0].paired_place + lane % 4 * 4;
             const bool first_missing = lane % 4 == 0 && tile.w0 * 2 < me.a.p.s.axis[2].crop;    // column 0 has no phase 0
@@ -5098,15 +5104,28 @@ template <int kBlockN, bool kRelu> struct Stager {
         leave(me.rows[0], low), leave(me.rows[1], high);
     }
 
-    __device__ __forceinline__ void stage_row(int half) const {
+    // The value of the first output of a row, in the lanes that have it.
+    __device__ __forceinline__ float first_value(int half) const {
+        const Tiling& t = me.a.p.t;
+        if (t.dense || me.table()[me.rows[half].table] >= 0) return __shfl_sync(~0u, v[half * 2], threadIdx.x % 32 & ~3);
+        const int q = first_output(t, me.table() + me.rows[half].table), index = q / 8 * 4 + half * 2 + q % 2;
+        float first = v[half * 2];
+#pragma unroll
+        for (int j = 0; j < kBlockN / 8; j++) {
+            const float low = v[j * 4 + half * 2], high = v[j * 4 + half * 2 + 1];
+            first = index == j * 4 + half * 2 ? low : index == j * 4 + half * 2 + 1 ? high : first;
+        }
+        return __shfl_sync(~0u, first, (threadIdx.x % 32 & ~3) + q % 8 / 2);
+    }
+
+    __device__ __forceinline__ void stage_row(int half, float shift) const {
         const Tiling& t = me.a.p.t;
         const int lane = threadIdx.x % 32;
         const LaneRow& row = me.rows[half];
         const int* table = me.table() + row.table + lane % 4 * 2;
         const unsigned own = kBlockN <= kMostPaired && t.whole_sectors ? contiguous_count(me.a.p, run) : 1u << 31;    // the places behind them are the next run's
         Moments moments;
-        const float edge = v[half * 2], middle = v[kBlockN / 16 * 4 + half * 2];
-        if (kRelu) begin(moments, !t.dense && table[0] < 0 ? middle : edge);
+        moments.shift = shift;
         if (row.live && t.dense) {    // position q is float q of its region
             float2* at = reinterpret_cast<float2*>(staged_region(me, tile, row) + lane % 4 * 2);
             const int outputs = run.count - lane % 4 * 2;
@@ -5143,7 +5162,7 @@ template <int kBlockN, bool kRelu> struct Stager {
         }
         if (kBlockN <= kMostPaired && run.paired) return stage_pairs();
 #pragma unroll
-        for (int half = 0; half < 2; half++) stage_row(half);
+        for (int half = 0; half < 2; half++) stage_row(half, kRelu ? first_value(half) : 0.0f);
     }
 };
 

@@ -248,6 +248,15 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
     return own || of_next ? place : -1;
 }
 
+// The first position of a row of GEMM_M that is an output, given its staged places: columns 0 and 1 or the first row of the grid may be cropped. Where it
+// has no outputs, any.
+HOST_DEVICE int first_output(const Tiling& t, const int* places) {
+    if (places[0] >= 0) return 0;
+    if (t.block_n > 1 && places[1] >= 0) return 1;
+    const int next_row = min_of(t.pitch, t.block_n - 2);
+    return next_row + (places[next_row] < 0);
+}
+
 // Floats of a paired run from row to row of the grid.
 HOST_DEVICE int paired_row(const Problem& p) { return (p.t.packed[1] ? p.s.axis[1].phases : 1) * staged_row(p); }
 

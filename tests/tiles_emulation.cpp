@@ -1,6 +1,7 @@
 // Carries out the tiles of the tensor cores' convolutions on the host, with the kernels' own index arithmetic, forward and for dx:
 // random shapes, small integers, the tilings of sm_90 and of sm_80.
 // Usage: tiles_emulation SHAPES SEED; exit code 1 where an output is wrong, written twice or not at all.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -114,6 +115,10 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
             const int phase_w = phase % aw->phases, packed_h = phase / aw->phases % phases_h, packed_d = phase / aw->phases / phases_h, od = run.od0 + packed_d;
             if (octet >= t.rows.octets || run.outer >= outer_phases(p) || run.channel0 + channel >= p.C_out || od < 0 || od >= ad->out) continue;
             const int align = (run.alignment + alignment_of_region(p, channel, packed_d)) % t.staging_unit;
+            std::vector<int> places(t.block_n);
+            for (int q = 0; q < t.block_n; q++) places[q] = staged_place(p, tile, run, run.q0 + q, packed_h, phase_w);
+            const bool outputs = std::any_of(places.begin(), places.end(), [&](int place) { return place >= 0 && (!t.whole_sectors || place < contiguous_count(p, run)); });
+            REQUIRE(on_sm80(t) || run.count == 0 || !outputs || places[first_output(t, places.data())] >= 0);
             for (int q = 0; q < t.block_n; q++) {
                 const int place = t.dense ? q : staged_place(p, tile, run, run.q0 + q, packed_h, phase_w);
                 if (run.paired) {
