@@ -4484,7 +4484,9 @@ constexpr int kHeadBytes = 2560;               // barriers and the like
 
 // Whether there is a kernel of these columns for stages of such a chunk, with several products or one. Each costs nvcc seconds, so those that hardly any
 // shape is best with are left out.
-HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) { return chunk == 64 ? !many || block_n <= 192 : chunk == 32 || block_n <= 136; }
+HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) {
+    return chunk == 64 ? !many || block_n <= 192 : chunk == 32 ? block_n != 192 && block_n != 224 : block_n <= 136;
+}
 
 inline int64_t shared_bytes(const Tiling& t) {
     return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + t.warpgroups * int64_t(t.table_bytes);
@@ -5206,10 +5208,10 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         const Tile& tile = head.tiles[me.slot.stage];
         if (tile.n < 0) break;
         if (me.first && me.warpgroup == 1) named_barrier(kBeginBarrier, 256);
-        if (a.p.t.chunk == 64 && a.p.t.items == 1) multiply<kBlockN, 4, false>(me, tile, d);
-        else if (is_built(kBlockN, 64, true) && a.p.t.chunk == 64) multiply<kBlockN, 4, true>(me, tile, d);
-        else if (is_built(kBlockN, 16, true) && a.p.t.chunk == 16) multiply<kBlockN, 1, true>(me, tile, d);
-        else multiply<kBlockN, 2, true>(me, tile, d);
+        if (is_built(kBlockN, 16, true) && a.p.t.chunk == 16) multiply<kBlockN, 1, true>(me, tile, d);
+        else if (is_built(kBlockN, 32, true) && a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);
+        else if (is_built(kBlockN, 64, true) && a.p.t.items > 1) multiply<kBlockN, 4, true>(me, tile, d);
+        else multiply<kBlockN, 4, false>(me, tile, d);
         finish<kBlockN>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);

@@ -17,7 +17,9 @@ constexpr int kHeadBytes = 2560;               // barriers and the like
 
 // Whether there is a kernel of these columns for stages of such a chunk, with several products or one. Each costs nvcc seconds, so those that hardly any
 // shape is best with are left out.
-HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) { return chunk == 64 ? !many || block_n <= 192 : chunk == 32 || block_n <= 136; }
+HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) {
+    return chunk == 64 ? !many || block_n <= 192 : chunk == 32 ? block_n != 192 && block_n != 224 : block_n <= 136;
+}
 
 inline int64_t shared_bytes(const Tiling& t) {
     return kHeadBytes + int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_rings) * t.weight_stages * t.weight_bytes + int64_t(t.buffers) * t.buffer_bytes + t.warpgroups * int64_t(t.table_bytes);
