@@ -252,7 +252,7 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
 // has no outputs, any.
 HOST_DEVICE int first_output(const Tiling& t, const int* places) {
     if (places[0] >= 0) return 0;
-    if (t.block_n > 1 && places[1] >= 0) return 1;
+    if (places[1] >= 0) return 1;
     const int next_row = min_of(t.pitch, t.block_n - 2);
     return next_row + (places[next_row] < 0);
 }
