@@ -4698,7 +4698,7 @@ struct Loader {
     int kept = -1, kept_row = -1;      // which weights lane i's stage i of the ring has, of this row
     struct Step {
         int rows, weights;             // rows with kOpensBox; which weights: tap << 20 | column / 16
-        int plane_row, channel;        // of the box, from the tile's on; plane << 16 | row
+        int plane, row, channel;       // of the box, from the tile's on
     } step = {};
     int steps = 0, steps_live = -1;    // known ones; of tiles with these live taps they are all
 
@@ -4710,7 +4710,7 @@ struct Loader {
             const int own = tap + lane - steps, taken = min(taps.count - tap, 32 - steps);
             if (lane >= steps && lane < steps + taken) {
                 const BoxTaps::Tap t = taps[own];
-                step = {t.rows | (own == 0 ? kOpensBox : 0), t.tap << 20 | t.column / 16, (at.plane() - tile.d) << 16 | ((at.source_row() - tile.h0) & 0xffff), at.c};
+                step = {t.rows | (own == 0 ? kOpensBox : 0), t.tap << 20 | t.column / 16, at.plane() - tile.d, at.source_row() - tile.h0, at.c};
             }
             steps += taken, tap += taken;
             if (tap == taps.count) more = at.next_box(), tap = 0;
@@ -4725,7 +4725,7 @@ struct Loader {
         if (threadIdx.x % 32 == i) {
             mbarrier_arrive_expect_tx(head.input_full + in.stage, a.p.t.box_bytes());
             tma_load_5d(shared.input + in.stage * a.p.t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + step.channel, aw.first + tile.w0 - aw.shift[aw.taps - 1],
-                        tile.h0 + int16_t(step.plane_row), tile.d + (step.plane_row >> 16), tile.n);
+                        tile.h0 + step.row, tile.d + step.plane, tile.n);
         }
         __syncwarp();
         in.advance(a.p.t.input_stages);
