@@ -2511,7 +2511,7 @@ struct Problem {
 // ---------------------------------------------------------------------------------------------------------- Tiles
 
 // A warpgroup's run of a tile, and where its outputs go. They are staged in regions, one for each (channel, packed phase of D):
-// either as one piece, in the order of global memory and at the same place modulo 16 bytes, or as one piece for each output row.
+// either as one piece, in the order of global memory and aligned as there (staging_unit), or as one piece for each output row.
 struct Run {
     int row_tile, channel0, outer;       // first channel of the row tile, phase of the axes that are not packed
     int b_row;                           // of the box
@@ -4590,8 +4590,8 @@ _SOURCES['conv_sm90.cuh'] = r'''
 // A block is a warpgroup whose warps have a task each (publisher, loaders, storers) and two or three consumer warpgroups, which compute;
 // one block per multiprocessor, taking tiles from a queue. A box of the source plane, halo included, is copied once for all taps (h, w);
 // a tap is a shift of the wgmma descriptor's start address by whole rows of shared memory. Of two consumers, one is some taps ahead of
-// the other, so that its epilogue overlaps the other's products; three, of fewer sums each, are for tiles of few products and many
-// outputs. An epilogue stages the outputs in shared memory in the order of global memory; the storers send them off by bulk copies.
+// the other, so that its epilogue overlaps the other's products; three, of fewer sums each, where epilogues count for more (tiling_sm90.h).
+// An epilogue stages the outputs in shared memory in the order of global memory; the storers send them off by bulk copies.
 // Consumers that have different rows get their weights through a ring each, from a loader each; consumers that have the same rows share
 // one ring and one loader. Where a ring has room for all weights of a row tile, they stay there: a block then has a queue of that row
 // tile's own, and helps with the others when it is empty.

@@ -20,7 +20,7 @@ struct Problem {
 // ---------------------------------------------------------------------------------------------------------- Tiles
 
 // A warpgroup's run of a tile, and where its outputs go. They are staged in regions, one for each (channel, packed phase of D):
-// either as one piece, in the order of global memory and at the same place modulo 16 bytes, or as one piece for each output row.
+// either as one piece, in the order of global memory and aligned as there (staging_unit), or as one piece for each output row.
 struct Run {
     int row_tile, channel0, outer;       // first channel of the row tile, phase of the axes that are not packed
     int b_row;                           // of the box

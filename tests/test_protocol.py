@@ -51,7 +51,7 @@ class Block:
         return me if self.buffers > 1 else 0
 
     def publisher(self):
-        """Yields until a tile is published, and then True, or False behind the last."""
+        """Yields what it waits for, and None when a tile is published, or told that there are no more."""
         slot = Ring(SLOTS)
         more = True
         while more:

@@ -120,7 +120,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
             const bool outputs = std::any_of(places.begin(), places.end(), [&](int place) { return place >= 0 && (!t.whole_sectors || place < contiguous_count(p, run)); });
             REQUIRE(on_sm80(t) || run.count == 0 || !outputs || places[first_output(t, places.data())] >= 0);
             for (int q = 0; q < t.block_n; q++) {
-                const int place = t.dense ? q : staged_place(p, tile, run, run.q0 + q, packed_h, phase_w);
+                const int place = t.dense ? q : places[q];
                 if (run.paired) {
                     const int row = q / t.tile_w, column = q - run.rows * t.pitch;
                     int paired = q < run.count ? run.paired_place + packed_h * staged_row(p) + row * paired_row(p) + q % t.tile_w * 2 + phase_w : -1;
