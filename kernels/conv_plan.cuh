@@ -109,11 +109,10 @@ inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& 
     return a;
 }
 
-inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
+inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, unsigned* max, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, max};
     weight.copy = scratch.take<__half>(weight.copied());
-    weight.max = scratch.take<unsigned>(p.C_out);
     return weight;
 }
 

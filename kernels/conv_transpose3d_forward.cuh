@@ -21,9 +21,10 @@ struct ForwardMemory {
     ForwardMemory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
         const Problem& p = plan.problem;
         auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        auto* weight_max = scratch.take_zeroed<unsigned>(p.C_out);
         workspace = take_workspace(scratch, p, fused);
         source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
-        weight = take_weight(scratch, plan, g, w);
+        weight = take_weight(scratch, plan, g, weight_max, w);
     }
 };
 

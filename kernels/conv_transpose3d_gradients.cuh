@@ -33,9 +33,10 @@ struct GradientsMemory {
     float* partial;
     GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
         auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        auto* weight_max = scratch.take_zeroed<unsigned>(plan.problem.C_out);
         workspace = take_workspace(scratch, plan.problem, false);
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
-        weight = take_weight(scratch, plan, g, w);
+        weight = take_weight(scratch, plan, g, weight_max, w);
         x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
         partial = scratch.take<float>(dweight::partial_count(dweight.t));
     }

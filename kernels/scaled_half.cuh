@@ -16,6 +16,7 @@
 namespace scaled_half {
 
 constexpr int kThreads = 256;
+constexpr int kLookElements = 4096;        // that one block looks at
 constexpr int kMaxShift = 120;             // keeps the scale and its inverse normal float32 numbers
 
 __device__ __forceinline__ int clamp_shift(int shift) { return shift < kMaxShift ? shift : kMaxShift; }
@@ -94,16 +95,19 @@ struct Weight {
     bool forward;                                  // the destination is the layer's output
     const void* w;                                 // (C_in, C_out / groups, kernel)
     __half* copy;
-    unsigned* max;                                 // (channels)
-    // Where w has the kernel of two channels, or -1 where they are in different groups.
-    HOST_DEVICE int64_t kernel_of(int destination, int source) const {
-        const int in = forward ? source : destination, out = forward ? destination : source, group_C_in = int((forward ? C : channels) / groups);
-        return in / group_C_in == out / int(group_C_out) ? (in * group_C_out + out % int(group_C_out)) * kernel_volume(stencil) : -1;
+    unsigned* max;                                 // (channels), starts at zero
+    // What w has for a destination channel: kernels of `count` source channels from `first` on, those of its group, at `begin` + stride * i.
+    struct Kernels { int first, count; int64_t begin; int stride; };
+    HOST_DEVICE Kernels kernels_of(int destination) const {
+        const int volume = kernel_volume(stencil), in = int((forward ? C : channels) / groups), out = int(group_C_out), group = destination / (forward ? out : in);
+        if (forward) return {group * in, in, (int64_t(group) * in * out + destination % out) * volume, out * volume};
+        return {group * out, out, int64_t(destination) * out * volume, volume};
     }
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
+    // Blocks that look at a destination channel.
+    HOST_DEVICE int look_parts() const { return int(ceil_div(C / groups * kernel_volume(stencil), kLookElements)); }
 };
 
-constexpr int kLookElements = 4096;                // of one block's look at a part of a sample
 constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one
 constexpr int64_t kSmallSample = 1 << 16;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
@@ -135,19 +139,40 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
     return max;
 }
 
-// The maximum of one destination channel: a block reads the kernels of several source channels at a time.
-template <typename T> __device__ void look_at_channel(const Weight& p, int channel) {
-    const T* w = static_cast<const T*>(p.w);
-    const int volume = kernel_volume(p.stencil), together = volume < kThreads ? kThreads / volume : 1;
-    unsigned max = 0;
-    for (int i = threadIdx.x; i < together * volume; i += kThreads)
-#pragma unroll 8
-        for (int c = i / volume; c < p.C; c += together) {
-            const int64_t kernel = p.kernel_of(channel, c);
-            max = umax(max, kernel >= 0 ? finite_magnitude(to_acc(w[kernel + i % volume])) : 0);
+// A block's walk over elements `begin` to `end` of rows of `width` elements, `stride` apart: use(load(i, offset), i, k) for element k of row i, which are
+// counted instead of divided for. Loads are under way for eight elements of a thread at a time.
+template <typename L, typename U> __device__ __forceinline__ void for_each_of_rows(int begin, int end, int width, int stride, L load, U use) {
+    constexpr int kTogether = 8;
+    int i = (begin + int(threadIdx.x)) / width, k = (begin + int(threadIdx.x)) % width;
+    int64_t offset = int64_t(i) * stride + k;
+    const int rows = kThreads / width, rest = kThreads % width;
+    const int64_t step = int64_t(rows) * stride + rest;
+    for (int first = begin + threadIdx.x; first < end; first += kTogether * kThreads) {
+        float values[kTogether];
+        int is[kTogether], ks[kTogether];
+#pragma unroll
+        for (int e = 0; e < kTogether; e++) {
+            values[e] = first + e * kThreads < end ? load(i, offset) : 0.0f;
+            is[e] = i, ks[e] = k;
+            i += rows, k += rest, offset += step;
+            if (k >= width) i++, k -= width, offset += stride - width;
         }
+#pragma unroll
+        for (int e = 0; e < kTogether; e++)
+            if (first + e * kThreads < end) use(values[e], is[e], ks[e]);
+    }
+}
+
+// The maximum of a part of one destination channel.
+template <typename T> __device__ void look_at_channel(const Weight& p, int block) {
+    const int parts = p.look_parts(), channel = block / parts, volume = kernel_volume(p.stencil);
+    const Weight::Kernels kernels = p.kernels_of(channel);
+    const T* w = static_cast<const T*>(p.w) + kernels.begin;
+    const int begin = block % parts * kLookElements, end = min(begin + kLookElements, kernels.count * volume);
+    unsigned max = 0;
+    for_each_of_rows(begin, end, volume, kernels.stride, [&](int, int64_t offset) { return to_acc(w[offset]); }, [&](float v, int, int) { max = umax(max, finite_magnitude(v)); });
     max = block_max(max);
-    if (threadIdx.x == 0) p.max[channel] = max;
+    if (threadIdx.x == 0) atomicMax(p.max + channel, max);
 }
 
 // kWeightChannels source channels of one destination channel, by way of shared memory, kKernel elements of the kernel at a time.
@@ -155,25 +180,28 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     constexpr int kKernel = 64;
     __shared__ __half values[kKernel][kWeightChannels + 2];    // the rows begin in different banks
     const int channel = tile % int(p.channels), c0 = tile / int(p.channels) * kWeightChannels, columns = min(kWeightChannels, int(p.phase_channels) - c0);
-    const T* w = static_cast<const T*>(p.w);
+    const Weight::Kernels kernels = p.kernels_of(channel);
+    const T* w = static_cast<const T*>(p.w) + kernels.begin + int64_t(c0 - kernels.first) * kernels.stride;
     const float scale = power_of_two(shift_of(p.max[channel]));
-    const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kThreads / 32;
     const int taps = p.stencil.taps(), source_phases = p.stencil.source_phases(), rows = taps * p.stencil.phases() * source_phases;    // one of the two is 1
     for (int k0 = 0; k0 < volume; k0 += kKernel) {
         __syncthreads();
         const int elements = min(kKernel, volume - k0);
-#pragma unroll 8
-        for (int i = threadIdx.x; i < columns * elements; i += kThreads) {
-            const int k = i % elements, c = i / elements;
-            const int64_t kernel = c0 + c < p.C ? p.kernel_of(channel, c0 + c) : -1;
-            values[k][c] = __float2half_rn(kernel >= 0 ? to_acc(w[kernel + k0 + k]) * scale : 0.0f);
-        }
+        for_each_of_rows(0, columns * elements, elements, kernels.stride,
+                         [&](int c, int64_t offset) { return unsigned(c0 + c - kernels.first) < unsigned(kernels.count) ? to_acc(w[offset + k0]) : 0.0f; },
+                         [&](float v, int c, int k) { values[k][c] = __float2half_rn(v * scale); });
         __syncthreads();
-        for (int i = warp; i < rows; i += kThreads / 32) {
-            const int tap = i % taps, phase = i / taps, k = kernel_index(p.stencil, tap, phase);
-            if (k >= 0 ? k < k0 || k >= k0 + elements : k0 > 0) continue;
-            __half2* row = reinterpret_cast<__half2*>(p.copy + ((tap * p.M_pad + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases) * p.phase_channels + c0);
-            if (lane < columns / 2) row[lane] = k >= 0 ? *reinterpret_cast<const __half2*>(&values[k - k0][lane * 2]) : __half2half2(__float2half_rn(0.0f));
+        for (int first = warp; first < rows; first += 32 * warps) {
+            // Each lane knows a row.
+            const int own = first + lane * warps, tap = own % taps, phase = own / taps, own_k = own < rows ? kernel_index(p.stencil, tap, phase) : -1;
+            const int own_row = (tap * int(p.M_pad) + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases;
+            for (int i = 0; i < 32 && first + i * warps < rows; i++) {
+                const int k = __shfl_sync(~0u, own_k, i), row = __shfl_sync(~0u, own_row, i);
+                if (k >= 0 ? k < k0 || k >= k0 + elements : k0 > 0) continue;
+                __half2* to = reinterpret_cast<__half2*>(p.copy + row * p.phase_channels + c0);
+                if (lane < columns / 2) to[lane] = k >= 0 ? *reinterpret_cast<const __half2*>(&values[k - k0][lane * 2]) : __half2half2(__float2half_rn(0.0f));
+            }
         }
     }
 }
@@ -181,11 +209,13 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
 // One destination channel, split.
 template <typename T> __device__ void copy_split_weight(const Weight& p, int channel) {
     const float scale = power_of_two(shift_of(p.max[channel]));
-    const int taps = p.stencil.taps(), first = channel / int(p.group_C_out) * p.split, columns = 4 * p.split;
+    const Weight::Kernels kernels = p.kernels_of(channel);
+    const T* w = static_cast<const T*>(p.w) + kernels.begin;
+    const int taps = p.stencil.taps(), columns = 4 * p.split;
     for (int i = threadIdx.x; i < taps * p.stencil.phases() * columns; i += kThreads) {
         const int column = i % columns, tap = i / columns % taps, phase = i / columns / taps, part = column / p.split;
         const int k = kernel_index(p.stencil, tap, phase);
-        const float v = k >= 0 && part < 3 ? to_acc(static_cast<const T*>(p.w)[p.kernel_of(channel, first + column % p.split) + k]) * scale : 0.0f;
+        const float v = k >= 0 && part < 3 ? to_acc(w[column % p.split * kernels.stride + k]) * scale : 0.0f;
         const __half high = __float2half_rn(v);
         p.copy[(tap * p.M_pad + p.rows.row(channel, phase)) * p.phase_channels + column] = part < 2 ? high : __float2half_rn(v - __half2float(high));
     }
@@ -193,9 +223,9 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
 
 // The maxima of the weight's channels, and of parts of every sample, evenly spread.
 template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
-    if (blockIdx.x < p.channels) return look_at_channel<T>(p, blockIdx.x);
-    const int64_t blocks = look_blocks(a), elements = a.sample();
-    const int64_t n = (blockIdx.x - p.channels) / blocks, block = (blockIdx.x - p.channels) % blocks;
+    const int64_t weight_blocks = p.channels * p.look_parts(), blocks = look_blocks(a), elements = a.sample();
+    if (blockIdx.x < weight_blocks) return look_at_channel<T>(p, blockIdx.x);
+    const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
     const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
     const T* part = static_cast<const T*>(a.x) + n * elements + begin;
@@ -361,7 +391,7 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 // ---------------------------------------------------------------------------------------------------- Launcher
 
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.channels + a.N * look_blocks(a), kThreads, stream, a, p));
+    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.channels * p.look_parts() + a.N * look_blocks(a), kThreads, stream, a, p));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
     RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
     return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a, unsigned(sample_tiles));
