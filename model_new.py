@@ -275,9 +275,23 @@ def _tensor_cores(path, operation, geometry, dtype, tf32, device):
             and bool(getattr(_library("cuda"), f"conv_transpose3d_{operation}_supports_{path}")(ctypes.addressof(geometry), device.index)))
 
 
+# Where channels are few, cuDNN computes float32 in float32 though TF32 is allowed (kernels/NOTES.md tells how it was found), and so do the generic kernels.
+
+
+def _has_float32_forward(geometry, dtype):
+    overlaps = any(axis.kernel > axis.stride > 1 for axis in geometry.axis)
+    return dtype == torch.float32 and geometry.groups == 1 and not overlaps and (geometry.C_out <= 8 or (geometry.C_in <= 4 and geometry.C_out < 64))
+
+
+def _has_float32_dinput(geometry, dtype):
+    return dtype == torch.float32 and geometry.C_out <= 3
+
+
 def _forward_on(path):
     def condition(geometry, dtype, tf32, device):
         """Several groups: cuDNN's forward is float32-accurate, and so are split operands, as long as no sum is too long."""
+        if _has_float32_forward(geometry, dtype):
+            return False
         terms = geometry.C_in // geometry.groups
         for axis in geometry.axis:
             terms *= -(-axis.kernel // axis.stride)
@@ -295,7 +309,7 @@ def _gradients_on(path):
 
 def _norm_gradients_on(path):
     gradients = _gradients_on(path)
-    return lambda geometry, dtype, tf32, device: dtype == torch.float32 and gradients(geometry, dtype, tf32, device)
+    return lambda geometry, dtype, tf32, device: dtype == torch.float32 and not _has_float32_dinput(geometry, dtype) and gradients(geometry, dtype, tf32, device)
 
 
 def _multiply_adds(geometry):
@@ -493,10 +507,11 @@ def _backward(grad, input, weight, input_shape, weight_shape, stride, padding, o
         return dx.zero_(), dweight.zero_(), dbias.zero_()
     grad, dtypes, device = grad.contiguous(), (grad.dtype,), grad.device
     need_dx, need_dweight = needs[:2]
-    if (need_dx or need_dweight) and select_path("conv_transpose3d_gradients", geometry, grad.dtype, device) != "composed":
+    together_dx = need_dx and not _has_float32_dinput(geometry, grad.dtype)
+    if (together_dx or need_dweight) and select_path("conv_transpose3d_gradients", geometry, grad.dtype, device) != "composed":
         _launch("conv_transpose3d_gradients", geometry, dtypes, device,
-                (grad, input.contiguous() if need_dweight else None, weight.contiguous() if need_dx else None), (dx if need_dx else None, dweight if need_dweight else None))
-        need_dx = need_dweight = False
+                (grad, input.contiguous() if need_dweight else None, weight.contiguous() if together_dx else None), (dx if together_dx else None, dweight if need_dweight else None))
+        need_dx, need_dweight = need_dx and not together_dx, False
     if need_dx:
         _launch("conv_transpose3d_dinput", geometry, dtypes, device, (grad, weight.contiguous()), (dx,))
     if need_dweight:
@@ -1148,7 +1163,7 @@ _SOURCES['direct_generic.cuh'] = r'''
 //
 // Both gather a source tensor into a destination along the phases of geometry.h, so they are one kernel: a thread owns
 // kPositions destinations of one phase (neighbouring lanes, neighbouring sources) times kChannels channels in registers.
-// A block brings the weights of a tap and kChain source channels to shared memory, a thread one of them.
+// A block brings the weights of many taps and kChain source channels to shared memory.
 // Formula: torch.nn.ConvTranspose3d.
 #pragma once
 
@@ -1156,10 +1171,11 @@ _SOURCES['direct_generic.cuh'] = r'''
 
 namespace direct_generic {
 
-constexpr int kChannels = 8;         // destination channels of a thread
-constexpr int kMinBlocksPerSM = 3;   // caps the registers
+constexpr int kMaxChannels = 8;      // destination channels of a thread: so many, or fewer where there are fewer
+constexpr int min_blocks_per_sm(int channels) { return channels == kMaxChannels ? 3 : 4; }    // caps the registers
 constexpr int kChain = 16;           // source channels summed before the sum joins the total: keeps fp32 chains short
-constexpr int kThreads = kChain * kChannels;
+constexpr int kThreads = 128;
+constexpr int kWeights = 2048;       // in shared memory at a time
 
 // Destinations of a thread, kThreads apart: as many as the registers hold.
 template <typename T> constexpr int kPositionsOf = sizeof(Acc<T>) == 8 ? 2 : 4;
@@ -1167,7 +1183,6 @@ template <typename T> constexpr int kPositionsOf = sizeof(Acc<T>) == 8 ? 2 : 4;
 // Channels of one group on either side of the gather.
 struct Channels {
     int64_t src, dst;                // per group
-    HOST_DEVICE int64_t dst_tiles() const { return ceil_div(dst, kChannels); }
 };
 
 HOST_DEVICE Channels channels_of(Direction direction, const Geometry& g) {
@@ -1175,6 +1190,15 @@ HOST_DEVICE Channels channels_of(Direction direction, const Geometry& g) {
     const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
     return {forward ? in : out, forward ? out : in};
 }
+
+// The taps of a phase, counted.
+struct TapCounter {
+    int d = 0, h = 0, w = 0;
+    __device__ __forceinline__ void advance(const Phase& ph, const Phase& pw) {
+        if (++w == pw.taps) w = 0, h++;
+        if (h == ph.taps) h = 0, d++;
+    }
+};
 
 // Which samples are wanted: those whose flag, one every `stride` numbers, is not zero. No flags: all.
 struct Samples {
@@ -1191,7 +1215,7 @@ struct Samples {
 // ------------------------------------------------------------------------------------------- Direct convolution
 
 // dst = epilogue(gather of src), tile `block` of num_blocks; bias may be null.
-template <typename T, Direction kDirection>
+template <typename T, Direction kDirection, int kChannels>
 __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Samples only, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
     using A = Acc<T>;
     constexpr int kPositions = kPositionsOf<T>;
@@ -1201,7 +1225,7 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
     __shared__ Phase phases[3];      // shared, not registers: the loops need those
     auto take = [&block](int64_t count) { const int64_t digit = block % count; block /= count; return digit; };
     const int64_t phase_w = take(num_phases(kDirection, g.axis[2]));
-    const int64_t channel = take(channels.dst_tiles()) * kChannels;
+    const int64_t channel = take(ceil_div(channels.dst, kChannels)) * kChannels;
     const int64_t phase_h = take(num_phases(kDirection, g.axis[1]));
     const int64_t phase_d = take(num_phases(kDirection, g.axis[0]));
     const int64_t group = take(g.groups);
@@ -1237,47 +1261,64 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
     const int64_t src_volume = int64_t(pd.src_size) * ph.src_size * pw.src_size;
     const T* src_group = src + (n * g.groups + group) * channels.src * src_volume;
     const T* w_group = w + group * channels.src * channels.dst * kernel_volume(g);
-    __shared__ A weights[kChain][kChannels];
-    const int own_src = threadIdx.x / kChannels, own_dst = threadIdx.x % kChannels;    // the weight that this thread brings
+    constexpr int kTaps = kWeights / (kChain * kChannels);
+    __shared__ A weights[kTaps][kChain][kChannels];
+    const int taps = pd.taps * ph.taps * pw.taps;
     A total[kPositions][kChannels] = {};
 #pragma unroll 1
     for (int64_t c0 = 0; c0 < channels.src; c0 += kChain) {
         const int chain = channels.src - c0 < kChain ? channels.src - c0 : kChain;
         A sum[kPositions][kChannels] = {};
+        TapCounter to_bring, tap;
 #pragma unroll 1
-        for (int jd = 0; jd < pd.taps; jd++)
-#pragma unroll 1
-        for (int jh = 0; jh < ph.taps; jh++)
-#pragma unroll 1
-        for (int jw = 0; jw < pw.taps; jw++) {
-            const int64_t tap = ((pd.k + jd * pd.k_step) * g.axis[1].kernel + ph.k + jh * ph.k_step) * g.axis[2].kernel + pw.k + jw * pw.k_step;
-            const int64_t from = c0 + own_src, to = channel + own_dst, pair = forward ? from * channels.dst + to : to * channels.src + from;
+        for (int first_tap = 0; first_tap < taps; first_tap += kTaps) {
+            const int count = taps - first_tap < kTaps ? taps - first_tap : kTaps;
             __syncthreads();
-            weights[own_src][own_dst] = from < channels.src && to < channels.dst ? to_acc(w_group[pair * kernel_volume(g) + tap]) : A(0);
-            __syncthreads();
-            bool inside[kPositions];
-            const T* s[kPositions];
-            bool any = false;
-#pragma unroll
-            for (int p = 0; p < kPositions; p++) {
-                const int d = src_d[p] + jd * pd.src_tap_step, h = src_h[p] + jh * ph.src_tap_step, w = src_w[p] + jw * pw.src_tap_step;
-                inside[p] = unsigned(d) < unsigned(pd.src_size) && unsigned(h) < unsigned(ph.src_size) && unsigned(w) < unsigned(pw.src_size);
-                s[p] = src_group + c0 * src_volume + ((int64_t(d) * ph.src_size + h) * pw.src_size + w);
-                any |= inside[p];
+            if (threadIdx.x < kChain * kChannels) {    // a thread has a pair of channels
+                const int own_src = threadIdx.x / kChannels, own_dst = threadIdx.x % kChannels;
+                const int64_t from = c0 + own_src, to = channel + own_dst, pair = forward ? from * channels.dst + to : to * channels.src + from;
+                const bool exists = from < channels.src && to < channels.dst;
+                const T* kernel = w_group + (exists ? pair : 0) * kernel_volume(g);
+#pragma unroll 4
+                for (int i = 0; i < count; i++) {
+                    const int at = ((pd.k + to_bring.d * pd.k_step) * int(g.axis[1].kernel) + ph.k + to_bring.h * ph.k_step) * int(g.axis[2].kernel) + pw.k + to_bring.w * pw.k_step;
+                    weights[i][own_src][own_dst] = exists ? to_acc(kernel[at]) : A(0);
+                    to_bring.advance(ph, pw);
+                }
             }
-            if (!any) continue;
-#pragma unroll 2
-            for (int c = 0; c < chain; c++) {
-                A v[kPositions], wt[kChannels];
+            __syncthreads();
+#pragma unroll 1
+            for (int i = 0; i < count; i++, tap.advance(ph, pw)) {
+                bool inside[kPositions];
+                const T* s[kPositions];
+                bool any = false;
 #pragma unroll
-                for (int p = 0; p < kPositions; p++) v[p] = inside[p] ? to_acc(s[p][c * src_volume]) : A(0);
+                for (int p = 0; p < kPositions; p++) {
+                    const int d = src_d[p] + tap.d * pd.src_tap_step, h = src_h[p] + tap.h * ph.src_tap_step, w = src_w[p] + tap.w * pw.src_tap_step;
+                    inside[p] = unsigned(d) < unsigned(pd.src_size) && unsigned(h) < unsigned(ph.src_size) && unsigned(w) < unsigned(pw.src_size);
+                    s[p] = src_group + c0 * src_volume + ((int64_t(d) * ph.src_size + h) * pw.src_size + w);
+                    any |= inside[p];
+                }
+                if (!any) continue;
+                const auto add = [&](int c) {
+                    A v[kPositions], wt[kChannels];
 #pragma unroll
-                for (int m = 0; m < kChannels; m++) wt[m] = weights[c][m];
+                    for (int p = 0; p < kPositions; p++) v[p] = inside[p] ? to_acc(*s[p]) : A(0), s[p] += src_volume;
 #pragma unroll
-                for (int p = 0; p < kPositions; p++)
-                    if (inside[p])    // not a product with zero: the weight may be Inf
+                    for (int m = 0; m < kChannels; m++) wt[m] = weights[i][c][m];
 #pragma unroll
-                        for (int m = 0; m < kChannels; m++) sum[p][m] += v[p] * wt[m];
+                    for (int p = 0; p < kPositions; p++)
+                        if (inside[p])    // not a product with zero: the weight may be Inf
+#pragma unroll
+                            for (int m = 0; m < kChannels; m++) sum[p][m] += v[p] * wt[m];
+                };
+                if (chain == kChain) {
+#pragma unroll(kChannels == kMaxChannels ? 2 : 4)
+                    for (int c = 0; c < kChain; c++) add(c);
+                } else {
+#pragma unroll 1
+                    for (int c = 0; c < chain; c++) add(c);
+                }
             }
         }
 #pragma unroll
@@ -1304,15 +1345,15 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
 }
 
 // A block for each tile, or fewer that take several.
-template <typename T, Direction kDirection>
-__global__ void __launch_bounds__(kThreads, kMinBlocksPerSM)
+template <typename T, Direction kDirection, int kChannels>
+__global__ void __launch_bounds__(kThreads, min_blocks_per_sm(kChannels))
 direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
     if (!only.any(g.N)) return;
     __shared__ volatile int64_t next;    // shared, not a register: the tile needs those
     if (threadIdx.x == 0) next = blockIdx.x;
     __syncthreads();
     while (next < tiles) {
-        direct_tile<T, kDirection>(g, next, only, src, w, bias, apply_relu, dst);
+        direct_tile<T, kDirection, kChannels>(g, next, only, src, w, bias, apply_relu, dst);
         __syncthreads();
         if (threadIdx.x == 0) next = next + gridDim.x;
         __syncthreads();
@@ -1321,25 +1362,31 @@ direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src
 
 // ---------------------------------------------------------------------------------------------------- Launchers
 
-template <typename T, Direction kDirection> int64_t num_blocks(const Geometry& g) {
+template <typename T, Direction kDirection> int64_t num_blocks(const Geometry& g, int block_channels) {
     int64_t volume = 1, phases = 1;
     for (const Axis& a : g.axis) {
         volume *= make_phase(kDirection, a, 0).count;    // phase 0 is the longest
         phases *= num_phases(kDirection, a);
     }
-    return ceil_div(volume, kThreads * kPositionsOf<T>) * phases * channels_of(kDirection, g).dst_tiles() * g.groups * g.N;
+    return ceil_div(volume, kThreads * kPositionsOf<T>) * phases * ceil_div(channels_of(kDirection, g).dst, block_channels) * g.groups * g.N;
 }
 
 constexpr int64_t kRepairBlocks = 1024;    // where only some samples are wanted, mostly none
 
+template <typename T, Direction kDirection, int kChannels>
+int launch_direct(const Geometry& g, void* stream, Samples only, const void* src, const void* w, const void* bias, bool apply_relu, void* dst) {
+    const int64_t tiles = num_blocks<T, kDirection>(g, kChannels);
+    return launch(direct_kernel<T, kDirection, kChannels>, only.flags && tiles > kRepairBlocks ? kRepairBlocks : tiles, kThreads, stream,
+                  g, tiles, only, static_cast<const T*>(src), static_cast<const T*>(w), static_cast<const T*>(bias), apply_relu, static_cast<T*>(dst));
+}
+
 template <Direction kDirection>
 int direct(const Geometry& g, int dtype, void* stream, Samples only, const void* src, const void* w, const void* bias, bool apply_relu, void* dst) {
-    return with_dtype(dtype, [&](auto element) {
-        using T = decltype(element);
-        const int64_t tiles = num_blocks<T, kDirection>(g);
-        return launch(direct_kernel<T, kDirection>, only.flags && tiles > kRepairBlocks ? kRepairBlocks : tiles, kThreads, stream,
-                      g, tiles, only, static_cast<const T*>(src), static_cast<const T*>(w), static_cast<const T*>(bias), apply_relu, static_cast<T*>(dst));
-    });
+    const int64_t channels = channels_of(kDirection, g).dst;
+    if (dtype == kFloat32 && !only.flags && channels <= 4)
+        return channels == 1 ? launch_direct<float, kDirection, 1>(g, stream, only, src, w, bias, apply_relu, dst)
+                             : launch_direct<float, kDirection, 4>(g, stream, only, src, w, bias, apply_relu, dst);
+    return with_dtype(dtype, [&](auto element) { return launch_direct<decltype(element), kDirection, kMaxChannels>(g, stream, only, src, w, bias, apply_relu, dst); });
 }
 
 }  // namespace direct_generic

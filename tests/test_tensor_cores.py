@@ -236,6 +236,21 @@ def test_large_mean():
     assert relative_error(y, truth) <= 1.05 * relative_error(reference(x, w, bias, ones), truth)
 
 
+@pytest.mark.parametrize("shape, channels, kernel, stride, padding, forward, dinput", [
+    # where the forward and dx are to be float32-accurate, as cuDNN's are
+    ((2, 32, 12, 20, 31), 1, 3, 1, 1, True, True), ((2, 64, 9, 20, 31), 3, 3, 1, 1, True, True), ((2, 40, 9, 20, 31), 8, 5, 1, 2, True, False),
+    ((2, 64, 9, 20, 31), 4, 2, 2, 0, True, False), ((2, 64, 9, 20, 31), 2, 4, 2, 1, False, True), ((2, 3, 20, 32, 31), 32, 3, 1, 1, True, False),
+])
+def test_few_channels(shape, channels, kernel, stride, padding, forward, dinput):
+    x, w = tensors(shape, channels, kernel)
+    sizes = (stride, padding, 0, 1, 1)
+    grad = torch.randn_like(F.conv_transpose3d(x, w, None, *sizes))
+    truth = F.conv_transpose3d(x.double(), w.double(), None, *sizes), *gradients(F.conv_transpose3d, x.double(), w.double(), grad.double(), sizes)
+    ours = model_new.conv_transpose3d(x, w, None, *sizes), *gradients(model_new.conv_transpose3d, x, w, grad, sizes)
+    for y, expected, limit in zip(ours, truth, (1e-6 if forward else 4e-4, 1e-6 if dinput else 4e-4, 4e-4)):
+        assert relative_error(y, expected) <= limit
+
+
 def test_tf32_disallowed_is_not_this_path():
     x, w = tensors((2, 32, 10, 12, 16), 64, 3)
     allowed = torch.backends.cudnn.allow_tf32
