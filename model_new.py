@@ -4561,9 +4561,13 @@ constexpr int kMaxItems = 64;
 constexpr int kHeadBytes = 2560;               // barriers and the like
 
 // Whether there is a kernel of these columns for stages of such a chunk, with several products or one. Each costs nvcc seconds, so those that hardly any
-// shape is best with are left out.
+// shape is best with are left out (NOTES.md).
 HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) {
-    return chunk == 64 ? !many || block_n <= 192 : chunk == 32 ? block_n != 192 && block_n != 224 : block_n <= 136;
+    switch (chunk) {
+        case 16: return block_n == 136;
+        case 32: return block_n == 232 || block_n == 136 || block_n == 64;
+        default: return !many || block_n == 160 || block_n == 64;
+    }
 }
 
 inline int64_t shared_bytes(const Tiling& t) {
