@@ -1075,6 +1075,8 @@ _SOURCES['launch.cuh'] = r'''
 // (0 = success). It never synchronises and never allocates: scratch memory comes from the caller.
 #pragma once
 
+#include <atomic>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -1136,6 +1138,7 @@ private:
 };
 
 constexpr int64_t kMaxGrid = 0x7fffffff;    // blocks of a one-dimensional grid
+constexpr int64_t kOverlappedBlocks = 1024;    // more of them start one after another, and waiting costs each a microsecond
 
 #define RETURN_IF_ERROR(expression)          \
     do {                                     \
@@ -1143,13 +1146,46 @@ constexpr int64_t kMaxGrid = 0x7fffffff;    // blocks of a one-dimensional grid
         if (error_ != 0) return error_;      \
     } while (0)
 
-// Launches kernel<<<blocks, threads, 0, stream>>>(args...); an empty grid is a success.
+// Every kernel starts with this. On Hopper and later, a kernel's blocks are brought to the multiprocessors while the last ones of the kernel before it still
+// run ("programmatic dependent launch"); here they wait for it to have ended, its writes included, and let the next kernel's blocks come.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Whether that is what the kernels for the current device do; not where they were built for an earlier architecture.
+static bool kernels_wait(const void* kernel) {
+    constexpr int kDevices = 64;
+    enum : int { kUnknown, kNo, kYes };
+    static std::atomic<int> known[kDevices];
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+    if (known[device] == kUnknown) {
+        cudaFuncAttributes attributes = {};
+        known[device] = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 ? kYes : kNo;
+    }
+    return known[device] == kYes;
+}
+
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args...); an empty grid is a success.
 template <typename... Params, typename... Args>
-int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {
+int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, void* stream, Args... args) {
     if (blocks == 0) return cudaSuccess;
     if (blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
-    return cudaGetLastError();
+    if (shared_bytes > 0) RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared_bytes), config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap, config.numAttrs = blocks <= kOverlappedBlocks && kernels_wait(reinterpret_cast<const void*>(kernel));
+    return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+template <typename... Params, typename... Args> int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {
+    return launch_with_shared(kernel, blocks, threads, 0, stream, args...);
 }
 '''
 
@@ -1348,6 +1384,7 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
 template <typename T, Direction kDirection, int kChannels>
 __global__ void __launch_bounds__(kThreads, min_blocks_per_sm(kChannels))
 direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+    wait_for_previous_kernel();
     if (!only.any(g.N)) return;
     __shared__ volatile int64_t next;    // shared, not a register: the tile needs those
     if (threadIdx.x == 0) next = blockIdx.x;
@@ -1469,6 +1506,7 @@ struct Column { int64_t channel; int offset_d, offset_h, offset_w; };
 template <typename T, int kBlockM, int kBlockN>
 __global__ void __launch_bounds__(Tile<kBlockM, kBlockN>::kThreads)
 dweight_kernel(Geometry g, Sizes sizes, const T* __restrict__ x, const T* __restrict__ dout, Acc<T>* __restrict__ partial) {
+    wait_for_previous_kernel();
     using A = Acc<T>;
     using Shape = Tile<kBlockM, kBlockN>;
     __shared__ A a_stage[kBlockK][Shape::kPadM];
@@ -1549,6 +1587,7 @@ dweight_kernel(Geometry g, Sizes sizes, const T* __restrict__ x, const T* __rest
 // out[i] = sum over s of partial[s, i], in order; partial (splits, count)
 template <typename T, typename P>
 __global__ void sum_partials_kernel(const P* __restrict__ partial, int64_t splits, int64_t count, T* __restrict__ out) {
+    wait_for_previous_kernel();
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= count) return;
     double sum = 0;
@@ -1578,6 +1617,7 @@ constexpr int kBiasThreads = 256;
 // partial (N, C_out)
 template <typename T>
 __global__ void __launch_bounds__(kBiasThreads) dbias_kernel(int64_t volume, const T* __restrict__ dout, double* __restrict__ partial) {
+    wait_for_previous_kernel();
     __shared__ double sums[kBiasThreads];
     const T* row = dout + blockIdx.x * volume;
     double sum = 0;
@@ -1679,6 +1719,7 @@ template <typename T, typename Y, int kWidth>
 __global__ void __launch_bounds__(kThreads)
 normalize_kernel(Shape s, int64_t tiles, const T* r, const double* __restrict__ mean, const double* __restrict__ rstd,
                  const Acc<T>* __restrict__ gamma, const Acc<T>* __restrict__ beta, Y* y) {
+    wait_for_previous_kernel();
     using A = Acc<T>;
     const int64_t block = gridDim.x - 1 - blockIdx.x, row = block / tiles, c = row % s.C, group = row / s.group_channels();
     const int64_t begin = row * s.S + block % tiles * (kThreads * kApplyElements) + threadIdx.x * kWidth, end = (row + 1) * s.S;
@@ -1736,6 +1777,7 @@ namespace group_norm {
 template <typename T, typename Y>
 __global__ void __launch_bounds__(kThreads)
 gradient_sums_kernel(Shape s, int64_t splits, const Y* __restrict__ dy, const T* __restrict__ r, const double* __restrict__ mean, const double* __restrict__ rstd, Pair* __restrict__ partial) {
+    wait_for_previous_kernel();
     using A = Acc<T>;
     const int64_t row = blockIdx.x / splits, group = row / s.group_channels();
     const int64_t begin = blockIdx.x % splits * kSplitElements;
@@ -1756,6 +1798,7 @@ gradient_sums_kernel(Shape s, int64_t splits, const Y* __restrict__ dy, const T*
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
 finish_gradient_sums_kernel(Shape s, int64_t splits, const A* __restrict__ gamma, const Pair* __restrict__ partial, Pair* __restrict__ channel_sums, Pair* __restrict__ group_means) {
+    wait_for_previous_kernel();
     Pair weighted = {0, 0};
     for (int64_t k = threadIdx.x; k < s.group_channels(); k += kThreads) {
         const int64_t row = blockIdx.x * s.group_channels() + k;
@@ -1776,6 +1819,7 @@ finish_gradient_sums_kernel(Shape s, int64_t splits, const A* __restrict__ gamma
 // dgamma, dbeta (C): channel_sums (N, C) over n
 template <typename A>
 __global__ void parameter_gradients_kernel(Shape s, const Pair* __restrict__ channel_sums, A* __restrict__ dgamma, A* __restrict__ dbeta) {
+    wait_for_previous_kernel();
     const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (c >= s.C) return;
     Pair sum = {0, 0};
@@ -1846,6 +1890,7 @@ using namespace group_norm;
 // partial (N * num_groups, splits): sum and sum of squares of r - r[first of the group]
 template <typename T>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(Shape s, int64_t splits, const T* __restrict__ r, Pair* __restrict__ partial) {
+    wait_for_previous_kernel();
     const T* group = r + blockIdx.x / splits * s.group_count();
     const int64_t begin = blockIdx.x % splits * kSplitElements;
     const int64_t end = begin + kSplitElements < s.group_count() ? begin + kSplitElements : s.group_count();
@@ -1864,6 +1909,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(Shape s, int64_t s
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
 finish_statistics_kernel(Shape s, int64_t splits, double eps, const T* __restrict__ r, const Pair* __restrict__ partial, double* __restrict__ mean, double* __restrict__ rstd) {
+    wait_for_previous_kernel();
     Pair sum = {0, 0};
     for (int64_t i = threadIdx.x; i < splits; i += kThreads) {
         sum.a += partial[blockIdx.x * splits + i].a;
@@ -1883,6 +1929,7 @@ template <typename T, typename Y>
 __global__ void __launch_bounds__(kThreads)
 dz_kernel(Shape s, int64_t tiles, const Y* __restrict__ dy, const T* __restrict__ r, const double* __restrict__ mean, const double* __restrict__ rstd,
           const Acc<T>* __restrict__ gamma, const Pair* __restrict__ group_means, T* __restrict__ dz) {
+    wait_for_previous_kernel();
     using A = Acc<T>;
     const int64_t row = blockIdx.x / tiles, c = row % s.C, group = row / s.group_channels();
     const ChannelGradient<A> gradient(mean[group], rstd[group], gamma ? gamma[c] : A(1), group_means[group]);
@@ -2175,6 +2222,7 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
 
 // The maxima of the weight's channels, and of parts of every sample, evenly spread.
 template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
+    wait_for_previous_kernel();
     const int64_t weight_blocks = p.channels * p.look_parts(), blocks = look_blocks(a), elements = a.sample();
     if (blockIdx.x < weight_blocks) return look_at_channel<T>(p, blockIdx.x);
     const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
@@ -2320,6 +2368,7 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
 
 // The weight, and every sample: so many blocks each.
 template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles) {
+    wait_for_previous_kernel();
     if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
     const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block - n * sample_tiles, power_of_two(first_shift_of(a.max[n])));
@@ -2330,6 +2379,7 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 // Copies again the samples whose first copy does not hold: mostly none.
 template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a, unsigned sample_tiles) {
+    wait_for_previous_kernel();
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
@@ -2990,6 +3040,7 @@ constexpr int kStatisticsThreads = 512;
 // nothing that float32 had; they are added in a fixed order.
 __global__ void __launch_bounds__(kStatisticsThreads)
 statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, double eps, double* mean, double* rstd) {
+    wait_for_previous_kernel();
     const int group = blockIdx.x % shape.num_groups, n = blockIdx.x / shape.num_groups, group_channels = int(shape.group_channels());
     const int parts = parts_of_sample(p), channels = p.t.channels();
     const float* counts = workspace.counts + int64_t(n) * parts;
@@ -3471,6 +3522,7 @@ struct ScaleBack {
 
 // dweight (C_in, C_out / groups, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
 template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(const __grid_constant__ Parameters a, T* __restrict__ dweight) {
+    wait_for_previous_kernel();
     const Tiling& t = a.p.t;
     const int quads = t.block_n / 8, quad = blockIdx.x % quads, consumer = blockIdx.x / quads % kConsumers, index = blockIdx.x / quads / kConsumers;
     const Group g(t, a.p.s, index);
@@ -4061,6 +4113,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
 
 template <int kBlockN, int kChunk>
 __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(const __grid_constant__ Operands o) {
+    wait_for_previous_kernel();
     extern __shared__ __align__(1024) uint8_t base[];
     const Problem& p = o.a.p;
     const Tiling& t = p.t;
@@ -4118,10 +4171,8 @@ namespace conv_sm80 {
 
 template <int kBlockN, int kChunk> int launch_conv(const Operands& o, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = o.a.p.t;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN, kChunk>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
     const int64_t most = int64_t(multiprocessors) * blocks_of(kBlockN), blocks = t.tiles < most ? t.tiles : most;
-    conv_kernel<kBlockN, kChunk><<<unsigned(blocks), kThreads, shared_bytes(t), stream>>>(o);
-    return cudaGetLastError();
+    return launch_with_shared(conv_kernel<kBlockN, kChunk>, blocks, kThreads, shared_bytes(t), stream, o);
 }
 
 // The launches of the tensor cores from sm_80 up (conv_plan.cuh).
@@ -4226,6 +4277,7 @@ __device__ __forceinline__ void load_stage(const Operands& o, const Group& g, co
 
 // Grid: (group, split), groups fastest, so that the blocks which read the same boxes run together.
 template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_kernel(const __grid_constant__ Operands o) {
+    wait_for_previous_kernel();
     extern __shared__ __align__(1024) uint8_t stages[];
     const Parameters& a = o.a;
     const Tiling& t = a.p.t;
@@ -4314,9 +4366,7 @@ template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_ke
 template <int kBlockN> int launch_dweight(const Operands& o, cudaStream_t stream) {
     const Tiling& t = o.a.p.t;
     const int shared = t.stages * t.stage_bytes;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(dweight_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    dweight_kernel<kBlockN><<<unsigned(t.groups * t.splits), kThreads, shared, stream>>>(o);
-    return cudaGetLastError();
+    return launch_with_shared(dweight_kernel<kBlockN>, t.groups * t.splits, kThreads, shared, stream, o);
 }
 
 // dweight from packed x and dout.
@@ -5340,6 +5390,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += blockDim.x * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
     __syncthreads();
+    wait_for_previous_kernel();
 
     // A warp for each task beside the warpgroups that compute.
     const int warp = threadIdx.x / 32;
@@ -5366,10 +5417,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 template <int kBlockN, int kConsumers = 2>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN, kConsumers>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
-    conv_kernel<kBlockN, kConsumers><<<unsigned(blocks), threads_of(kConsumers), shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
-    return cudaGetLastError();
+    return launch_with_shared(conv_kernel<kBlockN, kConsumers>, blocks, threads_of(kConsumers), shared_bytes(t), stream, x_map, w_map, out_map, a);
 }
 
 // The convolution's launches on Hopper (conv_plan.cuh).
@@ -5539,7 +5588,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
     const Tiling& t = a.p.t;
     const int index = blockIdx.x % t.groups, split = blockIdx.x / t.groups;
     const Group g(t, a.p.s, index);
-    if (!is_live(a.p, g)) return;
+    if (!is_live(a.p, g)) return wait_for_previous_kernel();
 
     // Prologue: barriers, and zeros wherever the copies leave gaps.
     if (threadIdx.x == 0) {
@@ -5549,6 +5598,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
     for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);
     fence_proxy_async();
     __syncthreads();
+    wait_for_previous_kernel();
 
     const Boxes boxes(a.p, g.td);
     const int begin = int(int64_t(boxes.count) * split / t.splits), end = int(int64_t(boxes.count) * (split + 1) / t.splits);
@@ -5568,9 +5618,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 
 template <int kBlockN> int launch_dweight(const CUtensorMap& x_map, const CUtensorMap& dout_map, const Parameters& a, cudaStream_t stream) {
     const int shared = kHeadBytes + a.p.t.stages * a.p.t.stage_bytes;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(dweight_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    dweight_kernel<kBlockN><<<unsigned(a.p.t.groups * a.p.t.splits), kThreads, shared, stream>>>(x_map, dout_map, a);
-    return cudaGetLastError();
+    return launch_with_shared(dweight_kernel<kBlockN>, a.p.t.groups * a.p.t.splits, kThreads, shared, stream, x_map, dout_map, a);
 }
 
 // dweight from packed x and dout.

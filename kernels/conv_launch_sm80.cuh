@@ -8,10 +8,8 @@ namespace conv_sm80 {
 
 template <int kBlockN, int kChunk> int launch_conv(const Operands& o, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = o.a.p.t;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN, kChunk>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
     const int64_t most = int64_t(multiprocessors) * blocks_of(kBlockN), blocks = t.tiles < most ? t.tiles : most;
-    conv_kernel<kBlockN, kChunk><<<unsigned(blocks), kThreads, shared_bytes(t), stream>>>(o);
-    return cudaGetLastError();
+    return launch_with_shared(conv_kernel<kBlockN, kChunk>, blocks, kThreads, shared_bytes(t), stream, o);
 }
 
 // The launches of the tensor cores from sm_80 up (conv_plan.cuh).

@@ -32,6 +32,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += blockDim.x * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
     __syncthreads();
+    wait_for_previous_kernel();
 
     // A warp for each task beside the warpgroups that compute.
     const int warp = threadIdx.x / 32;
@@ -58,10 +59,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 template <int kBlockN, int kConsumers = 2>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(conv_kernel<kBlockN, kConsumers>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes(t))));
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
-    conv_kernel<kBlockN, kConsumers><<<unsigned(blocks), threads_of(kConsumers), shared_bytes(t), stream>>>(x_map, w_map, out_map, a);
-    return cudaGetLastError();
+    return launch_with_shared(conv_kernel<kBlockN, kConsumers>, blocks, threads_of(kConsumers), shared_bytes(t), stream, x_map, w_map, out_map, a);
 }
 
 // The convolution's launches on Hopper (conv_plan.cuh).

@@ -353,6 +353,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
 
 template <int kBlockN, int kChunk>
 __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(const __grid_constant__ Operands o) {
+    wait_for_previous_kernel();
     extern __shared__ __align__(1024) uint8_t base[];
     const Problem& p = o.a.p;
     const Tiling& t = p.t;

@@ -12,6 +12,7 @@ constexpr int kStatisticsThreads = 512;
 // nothing that float32 had; they are added in a fixed order.
 __global__ void __launch_bounds__(kStatisticsThreads)
 statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, double eps, double* mean, double* rstd) {
+    wait_for_previous_kernel();
     const int group = blockIdx.x % shape.num_groups, n = blockIdx.x / shape.num_groups, group_channels = int(shape.group_channels());
     const int parts = parts_of_sample(p), channels = p.t.channels();
     const float* counts = workspace.counts + int64_t(n) * parts;

@@ -51,6 +51,7 @@ struct Column { int64_t channel; int offset_d, offset_h, offset_w; };
 template <typename T, int kBlockM, int kBlockN>
 __global__ void __launch_bounds__(Tile<kBlockM, kBlockN>::kThreads)
 dweight_kernel(Geometry g, Sizes sizes, const T* __restrict__ x, const T* __restrict__ dout, Acc<T>* __restrict__ partial) {
+    wait_for_previous_kernel();
     using A = Acc<T>;
     using Shape = Tile<kBlockM, kBlockN>;
     __shared__ A a_stage[kBlockK][Shape::kPadM];
@@ -131,6 +132,7 @@ dweight_kernel(Geometry g, Sizes sizes, const T* __restrict__ x, const T* __rest
 // out[i] = sum over s of partial[s, i], in order; partial (splits, count)
 template <typename T, typename P>
 __global__ void sum_partials_kernel(const P* __restrict__ partial, int64_t splits, int64_t count, T* __restrict__ out) {
+    wait_for_previous_kernel();
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= count) return;
     double sum = 0;
@@ -160,6 +162,7 @@ constexpr int kBiasThreads = 256;
 // partial (N, C_out)
 template <typename T>
 __global__ void __launch_bounds__(kBiasThreads) dbias_kernel(int64_t volume, const T* __restrict__ dout, double* __restrict__ partial) {
+    wait_for_previous_kernel();
     __shared__ double sums[kBiasThreads];
     const T* row = dout + blockIdx.x * volume;
     double sum = 0;

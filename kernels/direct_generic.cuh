@@ -192,6 +192,7 @@ __device__ __forceinline__ void direct_tile(const Geometry& g, int64_t block, Sa
 template <typename T, Direction kDirection, int kChannels>
 __global__ void __launch_bounds__(kThreads, min_blocks_per_sm(kChannels))
 direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+    wait_for_previous_kernel();
     if (!only.any(g.N)) return;
     __shared__ volatile int64_t next;    // shared, not a register: the tile needs those
     if (threadIdx.x == 0) next = blockIdx.x;

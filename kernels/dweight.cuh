@@ -34,6 +34,7 @@ struct ScaleBack {
 
 // dweight (C_in, C_out / groups, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
 template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(const __grid_constant__ Parameters a, T* __restrict__ dweight) {
+    wait_for_previous_kernel();
     const Tiling& t = a.p.t;
     const int quads = t.block_n / 8, quad = blockIdx.x % quads, consumer = blockIdx.x / quads % kConsumers, index = blockIdx.x / quads / kConsumers;
     const Group g(t, a.p.s, index);

@@ -58,6 +58,7 @@ __device__ __forceinline__ void load_stage(const Operands& o, const Group& g, co
 
 // Grid: (group, split), groups fastest, so that the blocks which read the same boxes run together.
 template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_kernel(const __grid_constant__ Operands o) {
+    wait_for_previous_kernel();
     extern __shared__ __align__(1024) uint8_t stages[];
     const Parameters& a = o.a;
     const Tiling& t = a.p.t;
@@ -146,9 +147,7 @@ template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_ke
 template <int kBlockN> int launch_dweight(const Operands& o, cudaStream_t stream) {
     const Tiling& t = o.a.p.t;
     const int shared = t.stages * t.stage_bytes;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(dweight_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    dweight_kernel<kBlockN><<<unsigned(t.groups * t.splits), kThreads, shared, stream>>>(o);
-    return cudaGetLastError();
+    return launch_with_shared(dweight_kernel<kBlockN>, t.groups * t.splits, kThreads, shared, stream, o);
 }
 
 // dweight from packed x and dout.

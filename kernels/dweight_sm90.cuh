@@ -122,7 +122,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
     const Tiling& t = a.p.t;
     const int index = blockIdx.x % t.groups, split = blockIdx.x / t.groups;
     const Group g(t, a.p.s, index);
-    if (!is_live(a.p, g)) return;
+    if (!is_live(a.p, g)) return wait_for_previous_kernel();
 
     // Prologue: barriers, and zeros wherever the copies leave gaps.
     if (threadIdx.x == 0) {
@@ -132,6 +132,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
     for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);
     fence_proxy_async();
     __syncthreads();
+    wait_for_previous_kernel();
 
     const Boxes boxes(a.p, g.td);
     const int begin = int(int64_t(boxes.count) * split / t.splits), end = int(int64_t(boxes.count) * (split + 1) / t.splits);
@@ -151,9 +152,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 
 template <int kBlockN> int launch_dweight(const CUtensorMap& x_map, const CUtensorMap& dout_map, const Parameters& a, cudaStream_t stream) {
     const int shared = kHeadBytes + a.p.t.stages * a.p.t.stage_bytes;
-    RETURN_IF_ERROR(cudaFuncSetAttribute(dweight_kernel<kBlockN>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    dweight_kernel<kBlockN><<<unsigned(a.p.t.groups * a.p.t.splits), kThreads, shared, stream>>>(x_map, dout_map, a);
-    return cudaGetLastError();
+    return launch_with_shared(dweight_kernel<kBlockN>, a.p.t.groups * a.p.t.splits, kThreads, shared, stream, x_map, dout_map, a);
 }
 
 // dweight from packed x and dout.

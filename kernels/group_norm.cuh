@@ -50,6 +50,7 @@ template <typename T, typename Y, int kWidth>
 __global__ void __launch_bounds__(kThreads)
 normalize_kernel(Shape s, int64_t tiles, const T* r, const double* __restrict__ mean, const double* __restrict__ rstd,
                  const Acc<T>* __restrict__ gamma, const Acc<T>* __restrict__ beta, Y* y) {
+    wait_for_previous_kernel();
     using A = Acc<T>;
     const int64_t block = gridDim.x - 1 - blockIdx.x, row = block / tiles, c = row % s.C, group = row / s.group_channels();
     const int64_t begin = row * s.S + block % tiles * (kThreads * kApplyElements) + threadIdx.x * kWidth, end = (row + 1) * s.S;

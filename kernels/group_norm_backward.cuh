@@ -15,6 +15,7 @@ namespace group_norm {
 template <typename T, typename Y>
 __global__ void __launch_bounds__(kThreads)
 gradient_sums_kernel(Shape s, int64_t splits, const Y* __restrict__ dy, const T* __restrict__ r, const double* __restrict__ mean, const double* __restrict__ rstd, Pair* __restrict__ partial) {
+    wait_for_previous_kernel();
     using A = Acc<T>;
     const int64_t row = blockIdx.x / splits, group = row / s.group_channels();
     const int64_t begin = blockIdx.x % splits * kSplitElements;
@@ -35,6 +36,7 @@ gradient_sums_kernel(Shape s, int64_t splits, const Y* __restrict__ dy, const T*
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
 finish_gradient_sums_kernel(Shape s, int64_t splits, const A* __restrict__ gamma, const Pair* __restrict__ partial, Pair* __restrict__ channel_sums, Pair* __restrict__ group_means) {
+    wait_for_previous_kernel();
     Pair weighted = {0, 0};
     for (int64_t k = threadIdx.x; k < s.group_channels(); k += kThreads) {
         const int64_t row = blockIdx.x * s.group_channels() + k;
@@ -55,6 +57,7 @@ finish_gradient_sums_kernel(Shape s, int64_t splits, const A* __restrict__ gamma
 // dgamma, dbeta (C): channel_sums (N, C) over n
 template <typename A>
 __global__ void parameter_gradients_kernel(Shape s, const Pair* __restrict__ channel_sums, A* __restrict__ dgamma, A* __restrict__ dbeta) {
+    wait_for_previous_kernel();
     const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (c >= s.C) return;
     Pair sum = {0, 0};

@@ -4,6 +4,8 @@
 // (0 = success). It never synchronises and never allocates: scratch memory comes from the caller.
 #pragma once
 
+#include <atomic>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -65,6 +67,7 @@ private:
 };
 
 constexpr int64_t kMaxGrid = 0x7fffffff;    // blocks of a one-dimensional grid
+constexpr int64_t kOverlappedBlocks = 1024;    // more of them start one after another, and waiting costs each a microsecond
 
 #define RETURN_IF_ERROR(expression)          \
     do {                                     \
@@ -72,11 +75,44 @@ constexpr int64_t kMaxGrid = 0x7fffffff;    // blocks of a one-dimensional grid
         if (error_ != 0) return error_;      \
     } while (0)
 
-// Launches kernel<<<blocks, threads, 0, stream>>>(args...); an empty grid is a success.
+// Every kernel starts with this. On Hopper and later, a kernel's blocks are brought to the multiprocessors while the last ones of the kernel before it still
+// run ("programmatic dependent launch"); here they wait for it to have ended, its writes included, and let the next kernel's blocks come.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Whether that is what the kernels for the current device do; not where they were built for an earlier architecture.
+static bool kernels_wait(const void* kernel) {
+    constexpr int kDevices = 64;
+    enum : int { kUnknown, kNo, kYes };
+    static std::atomic<int> known[kDevices];
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+    if (known[device] == kUnknown) {
+        cudaFuncAttributes attributes = {};
+        known[device] = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 ? kYes : kNo;
+    }
+    return known[device] == kYes;
+}
+
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args...); an empty grid is a success.
 template <typename... Params, typename... Args>
-int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {
+int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, void* stream, Args... args) {
     if (blocks == 0) return cudaSuccess;
     if (blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
-    return cudaGetLastError();
+    if (shared_bytes > 0) RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared_bytes), config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap, config.numAttrs = blocks <= kOverlappedBlocks && kernels_wait(reinterpret_cast<const void*>(kernel));
+    return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+template <typename... Params, typename... Args> int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {
+    return launch_with_shared(kernel, blocks, threads, 0, stream, args...);
 }

@@ -19,6 +19,7 @@ using namespace group_norm;
 // partial (N * num_groups, splits): sum and sum of squares of r - r[first of the group]
 template <typename T>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(Shape s, int64_t splits, const T* __restrict__ r, Pair* __restrict__ partial) {
+    wait_for_previous_kernel();
     const T* group = r + blockIdx.x / splits * s.group_count();
     const int64_t begin = blockIdx.x % splits * kSplitElements;
     const int64_t end = begin + kSplitElements < s.group_count() ? begin + kSplitElements : s.group_count();
@@ -37,6 +38,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(Shape s, int64_t s
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
 finish_statistics_kernel(Shape s, int64_t splits, double eps, const T* __restrict__ r, const Pair* __restrict__ partial, double* __restrict__ mean, double* __restrict__ rstd) {
+    wait_for_previous_kernel();
     Pair sum = {0, 0};
     for (int64_t i = threadIdx.x; i < splits; i += kThreads) {
         sum.a += partial[blockIdx.x * splits + i].a;
@@ -56,6 +58,7 @@ template <typename T, typename Y>
 __global__ void __launch_bounds__(kThreads)
 dz_kernel(Shape s, int64_t tiles, const Y* __restrict__ dy, const T* __restrict__ r, const double* __restrict__ mean, const double* __restrict__ rstd,
           const Acc<T>* __restrict__ gamma, const Pair* __restrict__ group_means, T* __restrict__ dz) {
+    wait_for_previous_kernel();
     using A = Acc<T>;
     const int64_t row = blockIdx.x / tiles, c = row % s.C, group = row / s.group_channels();
     const ChannelGradient<A> gradient(mean[group], rstd[group], gamma ? gamma[c] : A(1), group_means[group]);

@@ -223,6 +223,7 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
 
 // The maxima of the weight's channels, and of parts of every sample, evenly spread.
 template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
+    wait_for_previous_kernel();
     const int64_t weight_blocks = p.channels * p.look_parts(), blocks = look_blocks(a), elements = a.sample();
     if (blockIdx.x < weight_blocks) return look_at_channel<T>(p, blockIdx.x);
     const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
@@ -368,6 +369,7 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
 
 // The weight, and every sample: so many blocks each.
 template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles) {
+    wait_for_previous_kernel();
     if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
     const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block - n * sample_tiles, power_of_two(first_shift_of(a.max[n])));
@@ -378,6 +380,7 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 // Copies again the samples whose first copy does not hold: mostly none.
 template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a, unsigned sample_tiles) {
+    wait_for_previous_kernel();
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));

@@ -1,6 +1,7 @@
 """The embedded copy, the compilation for every architecture, the build of model_new.py away from the checkout."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,3 +111,12 @@ def test_what_is_missing_is_named(tmp_path):
 def test_the_architectures_are_the_gpus():
     major, minor = torch.cuda.get_device_capability(0)
     assert any(a.rstrip("a") == f"{major}{minor}" for a in model_new._architectures())
+
+
+def test_every_kernel_waits_for_the_one_before_it():
+    """A kernel may be launched while the one before it still runs (kernels/launch.cuh), and none is launched in another way."""
+    sources = {name: text for name, text in model_new._SOURCES.items() if name.endswith((".cu", ".cuh"))}
+    bodies = [body for text in sources.values() for body in re.findall(r"^(?:template <[^\n]*> )?__global__ [^{]*\{\n(.*?)^\}", text, flags=re.M | re.S)]
+    assert len(bodies) == sum(len(re.findall(r"^[^/\n]*__global__ ", text, flags=re.M)) for text in sources.values())
+    assert all("wait_for_previous_kernel();" in body for body in bodies)
+    assert not any("<<<" in re.sub("//.*", "", text) for text in sources.values())
