@@ -2975,6 +2975,8 @@ struct Workspace {
     unsigned* tile_tickets;                        // (queues): how many tiles have been taken; start at zero
     float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
+    double2* group_sums;                           // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
+    unsigned* group_tickets;                       // (N, num_groups): how many of them are done; start at zero
 };
 
 struct Parameters {
@@ -3034,14 +3036,21 @@ _SOURCES['conv_statistics.cuh'] = r'''
 
 namespace conv {
 
-constexpr int kStatisticsThreads = 512;
+constexpr int kStatisticsThreads = 512, kStatisticsBlocks = 16;    // of a group, at most
 
-// mean, rstd (N, num_groups): a block for each, whose threads have a channel and some of its parts each. Sums of squares in float64 lose
-// nothing that float32 had; they are added in a fixed order.
+// Blocks of a group: each has some 8 thousand moments or more.
+inline int statistics_blocks(const Problem& p, const group_norm::Shape& shape) {
+    const int64_t blocks = int64_t(parts_of_sample(p)) * shape.group_channels() / 8192;
+    return int(blocks < 1 ? 1 : blocks > kStatisticsBlocks ? kStatisticsBlocks : blocks);
+}
+
+// mean, rstd (N, num_groups): some blocks for each, whose threads have a channel and some of its parts each. Sums of squares in float64 lose
+// nothing that float32 had; they are added in a fixed order, those of the blocks by the last one that is done.
 __global__ void __launch_bounds__(kStatisticsThreads)
-statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, double eps, double* mean, double* rstd) {
+statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, int blocks, double eps, double* mean, double* rstd) {
     wait_for_previous_kernel();
-    const int group = blockIdx.x % shape.num_groups, n = blockIdx.x / shape.num_groups, group_channels = int(shape.group_channels());
+    const int index = blockIdx.x / blocks, block = blockIdx.x % blocks;
+    const int group = index % shape.num_groups, n = index / shape.num_groups, group_channels = int(shape.group_channels());
     const int parts = parts_of_sample(p), channels = p.t.channels();
     const float* counts = workspace.counts + int64_t(n) * parts;
     const float2* moments = workspace.moments + int64_t(n) * parts * channels + group * group_channels;
@@ -3049,7 +3058,7 @@ statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_
     group_norm::Pair sums = {0, 0};    // of values, of their squares
     for (int c = threadIdx.x % columns; c < group_channels && row < rows; c += columns) {
 #pragma unroll 8
-        for (int part = row; part < parts; part += rows) {
+        for (int part = block * rows + row; part < parts; part += blocks * rows) {
             const double count = counts[part];
             const float2 m = moments[int64_t(part) * channels + c];
             sums.a += count == 0 ? 0 : count * m.x;
@@ -3058,8 +3067,15 @@ statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_
     }
     sums = group_norm::block_sum<kStatisticsThreads>(sums);
     if (threadIdx.x != 0) return;
+    volatile double* all = reinterpret_cast<double*>(workspace.group_sums + int64_t(index) * kStatisticsBlocks);
+    all[2 * block] = sums.a, all[2 * block + 1] = sums.b;
+    __threadfence();
+    if (atomicAdd(workspace.group_tickets + index, 1u) != blocks - 1) return;
+    __threadfence();
+    sums = {0, 0};
+    for (int i = 0; i < blocks; i++) sums.a += all[2 * i], sums.b += all[2 * i + 1];
     const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
-    mean[blockIdx.x] = mean_of_all, rstd[blockIdx.x] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+    mean[index] = mean_of_all, rstd[index] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
 }
 
 }  // namespace conv
@@ -3073,7 +3089,7 @@ _SOURCES['conv_plan.cuh'] = r'''
 #include <map>
 #include <mutex>
 
-#include "conv_epilogue.cuh"
+#include "conv_statistics.cuh"
 #include "direct_generic.cuh"
 
 namespace conv {
@@ -3165,6 +3181,8 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     if (!fused) return w;
     const int64_t parts = parts_of_sample(p);
     w.counts = scratch.take_zeroed<float>(p.N * parts);
+    w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
+    w.group_sums = scratch.take<double2>(p.N * p.C_out * kStatisticsBlocks);
     w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
     return w;
 }
@@ -3208,7 +3226,6 @@ _SOURCES['conv_transpose3d_forward.cuh'] = r'''
 #pragma once
 
 #include "conv_plan.cuh"
-#include "conv_statistics.cuh"
 
 namespace conv {
 
@@ -3261,7 +3278,8 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
     RETURN_IF_ERROR(convolve<Path>(plan, memory, dtype, stream, bias, true, activation));
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     double* rstd = statistics + g.N * num_groups;
-    RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, eps, statistics, rstd));
+    const int blocks = statistics_blocks(plan.problem, shape);
+    RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups * blocks, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, blocks, eps, statistics, rstd));
     return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
         return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
     });

@@ -5,7 +5,7 @@
 #include <map>
 #include <mutex>
 
-#include "conv_epilogue.cuh"
+#include "conv_statistics.cuh"
 #include "direct_generic.cuh"
 
 namespace conv {
@@ -97,6 +97,8 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     if (!fused) return w;
     const int64_t parts = parts_of_sample(p);
     w.counts = scratch.take_zeroed<float>(p.N * parts);
+    w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
+    w.group_sums = scratch.take<double2>(p.N * p.C_out * kStatisticsBlocks);
     w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
     return w;
 }

@@ -6,14 +6,21 @@
 
 namespace conv {
 
-constexpr int kStatisticsThreads = 512;
+constexpr int kStatisticsThreads = 512, kStatisticsBlocks = 16;    // of a group, at most
 
-// mean, rstd (N, num_groups): a block for each, whose threads have a channel and some of its parts each. Sums of squares in float64 lose
-// nothing that float32 had; they are added in a fixed order.
+// Blocks of a group: each has some 8 thousand moments or more.
+inline int statistics_blocks(const Problem& p, const group_norm::Shape& shape) {
+    const int64_t blocks = int64_t(parts_of_sample(p)) * shape.group_channels() / 8192;
+    return int(blocks < 1 ? 1 : blocks > kStatisticsBlocks ? kStatisticsBlocks : blocks);
+}
+
+// mean, rstd (N, num_groups): some blocks for each, whose threads have a channel and some of its parts each. Sums of squares in float64 lose
+// nothing that float32 had; they are added in a fixed order, those of the blocks by the last one that is done.
 __global__ void __launch_bounds__(kStatisticsThreads)
-statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, double eps, double* mean, double* rstd) {
+statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, int blocks, double eps, double* mean, double* rstd) {
     wait_for_previous_kernel();
-    const int group = blockIdx.x % shape.num_groups, n = blockIdx.x / shape.num_groups, group_channels = int(shape.group_channels());
+    const int index = blockIdx.x / blocks, block = blockIdx.x % blocks;
+    const int group = index % shape.num_groups, n = index / shape.num_groups, group_channels = int(shape.group_channels());
     const int parts = parts_of_sample(p), channels = p.t.channels();
     const float* counts = workspace.counts + int64_t(n) * parts;
     const float2* moments = workspace.moments + int64_t(n) * parts * channels + group * group_channels;
@@ -21,7 +28,7 @@ statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_
     group_norm::Pair sums = {0, 0};    // of values, of their squares
     for (int c = threadIdx.x % columns; c < group_channels && row < rows; c += columns) {
 #pragma unroll 8
-        for (int part = row; part < parts; part += rows) {
+        for (int part = block * rows + row; part < parts; part += blocks * rows) {
             const double count = counts[part];
             const float2 m = moments[int64_t(part) * channels + c];
             sums.a += count == 0 ? 0 : count * m.x;
@@ -30,8 +37,15 @@ statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_
     }
     sums = group_norm::block_sum<kStatisticsThreads>(sums);
     if (threadIdx.x != 0) return;
+    volatile double* all = reinterpret_cast<double*>(workspace.group_sums + int64_t(index) * kStatisticsBlocks);
+    all[2 * block] = sums.a, all[2 * block + 1] = sums.b;
+    __threadfence();
+    if (atomicAdd(workspace.group_tickets + index, 1u) != blocks - 1) return;
+    __threadfence();
+    sums = {0, 0};
+    for (int i = 0; i < blocks; i++) sums.a += all[2 * i], sums.b += all[2 * i + 1];
     const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
-    mean[blockIdx.x] = mean_of_all, rstd[blockIdx.x] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+    mean[index] = mean_of_all, rstd[index] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
 }
 
 }  // namespace conv

@@ -9,7 +9,6 @@
 #pragma once
 
 #include "conv_plan.cuh"
-#include "conv_statistics.cuh"
 
 namespace conv {
 
@@ -62,7 +61,8 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
     RETURN_IF_ERROR(convolve<Path>(plan, memory, dtype, stream, bias, true, activation));
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     double* rstd = statistics + g.N * num_groups;
-    RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, eps, statistics, rstd));
+    const int blocks = statistics_blocks(plan.problem, shape);
+    RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups * blocks, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, blocks, eps, statistics, rstd));
     return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
         return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
     });
