@@ -2016,6 +2016,7 @@ namespace scaled_half {
 
 constexpr int kThreads = 256;
 constexpr int kLookElements = 4096;        // that one block looks at
+constexpr int kWeightElements = 64, kWeightChannels = 64;    // of kernels and source channels that one block copies at a time
 constexpr int kMaxShift = 120;             // keeps the scale and its inverse normal float32 numbers
 
 __device__ __forceinline__ int clamp_shift(int shift) { return shift < kMaxShift ? shift : kMaxShift; }
@@ -2103,26 +2104,31 @@ struct Weight {
         return {group * out, out, int64_t(destination) * out * volume, volume};
     }
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
+    // Destination channels that a block copies: 1 to 8, so that small kernels fill it too.
+    HOST_DEVICE int copied_together() const {
+        const int volume = kernel_volume(stencil);
+        return volume <= kWeightElements / 8 ? 8 : volume <= kWeightElements / 4 ? 4 : volume <= kWeightElements / 2 ? 2 : 1;
+    }
     // Blocks that look at a destination channel.
     HOST_DEVICE int look_parts() const { return int(ceil_div(C / groups * kernel_volume(stencil), kLookElements)); }
 };
 
-constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one
-constexpr int64_t kSmallSample = 1 << 16;
+constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one, or so much of a large one
+constexpr int64_t kSmallSample = 1 << 16, kLargeSample = 1 << 20;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
 HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
 
 HOST_DEVICE int64_t look_blocks(const Activation& a) {
     const int64_t elements = a.sample();
-    return ceil_div(elements > kSmallSample ? (elements / kLookShare > kSmallSample ? elements / kLookShare : kSmallSample) : elements, kLookElements);
+    const int64_t most = elements / kLookShare < kLargeSample ? elements / kLookShare : kLargeSample, part = most > kSmallSample ? most : kSmallSample;
+    return ceil_div(part < elements ? part : elements, kLookElements);
 }
 
 // Blocks of the copies, each kTileElements at most: of a sample, and of the weight.
 HOST_DEVICE int64_t elements_of_channel(const Activation& a) { return a.positions() * a.phases(); }
 HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(elements_of_channel(a), tile_positions(a)) * ceil_div(a.channels(), tile_channels(a)); }
-constexpr int kWeightChannels = 64;
-HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.channels * (p.split ? 1 : ceil_div(p.phase_channels, kWeightChannels)); }
+HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.split ? p.channels : ceil_div(p.channels, p.copied_together()) * ceil_div(p.phase_channels, kWeightChannels); }
 
 // -------------------------------------------------------------------------------------------------------- Kernel
 
@@ -2138,27 +2144,27 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
     return max;
 }
 
-// A block's walk over elements `begin` to `end` of rows of `width` elements, `stride` apart: use(load(i, offset), i, k) for element k of row i, which are
-// counted instead of divided for. Loads are under way for eight elements of a thread at a time.
-template <typename L, typename U> __device__ __forceinline__ void for_each_of_rows(int begin, int end, int width, int stride, L load, U use) {
+// The walk of thread `thread` of `threads` over elements `begin` to `end` of rows of `width` elements, `stride` apart: use(load(i, offset), i, k) for element k of
+// row i, which are counted instead of divided for. Loads are under way for eight elements at a time.
+template <typename L, typename U> __device__ __forceinline__ void for_each_of_rows(int thread, int threads, int begin, int end, int width, int stride, L load, U use) {
     constexpr int kTogether = 8;
-    int i = (begin + int(threadIdx.x)) / width, k = (begin + int(threadIdx.x)) % width;
+    int i = (begin + thread) / width, k = (begin + thread) % width;
     int64_t offset = int64_t(i) * stride + k;
-    const int rows = kThreads / width, rest = kThreads % width;
+    const int rows = threads / width, rest = threads % width;
     const int64_t step = int64_t(rows) * stride + rest;
-    for (int first = begin + threadIdx.x; first < end; first += kTogether * kThreads) {
+    for (int first = begin + thread; first < end; first += kTogether * threads) {
         float values[kTogether];
         int is[kTogether], ks[kTogether];
 #pragma unroll
         for (int e = 0; e < kTogether; e++) {
-            values[e] = first + e * kThreads < end ? load(i, offset) : 0.0f;
+            values[e] = first + e * threads < end ? load(i, offset) : 0.0f;
             is[e] = i, ks[e] = k;
             i += rows, k += rest, offset += step;
             if (k >= width) i++, k -= width, offset += stride - width;
         }
 #pragma unroll
         for (int e = 0; e < kTogether; e++)
-            if (first + e * kThreads < end) use(values[e], is[e], ks[e]);
+            if (first + e * threads < end) use(values[e], is[e], ks[e]);
     }
 }
 
@@ -2169,37 +2175,38 @@ template <typename T> __device__ void look_at_channel(const Weight& p, int block
     const T* w = static_cast<const T*>(p.w) + kernels.begin;
     const int begin = block % parts * kLookElements, end = min(begin + kLookElements, kernels.count * volume);
     unsigned max = 0;
-    for_each_of_rows(begin, end, volume, kernels.stride, [&](int, int64_t offset) { return to_acc(w[offset]); }, [&](float v, int, int) { max = umax(max, finite_magnitude(v)); });
+    for_each_of_rows(threadIdx.x, kThreads, begin, end, volume, kernels.stride, [&](int, int64_t offset) { return to_acc(w[offset]); }, [&](float v, int, int) { max = umax(max, finite_magnitude(v)); });
     max = block_max(max);
     if (threadIdx.x == 0) atomicMax(p.max + channel, max);
 }
 
-// kWeightChannels source channels of one destination channel, by way of shared memory, kKernel elements of the kernel at a time.
+// kWeightChannels source channels of some destination channels, each by some warps and by way of shared memory, as many elements of a kernel at a time as there is room for.
 template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile) {
-    constexpr int kKernel = 64;
-    __shared__ __half values[kKernel][kWeightChannels + 2];    // the rows begin in different banks
-    const int channel = tile % int(p.channels), c0 = tile / int(p.channels) * kWeightChannels, columns = min(kWeightChannels, int(p.phase_channels) - c0);
-    const Weight::Kernels kernels = p.kernels_of(channel);
+    __shared__ __half values[kWeightElements][kWeightChannels + 2];    // the rows begin in different banks
+    const int together = p.copied_together(), threads = kThreads / together, thread = threadIdx.x % threads, own = threadIdx.x / threads;
+    const int channel_tiles = int(ceil_div(p.channels, together)), channel = tile % channel_tiles * together + own;
+    const int c0 = tile / channel_tiles * kWeightChannels, columns = channel < p.channels ? min(kWeightChannels, int(p.phase_channels) - c0) : 0;
+    const Weight::Kernels kernels = p.kernels_of(min(channel, int(p.channels) - 1));
     const T* w = static_cast<const T*>(p.w) + kernels.begin + int64_t(c0 - kernels.first) * kernels.stride;
-    const float scale = power_of_two(shift_of(p.max[channel]));
-    const int volume = kernel_volume(p.stencil), lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kThreads / 32;
+    const float scale = power_of_two(shift_of(p.max[min(channel, int(p.channels) - 1)]));
+    const int volume = kernel_volume(p.stencil), most = kWeightElements / together, lane = thread % 32, warp = thread / 32, warps = threads / 32;
     const int taps = p.stencil.taps(), source_phases = p.stencil.source_phases(), rows = taps * p.stencil.phases() * source_phases;    // one of the two is 1
-    for (int k0 = 0; k0 < volume; k0 += kKernel) {
+    for (int k0 = 0; k0 < volume; k0 += most) {
         __syncthreads();
-        const int elements = min(kKernel, volume - k0);
-        for_each_of_rows(0, columns * elements, elements, kernels.stride,
+        const int elements = min(most, volume - k0);
+        for_each_of_rows(thread, threads, 0, columns * elements, elements, kernels.stride,
                          [&](int c, int64_t offset) { return unsigned(c0 + c - kernels.first) < unsigned(kernels.count) ? to_acc(w[offset + k0]) : 0.0f; },
-                         [&](float v, int c, int k) { values[k][c] = __float2half_rn(v * scale); });
+                         [&](float v, int c, int k) { values[own * most + k][c] = __float2half_rn(v * scale); });
         __syncthreads();
         for (int first = warp; first < rows; first += 32 * warps) {
             // Each lane knows a row.
-            const int own = first + lane * warps, tap = own % taps, phase = own / taps, own_k = own < rows ? kernel_index(p.stencil, tap, phase) : -1;
-            const int own_row = (tap * int(p.M_pad) + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases;
-            for (int i = 0; i < 32 && first + i * warps < rows; i++) {
-                const int k = __shfl_sync(~0u, own_k, i), row = __shfl_sync(~0u, own_row, i);
+            const int i = first + lane * warps, tap = i % taps, phase = i / taps, lane_k = i < rows ? kernel_index(p.stencil, tap, phase) : -1;
+            const int lane_row = (tap * int(p.M_pad) + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases;
+            for (int j = 0; j < 32 && first + j * warps < rows; j++) {
+                const int k = __shfl_sync(~0u, lane_k, j), row = __shfl_sync(~0u, lane_row, j);
                 if (k >= 0 ? k < k0 || k >= k0 + elements : k0 > 0) continue;
                 __half2* to = reinterpret_cast<__half2*>(p.copy + row * p.phase_channels + c0);
-                if (lane < columns / 2) to[lane] = k >= 0 ? *reinterpret_cast<const __half2*>(&values[k - k0][lane * 2]) : __half2half2(__float2half_rn(0.0f));
+                if (lane < columns / 2) to[lane] = k >= 0 ? *reinterpret_cast<const __half2*>(&values[own * most + k - k0][lane * 2]) : __half2half2(__float2half_rn(0.0f));
             }
         }
     }
@@ -2230,13 +2237,30 @@ template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) lo
     const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
     const T* part = static_cast<const T*>(a.x) + n * elements + begin;
     const int count = elements < kLookElements ? elements : kLookElements;
-    unsigned max = 0;
-#pragma unroll 16
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-        float v = to_acc(part[i]);
-        if (kNorm) v = a.norm.channel(n, (begin + i) / a.norm.shape.S).dz(v, to_acc(static_cast<const T*>(a.norm.r)[n * elements + begin + i]));
-        max = umax(max, finite_magnitude(v));
+    constexpr int kEach = kLookElements / kThreads;
+    float values[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) values[i] = i * kThreads + threadIdx.x < count ? to_acc(part[i * kThreads + threadIdx.x]) : 0.0f;
+    if constexpr (kNorm) {
+        const T* activation = static_cast<const T*>(a.norm.r) + n * elements + begin;
+        float activations[kEach];
+#pragma unroll
+        for (int i = 0; i < kEach; i++) activations[i] = i * kThreads + threadIdx.x < count ? to_acc(activation[i * kThreads + threadIdx.x]) : 0.0f;
+        group_norm::ChannelGradient<float> gradient;
+        int64_t channel_end = 0;    // of the elements that it is for
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            const int64_t at = begin + i * kThreads + threadIdx.x;
+            if (at >= channel_end && at < elements) {
+                const int64_t c = at / a.norm.shape.S;
+                gradient = a.norm.channel(n, c), channel_end = (c + 1) * a.norm.shape.S;
+            }
+            values[i] = gradient.dz(values[i], activations[i]);    // zero where the activation is
+        }
     }
+    unsigned max = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; i++) max = umax(max, finite_magnitude(values[i]));
     max = block_max(max);
     if (threadIdx.x == 0) atomicMax(&a.max[n].part, max);
 }
