@@ -1773,8 +1773,8 @@ _SOURCES['group_norm_backward.cuh'] = r'''
 
 namespace group_norm {
 
-// partial (N * C, splits): sums of dy and of dy * xhat
-template <typename T, typename Y>
+// partial (N * C, splits): sums of dy and of dy * xhat. kWidth: elements that are loaded at once.
+template <typename T, typename Y, int kWidth>
 __global__ void __launch_bounds__(kThreads)
 gradient_sums_kernel(Shape s, int64_t splits, const Y* __restrict__ dy, const T* __restrict__ r, const double* __restrict__ mean, const double* __restrict__ rstd, Pair* __restrict__ partial) {
     wait_for_previous_kernel();
@@ -1784,11 +1784,16 @@ gradient_sums_kernel(Shape s, int64_t splits, const Y* __restrict__ dy, const T*
     const int64_t end = begin + kSplitElements < s.S ? begin + kSplitElements : s.S;
     const Mean<A> m(mean[group]);
     Pair sum = {0, 0};
-#pragma unroll 4
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-        const double d = to_acc(dy[row * s.S + i]);
-        sum.a += d;
-        sum.b += d * m.center(to_acc(r[row * s.S + i]));
+#pragma unroll(kWidth == 1 ? 4 : 2)
+    for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kThreads * kWidth) {
+        const auto dys = *reinterpret_cast<const Vector<Y, kWidth>*>(dy + row * s.S + i);
+        const auto rs = *reinterpret_cast<const Vector<T, kWidth>*>(r + row * s.S + i);
+#pragma unroll
+        for (int e = 0; e < kWidth; e++) {
+            const double d = to_acc(dys.v[e]);
+            sum.a += d;
+            sum.b += d * m.center(to_acc(rs.v[e]));
+        }
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = {sum.a, sum.b * rstd[group]};
@@ -1859,7 +1864,8 @@ int sum_gradients(const Shape& s, void* stream, const void* dy, const void* r, c
     using A = Acc<T>;
     const int64_t splits = GradientSums::splits(s);
     const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
-    RETURN_IF_ERROR(launch(gradient_sums_kernel<T, Y>, s.N * s.C * splits, kThreads, stream, s, splits, static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd, sums.partial));
+    const bool vectors = s.S % 4 == 0 && holds<Vector<Y, 4>>(dy) && holds<Vector<T, 4>>(r);
+    RETURN_IF_ERROR(launch(vectors ? gradient_sums_kernel<T, Y, 4> : gradient_sums_kernel<T, Y, 1>, s.N * s.C * splits, kThreads, stream, s, splits, static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd, sums.partial));
     RETURN_IF_ERROR(launch(finish_gradient_sums_kernel<A>, s.N * s.num_groups, kThreads, stream, s, splits, static_cast<const A*>(gamma), static_cast<const Pair*>(sums.partial), sums.channel_sums, sums.group_means));
     if (!dgamma && !dbeta) return cudaSuccess;
     return launch(parameter_gradients_kernel<A>, ceil_div(s.C, 256), 256, stream, s, static_cast<const Pair*>(sums.channel_sums), static_cast<A*>(dgamma), static_cast<A*>(dbeta));
