@@ -15,6 +15,7 @@ SOURCES = (
     "stencil.h",
     "launch.cuh",
     "direct_generic.cuh",
+    "direct_rows_generic.cuh",
     "conv_transpose3d_generic.cu",
     "conv_transpose3d_dweight_generic.cu",
     "group_norm.cuh",

@@ -240,6 +240,7 @@ def test_large_mean():
     # where the forward and dx are to be float32-accurate, as cuDNN's are
     ((2, 32, 12, 20, 31), 1, 3, 1, 1, True, True), ((2, 64, 9, 20, 31), 3, 3, 1, 1, True, True), ((2, 40, 9, 20, 31), 8, 5, 1, 2, True, False),
     ((2, 64, 9, 20, 31), 4, 2, 2, 0, True, False), ((2, 64, 9, 20, 31), 2, 4, 2, 1, False, True), ((2, 3, 20, 32, 31), 32, 3, 1, 1, True, False),
+    ((2, 20, 5, 13, 37), 2, (2, 3, 5), 1, (0, 1, 2), True, True), ((1, 16, 9, 20, 31), 1, 5, 1, 3, True, True), ((2, 12, 7, 9, 31), 4, (5, 5, 1), 1, 0, True, False),
 ])
 def test_few_channels(shape, channels, kernel, stride, padding, forward, dinput):
     x, w = tensors(shape, channels, kernel)
@@ -249,6 +250,16 @@ def test_few_channels(shape, channels, kernel, stride, padding, forward, dinput)
     ours = model_new.conv_transpose3d(x, w, None, *sizes), *gradients(model_new.conv_transpose3d, x, w, grad, sizes)
     for y, expected, limit in zip(ours, truth, (1e-6 if forward else 4e-4, 1e-6 if dinput else 4e-4, 4e-4)):
         assert relative_error(y, expected) <= limit
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8])
+def test_few_channels_multiply_nothing_outside(channels):
+    x, w = tensors((2, 16, 5, 11, 13), channels, 3)
+    bias = torch.randn(channels, device="cuda")
+    w[3, 0, 0, 2, 1], x[1, 2, 3, 4, 5] = float("inf"), float("nan")
+    y, truth = (f(*(t.to(kind) for t in (x, w, bias)), padding=1) for f, kind in ((model_new.conv_transpose3d, "cuda"), (F.conv_transpose3d, "cpu")))
+    assert torch.equal(y.isnan().cpu(), truth.isnan()) and torch.equal(y.isinf().cpu(), truth.isinf())
+    assert torch.allclose(y.cpu(), truth, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_tf32_disallowed_is_not_this_path():

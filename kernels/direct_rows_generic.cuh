@@ -1,0 +1,117 @@
+// Transposed convolution of stride 1 to few channels in float32, the last layer of many a generator: forward by direct convolution.
+//
+//   out[n, co, o] = bias[co] + sum over ci, k with o + padding - k * dilation == i of x[n, ci, i] * w[ci, co, k]
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
+//
+// Loads are what such a layer takes: the kernel of direct_generic.cuh has one for each product of a position. Here a thread owns kRows
+// neighbouring rows of one column (neighbouring lanes, neighbouring columns), so that a source element it loads serves all taps h.
+// Formula: torch.nn.ConvTranspose3d.
+#pragma once
+
+#include "launch.cuh"
+
+namespace direct_rows {
+
+constexpr int kThreads = 128;
+constexpr int kRows = 8;             // of a thread
+constexpr int kChain = 8;            // source channels summed before the sum joins the total: keeps fp32 chains short
+constexpr int kMaxChannels = 4;
+constexpr int kMaxWeights = 8192;    // of kChain source channels, in shared memory
+
+inline bool supports(const Geometry& g, int dtype) {
+    const Axis* axis = g.axis;
+    return dtype == kFloat32 && g.groups == 1 && g.C_out <= kMaxChannels && axis[0].stride == 1 && axis[1].stride == 1 && axis[2].stride == 1 && axis[1].dilation == 1 &&
+           (axis[1].kernel == 3 || axis[1].kernel == 5) && kernel_volume(g) * kChain * kMaxChannels <= kMaxWeights && in_volume(g) < 1 << 30 && out_volume(g) < 1 << 30;
+}
+
+template <int kTapsH, int kChannels>
+__global__ void __launch_bounds__(kThreads)
+forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
+    wait_for_previous_kernel();
+    __shared__ __align__(16) float weights[kMaxWeights / kMaxChannels * kChannels];    // (chain, K_d, K_w, K_h, kChannels)
+    const int in_d = g.axis[0].in, in_h = g.axis[1].in, in_w = g.axis[2].in, out_h = g.axis[1].out, out_w = g.axis[2].out;
+    const int taps_d = g.axis[0].kernel, taps_w = g.axis[2].kernel, volume = taps_d * kTapsH * taps_w, C_in = g.C_in, C_out = g.C_out;
+    const int64_t in_channel = in_volume(g), out_channel = out_volume(g);
+
+    // The thread's column: source coordinates of the first taps, and which of its source rows there are.
+    const int groups = (out_h + kRows - 1) / kRows, count = int(g.axis[0].out) * groups * out_w, blocks = (count + kThreads - 1) / kThreads;
+    const int64_t n = int(blockIdx.x) / blocks;
+    const int q = int(blockIdx.x) % blocks * kThreads + threadIdx.x, column = q % out_w, first_row = q / out_w % groups * kRows, plane = q / out_w / groups;
+    const bool exists = q < count;
+    const int src_d = plane + int(g.axis[0].padding), src_w = column + int(g.axis[2].padding), src_h = first_row + int(g.axis[1].padding) - (kTapsH - 1);
+    unsigned rows = 0;    // bit s: source row src_h + s
+#pragma unroll
+    for (int s = 0; s < kRows + kTapsH - 1; s++) rows |= unsigned(exists && unsigned(src_h + s) < unsigned(in_h)) << s;
+
+    float total[kRows][kChannels] = {};
+    for (int c0 = 0; c0 < C_in; c0 += kChain) {
+        const int chain = min(kChain, C_in - c0);
+        __syncthreads();
+        for (int i = threadIdx.x; i < chain * kChannels * volume; i += kThreads) {    // in the order of w
+            const int k = i % volume, m = i / volume % kChannels, c = i / volume / kChannels, kw = k % taps_w, kh = k / taps_w % kTapsH, kd = k / taps_w / kTapsH;
+            weights[(((c * taps_d + kd) * taps_w + kw) * kTapsH + kh) * kChannels + m] = m < C_out ? w[(int64_t(c0 + c) * C_out + m) * volume + k] : 0.0f;
+        }
+        __syncthreads();
+        float sum[kRows][kChannels] = {};
+        const float* tap = weights;
+#pragma unroll 1
+        for (int c = 0; c < chain; c++) {
+            const float* source = x + (n * C_in + c0 + c) * in_channel;
+#pragma unroll 1
+            for (int kd = 0; kd < taps_d; kd++) {
+                const int d = src_d - kd * int(g.axis[0].dilation);
+#pragma unroll 3
+                for (int kw = 0; kw < taps_w; kw++, tap += kTapsH * kChannels) {
+                    const int v = src_w - kw * int(g.axis[2].dilation);
+                    const unsigned inside = unsigned(d) < unsigned(in_d) && unsigned(v) < unsigned(in_w) ? rows : 0;
+                    const float* at = source + (int64_t(d) * in_h + src_h) * in_w + v;
+                    float values[kRows + kTapsH - 1], own[kTapsH][kChannels];
+#pragma unroll
+                    for (int s = 0; s < kRows + kTapsH - 1; s++, at += in_w) values[s] = inside >> s & 1 ? *at : 0.0f;
+#pragma unroll
+                    for (int kh = 0; kh < kTapsH; kh++)
+#pragma unroll
+                        for (int m = 0; m < kChannels; m++) own[kh][m] = tap[kh * kChannels + m];
+#pragma unroll
+                    for (int s = 0; s < kRows + kTapsH - 1; s++)
+                        if (inside >> s & 1)    // not a product with zero: the weight may be Inf
+#pragma unroll
+                            for (int kh = 0; kh < kTapsH; kh++) {
+                                const int row = s + kh - (kTapsH - 1);
+                                if (row < 0 || row >= kRows) continue;
+#pragma unroll
+                                for (int m = 0; m < kChannels; m++) sum[row][m] += values[s] * own[kh][m];
+                            }
+                }
+            }
+        }
+#pragma unroll
+        for (int row = 0; row < kRows; row++)
+#pragma unroll
+            for (int m = 0; m < kChannels; m++) total[row][m] += sum[row][m];
+    }
+
+    if (!exists) return;
+    float* to = out + n * C_out * out_channel + (int64_t(plane) * out_h + first_row) * out_w + column;
+#pragma unroll
+    for (int row = 0; row < kRows; row++)
+#pragma unroll
+        for (int m = 0; m < kChannels; m++) {
+            if (m >= C_out || first_row + row >= out_h) continue;
+            const float v = total[row][m] + (bias ? bias[m] : 0.0f);
+            to[m * out_channel + int64_t(row) * out_w] = apply_relu ? relu(v) : v;
+        }
+}
+
+// bias may be null; apply_relu writes relu(out).
+inline int forward(const Geometry& g, void* stream, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
+    const int64_t blocks = ceil_div(g.axis[0].out * ceil_div(g.axis[1].out, kRows) * g.axis[2].out, kThreads);    // of a sample: threads are (d, kRows rows, w)
+    const auto run = [&](auto kernel) {
+        return launch(kernel, g.N * blocks, kThreads, stream, g, static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu, static_cast<float*>(out));
+    };
+    if (g.axis[1].kernel == 3) return g.C_out == 1 ? run(forward_kernel<3, 1>) : run(forward_kernel<3, kMaxChannels>);
+    return g.C_out == 1 ? run(forward_kernel<5, 1>) : run(forward_kernel<5, kMaxChannels>);
+}
+
+}  // namespace direct_rows
