@@ -233,6 +233,8 @@ def _output_shape(input_shape, weight_shape, stride, padding, output_padding, gr
         _check(out_size > 0, f"padding: {p} leaves an output {axis} of {out_size} (input {size}, kernel {kernel}, stride {s}, dilation {d}, output_padding {op})")
         _check(max(size * s, out_size, d * kernel, p) < _MAX_AXIS, f"input: expected sizes below 2**30 along the {axis}, got an output of {out_size}, padding {p}")
         out.append(out_size)
+    volume = weight_shape[2] * weight_shape[3] * weight_shape[4]
+    _check(volume < _MAX_AXIS, f"weight: expected a kernel of less than 2**30 elements, got {volume}")
     return (input_shape[0], c_out, *out)
 
 
@@ -275,15 +277,14 @@ def _tensor_cores(path, operation, geometry, dtype, tf32, device):
             and bool(getattr(_library("cuda"), f"conv_transpose3d_{operation}_supports_{path}")(ctypes.addressof(geometry), device.index)))
 
 
-# Where channels are few, cuDNN computes float32 in float32 though TF32 is allowed (kernels/NOTES.md tells how it was found), and so do the generic kernels.
-
-
 def _has_float32_forward(geometry, dtype):
+    """Where channels are few, cuDNN computes float32 in float32 though TF32 is allowed (kernels/NOTES.md), and so do the generic kernels."""
     overlaps = any(axis.kernel > axis.stride > 1 for axis in geometry.axis)
     return dtype == torch.float32 and geometry.groups == 1 and not overlaps and (geometry.C_out <= 8 or (geometry.C_in <= 4 and geometry.C_out < 64))
 
 
 def _has_float32_dinput(geometry, dtype):
+    """The same of the input's gradient."""
     return dtype == torch.float32 and geometry.C_out <= 3
 
 
@@ -1181,7 +1182,8 @@ int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, i
     config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared_bytes), config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &overlap, config.numAttrs = blocks <= kOverlappedBlocks && kernels_wait(reinterpret_cast<const void*>(kernel));
-    return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+    cudaLaunchKernelEx(&config, kernel, Params(args)...);
+    return cudaGetLastError();    // which then is forgotten
 }
 
 template <typename... Params, typename... Args> int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {

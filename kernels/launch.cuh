@@ -110,7 +110,8 @@ int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, i
     config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared_bytes), config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &overlap, config.numAttrs = blocks <= kOverlappedBlocks && kernels_wait(reinterpret_cast<const void*>(kernel));
-    return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+    cudaLaunchKernelEx(&config, kernel, Params(args)...);
+    return cudaGetLastError();    // which then is forgotten
 }
 
 template <typename... Params, typename... Args> int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {

@@ -90,6 +90,11 @@ def test_what_would_overflow_an_axis():
         model_new.conv_transpose3d(torch.randn(1, 1, 2, 1, 1), torch.randn(1, 1, 1, 1, 1), stride=2**30)
 
 
+def test_what_would_overflow_a_kernel():
+    with pytest.raises(RuntimeError, match=f"weight: expected a kernel of less than 2\\*\\*30 elements, got {2**31}"):
+        model_new.conv_transpose3d(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1).expand(1, 1, 2048, 1024, 1024))
+
+
 @pytest.mark.parametrize("build", [lambda: model_new.ConvTranspose3dNew(4, 6, 3, groups=3), lambda: model_new.ModelNew(4, 6, 3, 4)])
 def test_constructors_refuse_what_torch_refuses(build):
     with pytest.raises(ValueError):
