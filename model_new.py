@@ -1459,6 +1459,11 @@ inline bool supports(const Geometry& g, int dtype) {
            (axis[1].kernel == 3 || axis[1].kernel == 5) && kernel_volume(g) * kChain * kMaxChannels <= kMaxWeights && in_volume(g) < 1 << 30 && out_volume(g) < 1 << 30;
 }
 
+// A sample's threads are (d, group of kRows rows, w).
+HOST_DEVICE int row_groups(const Geometry& g) { return (int(g.axis[1].out) + kRows - 1) / kRows; }
+HOST_DEVICE int sample_threads(const Geometry& g) { return int(g.axis[0].out) * row_groups(g) * int(g.axis[2].out); }
+HOST_DEVICE int sample_blocks(const Geometry& g) { return (sample_threads(g) + kThreads - 1) / kThreads; }
+
 template <int kTapsH, int kChannels>
 __global__ void __launch_bounds__(kThreads)
 forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
@@ -1469,10 +1474,10 @@ forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict_
     const int64_t in_channel = in_volume(g), out_channel = out_volume(g);
 
     // The thread's column: source coordinates of the first taps, and which of its source rows there are.
-    const int groups = (out_h + kRows - 1) / kRows, count = int(g.axis[0].out) * groups * out_w, blocks = (count + kThreads - 1) / kThreads;
+    const int groups = row_groups(g), blocks = sample_blocks(g);
     const int64_t n = int(blockIdx.x) / blocks;
     const int q = int(blockIdx.x) % blocks * kThreads + threadIdx.x, column = q % out_w, first_row = q / out_w % groups * kRows, plane = q / out_w / groups;
-    const bool exists = q < count;
+    const bool exists = q < sample_threads(g);
     const int src_d = plane + int(g.axis[0].padding), src_w = column + int(g.axis[2].padding), src_h = first_row + int(g.axis[1].padding) - (kTapsH - 1);
     unsigned rows = 0;    // bit s: source row src_h + s
 #pragma unroll
@@ -1540,9 +1545,8 @@ forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict_
 
 // bias may be null; apply_relu writes relu(out).
 inline int forward(const Geometry& g, void* stream, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
-    const int64_t blocks = ceil_div(g.axis[0].out * ceil_div(g.axis[1].out, kRows) * g.axis[2].out, kThreads);    // of a sample: threads are (d, kRows rows, w)
     const auto run = [&](auto kernel) {
-        return launch(kernel, g.N * blocks, kThreads, stream, g, static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu, static_cast<float*>(out));
+        return launch(kernel, g.N * sample_blocks(g), kThreads, stream, g, static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu, static_cast<float*>(out));
     };
     if (g.axis[1].kernel == 3) return g.C_out == 1 ? run(forward_kernel<3, 1>) : run(forward_kernel<3, kMaxChannels>);
     return g.C_out == 1 ? run(forward_kernel<5, 1>) : run(forward_kernel<5, kMaxChannels>);
@@ -1871,12 +1875,14 @@ template <typename F> int with_dtypes(int r_dtype, int y_dtype, F f) {
     });
 }
 
+// Whether rows of two tensors can be read and written four elements at a time.
+template <typename T, typename Y> bool has_vectors(const Shape& s, const void* r, const void* y) { return s.S % 4 == 0 && holds<Vector<T, 4>>(r) && holds<Vector<Y, 4>>(y); }
+
 inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApplyElements); }
 
 template <typename T, typename Y>
 int normalize(const Shape& s, void* stream, const void* r, const double* mean, const double* rstd, const void* gamma, const void* beta, void* y) {
-    const bool vectors = s.S % 4 == 0 && holds<Vector<T, 4>>(r) && holds<Vector<Y, 4>>(y);
-    return launch(vectors ? normalize_kernel<T, Y, 4> : normalize_kernel<T, Y, 1>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
+    return launch(has_vectors<T, Y>(s, r, y) ? normalize_kernel<T, Y, 4> : normalize_kernel<T, Y, 1>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
                   static_cast<const Acc<T>*>(gamma), static_cast<const Acc<T>*>(beta), static_cast<Y*>(y));
 }
 
@@ -1988,8 +1994,7 @@ int sum_gradients(const Shape& s, void* stream, const void* dy, const void* r, c
     using A = Acc<T>;
     const int64_t splits = GradientSums::splits(s);
     const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
-    const bool vectors = s.S % 4 == 0 && holds<Vector<Y, 4>>(dy) && holds<Vector<T, 4>>(r);
-    RETURN_IF_ERROR(launch(vectors ? gradient_sums_kernel<T, Y, 4> : gradient_sums_kernel<T, Y, 1>, s.N * s.C * splits, kThreads, stream, s, splits, static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd, sums.partial));
+    RETURN_IF_ERROR(launch(has_vectors<T, Y>(s, r, dy) ? gradient_sums_kernel<T, Y, 4> : gradient_sums_kernel<T, Y, 1>, s.N * s.C * splits, kThreads, stream, s, splits, static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd, sums.partial));
     RETURN_IF_ERROR(launch(finish_gradient_sums_kernel<A>, s.N * s.num_groups, kThreads, stream, s, splits, static_cast<const A*>(gamma), static_cast<const Pair*>(sums.partial), sums.channel_sums, sums.group_means));
     if (!dgamma && !dbeta) return cudaSuccess;
     return launch(parameter_gradients_kernel<A>, ceil_div(s.C, 256), 256, stream, s, static_cast<const Pair*>(sums.channel_sums), static_cast<A*>(dgamma), static_cast<A*>(dbeta));
@@ -2316,9 +2321,10 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     const int together = p.copied_together(), threads = kThreads / together, thread = threadIdx.x % threads, own = threadIdx.x / threads;
     const int channel_tiles = int(ceil_div(p.channels, together)), channel = tile % channel_tiles * together + own;
     const int c0 = tile / channel_tiles * kWeightChannels, columns = channel < p.channels ? min(kWeightChannels, int(p.phase_channels) - c0) : 0;
-    const Weight::Kernels kernels = p.kernels_of(min(channel, int(p.channels) - 1));
+    const int known = min(channel, int(p.channels) - 1);    // the last tile may have fewer
+    const Weight::Kernels kernels = p.kernels_of(known);
     const T* w = static_cast<const T*>(p.w) + kernels.begin + int64_t(c0 - kernels.first) * kernels.stride;
-    const float scale = power_of_two(shift_of(p.max[min(channel, int(p.channels) - 1)]));
+    const float scale = power_of_two(shift_of(p.max[known]));
     const int volume = kernel_volume(p.stencil), most = kWeightElements / together, lane = thread % 32, warp = thread / 32, warps = threads / 32;
     const int taps = p.stencil.taps(), source_phases = p.stencil.source_phases(), rows = taps * p.stencil.phases() * source_phases;    // one of the two is 1
     for (int k0 = 0; k0 < volume; k0 += most) {
@@ -5063,15 +5069,15 @@ struct Loader {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
-            const int row = tile.run[ring].row_tile * kRows, live = tile.live_h | tile.live_d << 8;
+            const int row = tile.run[ring].row_tile * kRows;
             if (row != kept_row) kept = -1, kept_row = row;
             Cursor at(a.p, tile);
             int tap = 0;
             bool more = false;
-            if (live != steps_live) {
+            if (at.tile_live != steps_live) {
                 more = at.next_box();
                 take_steps(tile, at, tap, more);
-                steps_live = more ? -1 : live;
+                steps_live = more ? -1 : at.tile_live;
             }
             while (true) {
                 for (int i = 0; i < steps; i++) {

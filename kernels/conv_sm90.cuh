@@ -176,15 +176,15 @@ struct Loader {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
-            const int row = tile.run[ring].row_tile * kRows, live = tile.live_h | tile.live_d << 8;
+            const int row = tile.run[ring].row_tile * kRows;
             if (row != kept_row) kept = -1, kept_row = row;
             Cursor at(a.p, tile);
             int tap = 0;
             bool more = false;
-            if (live != steps_live) {
+            if (at.tile_live != steps_live) {
                 more = at.next_box();
                 take_steps(tile, at, tap, more);
-                steps_live = more ? -1 : live;
+                steps_live = more ? -1 : at.tile_live;
             }
             while (true) {
                 for (int i = 0; i < steps; i++) {

@@ -25,6 +25,11 @@ inline bool supports(const Geometry& g, int dtype) {
            (axis[1].kernel == 3 || axis[1].kernel == 5) && kernel_volume(g) * kChain * kMaxChannels <= kMaxWeights && in_volume(g) < 1 << 30 && out_volume(g) < 1 << 30;
 }
 
+// A sample's threads are (d, group of kRows rows, w).
+HOST_DEVICE int row_groups(const Geometry& g) { return (int(g.axis[1].out) + kRows - 1) / kRows; }
+HOST_DEVICE int sample_threads(const Geometry& g) { return int(g.axis[0].out) * row_groups(g) * int(g.axis[2].out); }
+HOST_DEVICE int sample_blocks(const Geometry& g) { return (sample_threads(g) + kThreads - 1) / kThreads; }
+
 template <int kTapsH, int kChannels>
 __global__ void __launch_bounds__(kThreads)
 forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
@@ -35,10 +40,10 @@ forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict_
     const int64_t in_channel = in_volume(g), out_channel = out_volume(g);
 
     // The thread's column: source coordinates of the first taps, and which of its source rows there are.
-    const int groups = (out_h + kRows - 1) / kRows, count = int(g.axis[0].out) * groups * out_w, blocks = (count + kThreads - 1) / kThreads;
+    const int groups = row_groups(g), blocks = sample_blocks(g);
     const int64_t n = int(blockIdx.x) / blocks;
     const int q = int(blockIdx.x) % blocks * kThreads + threadIdx.x, column = q % out_w, first_row = q / out_w % groups * kRows, plane = q / out_w / groups;
-    const bool exists = q < count;
+    const bool exists = q < sample_threads(g);
     const int src_d = plane + int(g.axis[0].padding), src_w = column + int(g.axis[2].padding), src_h = first_row + int(g.axis[1].padding) - (kTapsH - 1);
     unsigned rows = 0;    // bit s: source row src_h + s
 #pragma unroll
@@ -106,9 +111,8 @@ forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict_
 
 // bias may be null; apply_relu writes relu(out).
 inline int forward(const Geometry& g, void* stream, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
-    const int64_t blocks = ceil_div(g.axis[0].out * ceil_div(g.axis[1].out, kRows) * g.axis[2].out, kThreads);    // of a sample: threads are (d, kRows rows, w)
     const auto run = [&](auto kernel) {
-        return launch(kernel, g.N * blocks, kThreads, stream, g, static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu, static_cast<float*>(out));
+        return launch(kernel, g.N * sample_blocks(g), kThreads, stream, g, static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu, static_cast<float*>(out));
     };
     if (g.axis[1].kernel == 3) return g.C_out == 1 ? run(forward_kernel<3, 1>) : run(forward_kernel<3, kMaxChannels>);
     return g.C_out == 1 ? run(forward_kernel<5, 1>) : run(forward_kernel<5, kMaxChannels>);

@@ -78,12 +78,14 @@ template <typename F> int with_dtypes(int r_dtype, int y_dtype, F f) {
     });
 }
 
+// Whether rows of two tensors can be read and written four elements at a time.
+template <typename T, typename Y> bool has_vectors(const Shape& s, const void* r, const void* y) { return s.S % 4 == 0 && holds<Vector<T, 4>>(r) && holds<Vector<Y, 4>>(y); }
+
 inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApplyElements); }
 
 template <typename T, typename Y>
 int normalize(const Shape& s, void* stream, const void* r, const double* mean, const double* rstd, const void* gamma, const void* beta, void* y) {
-    const bool vectors = s.S % 4 == 0 && holds<Vector<T, 4>>(r) && holds<Vector<Y, 4>>(y);
-    return launch(vectors ? normalize_kernel<T, Y, 4> : normalize_kernel<T, Y, 1>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
+    return launch(has_vectors<T, Y>(s, r, y) ? normalize_kernel<T, Y, 4> : normalize_kernel<T, Y, 1>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
                   static_cast<const Acc<T>*>(gamma), static_cast<const Acc<T>*>(beta), static_cast<Y*>(y));
 }
 

@@ -102,8 +102,7 @@ int sum_gradients(const Shape& s, void* stream, const void* dy, const void* r, c
     using A = Acc<T>;
     const int64_t splits = GradientSums::splits(s);
     const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
-    const bool vectors = s.S % 4 == 0 && holds<Vector<Y, 4>>(dy) && holds<Vector<T, 4>>(r);
-    RETURN_IF_ERROR(launch(vectors ? gradient_sums_kernel<T, Y, 4> : gradient_sums_kernel<T, Y, 1>, s.N * s.C * splits, kThreads, stream, s, splits, static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd, sums.partial));
+    RETURN_IF_ERROR(launch(has_vectors<T, Y>(s, r, dy) ? gradient_sums_kernel<T, Y, 4> : gradient_sums_kernel<T, Y, 1>, s.N * s.C * splits, kThreads, stream, s, splits, static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd, sums.partial));
     RETURN_IF_ERROR(launch(finish_gradient_sums_kernel<A>, s.N * s.num_groups, kThreads, stream, s, splits, static_cast<const A*>(gamma), static_cast<const Pair*>(sums.partial), sums.channel_sums, sums.group_means));
     if (!dgamma && !dbeta) return cudaSuccess;
     return launch(parameter_gradients_kernel<A>, ceil_div(s.C, 256), 256, stream, s, static_cast<const Pair*>(sums.channel_sums), static_cast<A*>(dgamma), static_cast<A*>(dbeta));

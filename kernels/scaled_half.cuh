@@ -187,9 +187,10 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     const int together = p.copied_together(), threads = kThreads / together, thread = threadIdx.x % threads, own = threadIdx.x / threads;
     const int channel_tiles = int(ceil_div(p.channels, together)), channel = tile % channel_tiles * together + own;
     const int c0 = tile / channel_tiles * kWeightChannels, columns = channel < p.channels ? min(kWeightChannels, int(p.phase_channels) - c0) : 0;
-    const Weight::Kernels kernels = p.kernels_of(min(channel, int(p.channels) - 1));
+    const int known = min(channel, int(p.channels) - 1);    // the last tile may have fewer
+    const Weight::Kernels kernels = p.kernels_of(known);
     const T* w = static_cast<const T*>(p.w) + kernels.begin + int64_t(c0 - kernels.first) * kernels.stride;
-    const float scale = power_of_two(shift_of(p.max[min(channel, int(p.channels) - 1)]));
+    const float scale = power_of_two(shift_of(p.max[known]));
     const int volume = kernel_volume(p.stencil), most = kWeightElements / together, lane = thread % 32, warp = thread / 32, warps = threads / 32;
     const int taps = p.stencil.taps(), source_phases = p.stencil.source_phases(), rows = taps * p.stencil.phases() * source_phases;    // one of the two is 1
     for (int k0 = 0; k0 < volume; k0 += most) {
