@@ -17,7 +17,8 @@ namespace scaled_half {
 
 constexpr int kThreads = 256;
 constexpr int kLookElements = 4096;        // that one block looks at
-constexpr int kWeightElements = 64, kWeightChannels = 64;    // of kernels and source channels that one block copies at a time
+constexpr int kLookColumns = 4 * kThreads, kLookRows = 8;    // of a weight, likewise, where the destination's kernels are neighbours
+constexpr int kWeightColumns = 64, kWeightChannels = 64;    // elements of destination channels' kernels, and source channels, that one block copies
 constexpr int kMaxShift = 120;             // keeps the scale and its inverse normal float32 numbers
 
 __device__ __forceinline__ int clamp_shift(int shift) { return shift < kMaxShift ? shift : kMaxShift; }
@@ -100,22 +101,22 @@ struct Weight {
     // What w has for a destination channel: kernels of `count` source channels from `first` on, those of its group, at `begin` + stride * i.
     struct Kernels { int first, count; int64_t begin; int stride; };
     HOST_DEVICE Kernels kernels_of(int destination) const {
+        if (groups == 1) return {0, int(C), destination * (forward ? kernel_volume(stencil) : row_elements()), forward ? int(channels) * kernel_volume(stencil) : kernel_volume(stencil)};
         const int volume = kernel_volume(stencil), in = int((forward ? C : channels) / groups), out = int(group_C_out), group = destination / (forward ? out : in);
         if (forward) return {group * in, in, (int64_t(group) * in * out + destination % out) * volume, out * volume};
         return {group * out, out, int64_t(destination) * out * volume, volume};
     }
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
-    // Destination channels that a block copies: 1 to 8, so that small kernels fill it too.
-    HOST_DEVICE int copied_together() const {
-        const int volume = kernel_volume(stencil);
-        return volume <= kWeightElements / 8 ? 8 : volume <= kWeightElements / 4 ? 4 : volume <= kWeightElements / 2 ? 2 : 1;
+    // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, its columns, group) or (row, columns).
+    HOST_DEVICE int64_t row_elements() const { return group_C_out * kernel_volume(stencil); }
+    HOST_DEVICE int64_t look_blocks() const {
+        if (forward) return ceil_div(row_elements(), kLookColumns) * ceil_div(C / groups, kLookRows) * groups;
+        return channels * ceil_div(row_elements(), kLookElements);
     }
-    // Blocks that look at a destination channel.
-    HOST_DEVICE int look_parts() const { return int(ceil_div(C / groups * kernel_volume(stencil), kLookElements)); }
 };
 
 constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one, or so much of a large one
-constexpr int64_t kSmallSample = 1 << 16, kLargeSample = 1 << 20;
+constexpr int64_t kSmallSample = 1 << 18, kLargeSample = 1 << 20;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
 HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
@@ -125,11 +126,12 @@ HOST_DEVICE int64_t look_blocks(const Activation& a) {
     const int64_t most = elements / kLookShare < kLargeSample ? elements / kLookShare : kLargeSample, part = most > kSmallSample ? most : kSmallSample;
     return ceil_div(part < elements ? part : elements, kLookElements);
 }
+HOST_DEVICE bool looks_at_all(const Activation& a) { return look_blocks(a) * kLookElements >= a.sample(); }
 
 // Blocks of the copies, each kTileElements at most: of a sample, and of the weight.
 HOST_DEVICE int64_t elements_of_channel(const Activation& a) { return a.positions() * a.phases(); }
 HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(elements_of_channel(a), tile_positions(a)) * ceil_div(a.channels(), tile_channels(a)); }
-HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.split ? p.channels : ceil_div(p.channels, p.copied_together()) * ceil_div(p.phase_channels, kWeightChannels); }
+HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.split ? p.channels : ceil_div(p.channels * kernel_volume(p.stencil), kWeightColumns) * ceil_div(p.phase_channels, kWeightChannels); }
 
 // -------------------------------------------------------------------------------------------------------- Kernel
 
@@ -145,73 +147,87 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
     return max;
 }
 
-// The walk of thread `thread` of `threads` over elements `begin` to `end` of rows of `width` elements, `stride` apart: use(load(i, offset), i, k) for element k of
-// row i, which are counted instead of divided for. Loads are under way for eight elements at a time.
-template <typename L, typename U> __device__ __forceinline__ void for_each_of_rows(int thread, int threads, int begin, int end, int width, int stride, L load, U use) {
-    constexpr int kTogether = 8;
-    int i = (begin + thread) / width, k = (begin + thread) % width;
-    int64_t offset = int64_t(i) * stride + k;
-    const int rows = threads / width, rest = threads % width;
-    const int64_t step = int64_t(rows) * stride + rest;
-    for (int first = begin + thread; first < end; first += kTogether * threads) {
-        float values[kTogether];
-        int is[kTogether], ks[kTogether];
-#pragma unroll
-        for (int e = 0; e < kTogether; e++) {
-            values[e] = first + e * threads < end ? load(i, offset) : 0.0f;
-            is[e] = i, ks[e] = k;
-            i += rows, k += rest, offset += step;
-            if (k >= width) i++, k -= width, offset += stride - width;
-        }
-#pragma unroll
-        for (int e = 0; e < kTogether; e++)
-            if (first + e * threads < end) use(values[e], is[e], ks[e]);
+// The maxima of the destination channels in a part of the weight. Forward, a row has a source channel's kernels of all of them, so a thread keeps to its columns and
+// goes from row to row; for dx it has one destination channel's.
+template <typename T> __device__ void look_at_weight(const Weight& p, int block) {
+    const int volume = kernel_volume(p.stencil), elements = int(p.row_elements());
+    if (!p.forward) {
+        const int parts = int(ceil_div(elements, kLookElements)), channel = block / parts, begin = block % parts * kLookElements, end = min(begin + kLookElements, elements);
+        const T* row = static_cast<const T*>(p.w) + int64_t(channel) * elements;
+        unsigned max = 0;
+#pragma unroll 8
+        for (int i = begin + threadIdx.x; i < end; i += kThreads) max = umax(max, finite_magnitude(to_acc(row[i])));
+        max = block_max(max);
+        if (threadIdx.x == 0) atomicMax(p.max + channel, max);
+        return;
     }
+    __shared__ unsigned maxima[kLookColumns + 1];
+    const int tiles = int(ceil_div(elements, kLookColumns)), group_rows = int(p.C / p.groups), parts = int(ceil_div(group_rows, kLookRows));
+    const int begin = block % tiles * kLookColumns, first_row = block / tiles % parts * kLookRows, group = block / tiles / parts, rows = min(kLookRows, group_rows - first_row);
+    const int first_channel = begin / volume, count = (min(begin + kLookColumns, elements) - 1) / volume - first_channel + 1;
+    const T* row = static_cast<const T*>(p.w) + (int64_t(group) * group_rows + first_row) * elements;
+    for (int i = threadIdx.x; i < count; i += kThreads) maxima[i] = 0;
+    __syncthreads();
+    constexpr int kColumns = kLookColumns / kThreads;
+    float values[kLookRows][kColumns];
+#pragma unroll
+    for (int r = 0; r < kLookRows; r++)
+#pragma unroll
+        for (int i = 0; i < kColumns; i++) values[r][i] = to_acc(row[min(r, rows - 1) * int64_t(elements) + min(begin + i * kThreads + int(threadIdx.x), elements - 1)]);
+    unsigned max[kColumns] = {};
+#pragma unroll
+    for (int r = 0; r < kLookRows; r++)
+#pragma unroll
+        for (int i = 0; i < kColumns; i++) max[i] = umax(max[i], finite_magnitude(values[r][i]));
+#pragma unroll
+    for (int i = 0; i < kColumns; i++) {
+        const int column = begin + i * kThreads + threadIdx.x;
+        if (column < elements) atomicMax(maxima + column / volume - first_channel, max[i]);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += kThreads) atomicMax(p.max + group * int(p.group_C_out) + first_channel + i, maxima[i]);
 }
 
-// The maximum of a part of one destination channel.
-template <typename T> __device__ void look_at_channel(const Weight& p, int block) {
-    const int parts = p.look_parts(), channel = block / parts, volume = kernel_volume(p.stencil);
-    const Weight::Kernels kernels = p.kernels_of(channel);
-    const T* w = static_cast<const T*>(p.w) + kernels.begin;
-    const int begin = block % parts * kLookElements, end = min(begin + kLookElements, kernels.count * volume);
-    unsigned max = 0;
-    for_each_of_rows(threadIdx.x, kThreads, begin, end, volume, kernels.stride, [&](int, int64_t offset) { return to_acc(w[offset]); }, [&](float v, int, int) { max = umax(max, finite_magnitude(v)); });
-    max = block_max(max);
-    if (threadIdx.x == 0) atomicMax(p.max + channel, max);
-}
-
-// kWeightChannels source channels of some destination channels, each by some warps and by way of shared memory, as many elements of a kernel at a time as there is room for.
+// kWeightColumns columns, each an element of a destination channel's kernel, of kWeightChannels source channels, transposed through shared memory; and, beside a
+// channel's first element, the rows that no element belongs to.
 template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile) {
-    __shared__ __half values[kWeightElements][kWeightChannels + 2];    // the rows begin in different banks
-    const int together = p.copied_together(), threads = kThreads / together, thread = threadIdx.x % threads, own = threadIdx.x / threads;
-    const int channel_tiles = int(ceil_div(p.channels, together)), channel = tile % channel_tiles * together + own;
-    const int c0 = tile / channel_tiles * kWeightChannels, columns = channel < p.channels ? min(kWeightChannels, int(p.phase_channels) - c0) : 0;
-    const int known = min(channel, int(p.channels) - 1);    // the last tile may have fewer
-    const Weight::Kernels kernels = p.kernels_of(known);
-    const T* w = static_cast<const T*>(p.w) + kernels.begin + int64_t(c0 - kernels.first) * kernels.stride;
-    const float scale = power_of_two(shift_of(p.max[known]));
-    const int volume = kernel_volume(p.stencil), most = kWeightElements / together, lane = thread % 32, warp = thread / 32, warps = threads / 32;
-    const int taps = p.stencil.taps(), source_phases = p.stencil.source_phases(), rows = taps * p.stencil.phases() * source_phases;    // one of the two is 1
-    for (int k0 = 0; k0 < volume; k0 += most) {
-        __syncthreads();
-        const int elements = min(most, volume - k0);
-        for_each_of_rows(thread, threads, 0, columns * elements, elements, kernels.stride,
-                         [&](int c, int64_t offset) { return unsigned(c0 + c - kernels.first) < unsigned(kernels.count) ? to_acc(w[offset + k0]) : 0.0f; },
-                         [&](float v, int c, int k) { values[own * most + k][c] = __float2half_rn(v * scale); });
-        __syncthreads();
-        for (int first = warp; first < rows; first += 32 * warps) {
-            // Each lane knows a row.
-            const int i = first + lane * warps, tap = i % taps, phase = i / taps, lane_k = i < rows ? kernel_index(p.stencil, tap, phase) : -1;
-            const int lane_row = (tap * int(p.M_pad) + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases;
-            for (int j = 0; j < 32 && first + j * warps < rows; j++) {
-                const int k = __shfl_sync(~0u, lane_k, j), row = __shfl_sync(~0u, lane_row, j);
-                if (k >= 0 ? k < k0 || k >= k0 + elements : k0 > 0) continue;
-                __half2* to = reinterpret_cast<__half2*>(p.copy + row * p.phase_channels + c0);
-                if (lane < columns / 2) to[lane] = k >= 0 ? *reinterpret_cast<const __half2*>(&values[own * most + k - k0][lane * 2]) : __half2half2(__float2half_rn(0.0f));
-            }
-        }
+    __shared__ __half values[kWeightColumns][kWeightChannels + 2];    // the rows begin in different banks
+    __shared__ int rows[kWeightColumns];
+    const int volume = kernel_volume(p.stencil), columns = int(p.channels) * volume, column_tiles = int(ceil_div(columns, kWeightColumns));
+    const int first = tile % column_tiles * kWeightColumns, c0 = tile / column_tiles * kWeightChannels, own = threadIdx.x % kWeightColumns, own_c = threadIdx.x / kWeightColumns;
+    const int source_phases = p.stencil.source_phases();
+    const auto row_of = [&](int channel, int tap, int phase) { return (tap * int(p.M_pad) + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases; };    // one of the two is 1
+    const int column = min(first + own, columns - 1), channel = column / volume, k = column - channel * volume;
+    const Weight::Kernels kernels = p.kernels_of(channel);
+    const T* w = static_cast<const T*>(p.w) + kernels.begin + k;
+    constexpr int kSteps = kThreads / kWeightColumns, kEach = kWeightChannels / kSteps;
+    float v[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        const int c = c0 + own_c + i * kSteps - kernels.first;
+        v[i] = unsigned(c) < unsigned(kernels.count) ? to_acc(w[int64_t(c) * kernels.stride]) : 0.0f;
     }
+    const float scale = power_of_two(shift_of(p.max[channel]));
+#pragma unroll
+    for (int i = 0; i < kEach; i++) values[own][own_c + i * kSteps] = __float2half_rn(v[i] * scale);
+    if (own_c == 0) {
+        const TapPhase place = place_of_kernel(p.stencil, k);
+        rows[own] = row_of(channel, place.tap, place.phase);
+    }
+    __syncthreads();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pairs = min(kWeightChannels, int(p.phase_channels) - c0) / 2;
+    const auto write = [&](int row, __half2 v) {
+        if (lane < pairs) reinterpret_cast<__half2*>(p.copy + row * p.phase_channels + c0)[lane] = v;
+    };
+    for (int i = warp; i < kWeightColumns && first + i < columns; i += kThreads / 32) write(rows[i], *reinterpret_cast<const __half2*>(&values[i][lane * 2]));
+    const int all = p.stencil.taps() * p.stencil.phases() * source_phases;
+    if (all == volume) return;
+    for (int m = int(ceil_div(first, volume)); m * volume < min(first + kWeightColumns, columns); m++)
+        for (int i = warp * 32 + lane; i - lane < all; i += kThreads) {    // each lane knows a row
+            const int tap = i % p.stencil.taps(), phase = i / p.stencil.taps(), row = row_of(m, tap, phase);
+            unsigned without = __ballot_sync(~0u, i < all && kernel_index(p.stencil, tap, phase) < 0);
+            for (; without; without &= without - 1) write(__shfl_sync(~0u, row, __ffs(without) - 1), __half2half2(__float2half_rn(0.0f)));
+        }
 }
 
 // One destination channel, split.
@@ -232,8 +248,8 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
 // The maxima of the weight's channels, and of parts of every sample, evenly spread.
 template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
     wait_for_previous_kernel();
-    const int64_t weight_blocks = p.channels * p.look_parts(), blocks = look_blocks(a), elements = a.sample();
-    if (blockIdx.x < weight_blocks) return look_at_channel<T>(p, blockIdx.x);
+    const int64_t weight_blocks = p.channels > 0 ? p.look_blocks() : 0, blocks = look_blocks(a), elements = a.sample();
+    if (blockIdx.x < weight_blocks) return look_at_weight<T>(p, blockIdx.x);
     const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
     const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
@@ -419,9 +435,10 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 // ---------------------------------------------------------------------------------------------------- Launcher
 
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.channels * p.look_parts() + a.N * look_blocks(a), kThreads, stream, a, p));
+    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, (p.channels > 0 ? p.look_blocks() : 0) + a.N * look_blocks(a), kThreads, stream, a, p));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
     RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
+    if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
     return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a, unsigned(sample_tiles));
 }
 

@@ -21,6 +21,7 @@ struct StencilAxis {
     int source_phases, source_crop, source_out;
     int live[kMaxStride];                        // bit t: tap t has a weight in this phase
     int8_t kernel_of[kMaxTaps][kMaxStride];      // which weight: the kernel index of (tap, phase), or -1
+    int8_t tap_of[kMaxTaps], phase_of[kMaxTaps]; // of a kernel index
     int kernel;
 };
 
@@ -53,6 +54,14 @@ HOST_DEVICE int kernel_index(const Stencil& s, int tap, int phase) {
     return kd >= 0 && kh >= 0 && kw >= 0 ? (kd * h.kernel + kh) * w.kernel + kw : -1;
 }
 
+// The tap and the phase of element k of the kernel's volume: the other way round.
+struct TapPhase { int tap, phase; };
+HOST_DEVICE TapPhase place_of_kernel(const Stencil& s, int k) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    const int kw = k % w.kernel, kh = k / w.kernel % h.kernel, kd = k / w.kernel / h.kernel;
+    return {(d.tap_of[kd] * h.taps + h.tap_of[kh]) * w.taps + w.tap_of[kw], (d.phase_of[kd] * h.phases * h.source_phases + h.phase_of[kh]) * w.phases * w.source_phases + w.phase_of[kw]};
+}
+
 inline StencilAxis make_forward_axis(const Axis& a) {
     StencilAxis s = {};
     s.kernel = a.kernel;
@@ -67,6 +76,7 @@ inline StencilAxis make_forward_axis(const Axis& a) {
         if (s.taps == 0 || s.shift[s.taps - 1] != shift) s.shift[s.taps++] = shift;
         s.live[phase] |= 1 << (s.taps - 1);
         s.kernel_of[s.taps - 1][phase] = k;
+        s.tap_of[k] = s.taps - 1, s.phase_of[k] = phase;
     }
     return s;
 }
@@ -81,6 +91,7 @@ inline StencilAxis make_dinput_axis(const Axis& a) {
     const int last = forward.taps - 1;
     s.first = forward.shift[last] - forward.first;
     for (int& live : s.live) live = 0;
+    for (int k = 0; k < s.kernel; k++) s.tap_of[k] = last - forward.tap_of[k];
     for (int t = 0; t < s.taps; t++) {
         s.shift[t] = forward.shift[last] - forward.shift[last - t];
         for (int phase = 0; phase < s.source_phases; phase++) {
