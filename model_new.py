@@ -1450,7 +1450,8 @@ _SOURCES['direct_rows_generic.cuh'] = r'''
 //   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
 //
 // Loads are what such a layer takes: the kernel of direct_generic.cuh has one for each product of a position. Here a thread owns kRows
-// neighbouring rows of one column (neighbouring lanes, neighbouring columns), so that a source element it loads serves all taps h.
+// neighbouring rows of one column (neighbouring lanes, neighbouring columns), so that a source element it loads serves all taps h. Where that makes few
+// blocks, C_in is cut into parts, which a second kernel adds.
 // Formula: torch.nn.ConvTranspose3d.
 #pragma once
 
@@ -1475,9 +1476,21 @@ HOST_DEVICE int row_groups(const Geometry& g) { return (int(g.axis[1].out) + kRo
 HOST_DEVICE int sample_threads(const Geometry& g) { return int(g.axis[0].out) * row_groups(g) * int(g.axis[2].out); }
 HOST_DEVICE int sample_blocks(const Geometry& g) { return (sample_threads(g) + kThreads - 1) / kThreads; }
 
+// Source channels of each part: whole chains, fewer for more blocks.
+constexpr int kWantedBlocks = 512;
+inline int64_t part_channels(const Geometry& g) {
+    const int64_t blocks = g.N * sample_blocks(g), chains = ceil_div(g.C_in, kChain);
+    const int64_t parts = blocks == 0 || blocks * 2 > kWantedBlocks ? 1 : kWantedBlocks / blocks;
+    return ceil_div(chains, parts) * kChain;
+}
+inline int64_t parts_of(const Geometry& g) { return ceil_div(g.C_in, part_channels(g)); }
+inline int64_t out_elements(const Geometry& g) { return g.N * g.C_out * out_volume(g); }
+inline int64_t workspace_bytes(const Geometry& g) { return parts_of(g) > 1 ? parts_of(g) * out_elements(g) * int64_t(sizeof(float)) : 0; }
+
+// out: of each part. bias may be null.
 template <int kTapsH, int kChannels>
 __global__ void __launch_bounds__(kThreads)
-forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
+forward_kernel(Geometry g, int channels_of_part, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
     wait_for_previous_kernel();
     __shared__ __align__(16) float weights[kMaxWeights / kMaxChannels * kChannels];    // (chain, K_d, K_w, K_h, kChannels)
     const int in_d = g.axis[0].in, in_h = g.axis[1].in, in_w = g.axis[2].in, out_h = g.axis[1].out, out_w = g.axis[2].out;
@@ -1486,7 +1499,8 @@ forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict_
 
     // The thread's column: source coordinates of the first taps, and which of its source rows there are.
     const int groups = row_groups(g), blocks = sample_blocks(g);
-    const int64_t n = int(blockIdx.x) / blocks;
+    const int part = int(blockIdx.x) / blocks / int(g.N);
+    const int64_t n = int(blockIdx.x) / blocks % int(g.N);
     const int q = int(blockIdx.x) % blocks * kThreads + threadIdx.x, column = q % out_w, first_row = q / out_w % groups * kRows, plane = q / out_w / groups;
     const bool exists = q < sample_threads(g);
     const int src_d = plane + int(g.axis[0].padding), src_w = column + int(g.axis[2].padding), src_h = first_row + int(g.axis[1].padding) - (kTapsH - 1);
@@ -1495,7 +1509,7 @@ forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict_
     for (int s = 0; s < kRows + kTapsH - 1; s++) rows |= unsigned(exists && unsigned(src_h + s) < unsigned(in_h)) << s;
 
     float total[kRows][kChannels] = {};
-    for (int c0 = 0; c0 < C_in; c0 += kChain) {
+    for (int c0 = part * channels_of_part; c0 < min((part + 1) * channels_of_part, C_in); c0 += kChain) {
         const int chain = min(kChain, C_in - c0);
         __syncthreads();
         for (int i = threadIdx.x; i < chain * kChannels * volume; i += kThreads) {    // in the order of w
@@ -1543,7 +1557,7 @@ forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict_
     }
 
     if (!exists) return;
-    float* to = out + n * C_out * out_channel + (int64_t(plane) * out_h + first_row) * out_w + column;
+    float* to = out + (part * g.N + n) * C_out * out_channel + (int64_t(plane) * out_h + first_row) * out_w + column;
 #pragma unroll
     for (int row = 0; row < kRows; row++)
 #pragma unroll
@@ -1554,13 +1568,29 @@ forward_kernel(Geometry g, const float* __restrict__ x, const float* __restrict_
         }
 }
 
+// out = epilogue(the sum of its parts, in their order).
+__global__ void __launch_bounds__(kThreads) add_parts_kernel(int64_t count, int64_t volume, int C_out, int parts, const float* __restrict__ from, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
+    wait_for_previous_kernel();
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= count) return;
+    float sum = 0;
+#pragma unroll 8
+    for (int part = 0; part < parts; part++) sum += from[part * count + i];
+    if (bias) sum += bias[i / volume % C_out];
+    out[i] = apply_relu ? relu(sum) : sum;
+}
+
 // bias may be null; apply_relu writes relu(out).
-inline int forward(const Geometry& g, void* stream, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
+inline int forward(const Geometry& g, void* stream, void* workspace, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
+    const int64_t parts = parts_of(g);
+    const auto *bias_values = static_cast<const float*>(bias);
+    auto *part = static_cast<float*>(parts > 1 ? workspace : out), *result = static_cast<float*>(out);
     const auto run = [&](auto kernel) {
-        return launch(kernel, g.N * sample_blocks(g), kThreads, stream, g, static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu, static_cast<float*>(out));
+        return launch(kernel, parts * g.N * sample_blocks(g), kThreads, stream, g, int(part_channels(g)), static_cast<const float*>(x), static_cast<const float*>(w), parts > 1 ? nullptr : bias_values, parts == 1 && apply_relu, part);
     };
-    if (g.axis[1].kernel == 3) return g.C_out == 1 ? run(forward_kernel<3, 1>) : run(forward_kernel<3, kMaxChannels>);
-    return g.C_out == 1 ? run(forward_kernel<5, 1>) : run(forward_kernel<5, kMaxChannels>);
+    RETURN_IF_ERROR(g.axis[1].kernel == 3 ? g.C_out == 1 ? run(forward_kernel<3, 1>) : run(forward_kernel<3, kMaxChannels>) : g.C_out == 1 ? run(forward_kernel<5, 1>) : run(forward_kernel<5, kMaxChannels>));
+    if (parts == 1) return cudaSuccess;
+    return launch(add_parts_kernel, ceil_div(out_elements(g), kThreads), kThreads, stream, out_elements(g), out_volume(g), int(g.C_out), int(parts), part, bias_values, apply_relu, result);
 }
 
 }  // namespace direct_rows
@@ -1572,13 +1602,13 @@ _SOURCES['conv_transpose3d_generic.cu'] = r'''
 #include "direct_generic.cuh"
 #include "direct_rows_generic.cuh"
 
-extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry*, int, int) { return 0; }
+extern "C" int64_t conv_transpose3d_forward_generic_workspace(const Geometry* g, int dtype, int) { return direct_rows::supports(*g, dtype) ? direct_rows::workspace_bytes(*g) : 0; }
 
 // bias may be null; apply_relu writes relu(out).
-extern "C" int conv_transpose3d_forward_generic(const Geometry* g, int dtype, int device, void* stream, void*,
+extern "C" int conv_transpose3d_forward_generic(const Geometry* g, int dtype, int device, void* stream, void* workspace,
                                                 const void* x, const void* w, const void* bias, int apply_relu, void* out) {
     DeviceGuard guard(device);
-    if (direct_rows::supports(*g, dtype)) return direct_rows::forward(*g, stream, x, w, bias, apply_relu != 0, out);
+    if (direct_rows::supports(*g, dtype)) return direct_rows::forward(*g, stream, workspace, x, w, bias, apply_relu != 0, out);
     return direct_generic::direct<Direction::kForward>(*g, dtype, stream, {}, x, w, bias, apply_relu != 0, out);
 }
 
