@@ -2658,7 +2658,8 @@ constexpr int kSector = 8, kLine = 32;         // floats of memory that are writ
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
-// Positions. One (n, d) plane of the grid, a strip of tile_w columns at a time, in runs of `run` positions for each warpgroup.
+// Positions. A strip of tile_w columns of an (n, d) plane of the grid at a time, in runs of `run` positions for each warpgroup: neighbouring runs of one
+// plane, or the same run of neighbouring planes, which small planes are too few positions without.
 // A box of the source, halo included, is copied once for all taps (h, w): rows of `pitch`, so that a tap is a shift of an
 // address by whole rows of shared memory. Where the strip is the whole width, neighbouring rows share the zeros of their halos.
 struct Tiling {
@@ -2667,13 +2668,15 @@ struct Tiling {
     int split_m;                               // 1: the warpgroups, two of them, have the same positions, other rows; 0: the other way round
     int chunk;                                 // source channels of a stage: 16, 32 or 64
     int phase_channels, C_pad;                 // source channels of GEMM_K: of each phase, of all
+    int k_parts, part_channels;                // parts of GEMM_K, which are added in the end; source channels of each
     int split, products, group_tiles;          // channels of a group where operands are split (else 0), products of a tap, row tiles of a group
     bool packed[3];                            // axes
     RowMap rows;
     int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
     int tile_w, strips;                        // columns of a strip
     int run, runs;                             // positions of a run, runs of a strip, in groups of tile_runs()
-    int pitch, box_rows;
+    int planes, plane_groups;                  // of the grid in a tile: 1, or one for each warpgroup; tiles for all planes
+    int pitch, box_rows;                       // of a plane of a box
     int taps_per_box;                          // taps h that a box serves: all, or 1
     bool whole_rows;                           // a run is whole rows of the strip
     bool whole_sectors;                        // of memory are stored: a run has the first outputs of the next one too, to the end of its last sector
@@ -2690,8 +2693,9 @@ struct Tiling {
     int row_pairs, sample_tiles, tiles;        // row tiles of a block
     int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
-    HOST_DEVICE int tile_runs() const { return split_m ? 1 : warpgroups; }
-    HOST_DEVICE int box_bytes() const { return box_rows * pitch * chunk * 2; }
+    HOST_DEVICE int tile_runs() const { return split_m || planes > 1 ? 1 : warpgroups; }    // of a plane
+    HOST_DEVICE int tile_parts() const { return split_m ? 1 : warpgroups; }                  // runs of all its planes
+    HOST_DEVICE int box_bytes() const { return planes * box_rows * pitch * chunk * 2; }
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
 
@@ -2805,16 +2809,24 @@ inline bool set_channels(Tiling& t, const Stencil& s, int64_t source_channels, i
         if (t.split_m || t.group_tiles * t.rows.octets * 8 * groups != channels) return false;
     }
     t.C_pad = t.phase_channels * s.source_phases();
+    t.k_parts = 1, t.part_channels = t.C_pad;
     t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, t.split_m ? 2 : 1);
     t.M_pad = kRows * t.row_tiles;
     t.row_pairs = t.row_tiles / (t.split_m ? 2 : 1);
     return true;
 }
 
+// Cuts GEMM_K into `parts` of whole stages. False where it is so short that some would be empty.
+inline bool cut_channels(Tiling& t, int parts) {
+    t.k_parts = parts, t.part_channels = int(ceil_div(t.C_pad / t.chunk, parts)) * t.chunk;
+    return int64_t(t.part_channels) * (parts - 1) < t.C_pad;
+}
+
 inline bool count_tiles(Tiling& t, const Stencil& s, int64_t samples) {
-    const int64_t sample_tiles = int64_t(s.axis[0].positions) * t.strips * t.runs * t.row_pairs;
-    if (samples * sample_tiles > 1 << 30) return false;
-    t.sample_tiles = int(sample_tiles), t.tiles = int(samples * sample_tiles);
+    t.plane_groups = int(ceil_div(s.axis[0].positions, t.planes));
+    const int64_t sample_tiles = int64_t(t.plane_groups) * t.strips * t.runs * t.row_pairs;
+    if (samples * sample_tiles * t.k_parts > 1 << 30) return false;
+    t.sample_tiles = int(sample_tiles), t.tiles = int(samples * sample_tiles * t.k_parts);
     return true;
 }
 
@@ -2870,7 +2882,8 @@ struct Run {
 };
 
 struct Place {
-    int n, d, w0, columns;       // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
+    int n, d, w0, columns;       // sample of the outputs, those of part 0 of GEMM_K first; first plane of the grid; or n = -1: no more. First column of the strip, and how many
+    int sample, part_k;          // of the source
     int h0, part;                // first row of the box's positions; index in the sample
     int row_tile, first_run;     // of the first warpgroup
     int source_channel;          // the first of the copy
@@ -2885,16 +2898,19 @@ struct Tile : Place {
 // How many phases the axes have that are not packed.
 HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.packed_phases; }
 
-// Sets of moments of a channel: of each run and phase.
+constexpr int kAddedOutputs = 1024;    // of a block that adds parts of GEMM_K
+
+// Sets of moments of a channel: of each run and phase, or of what a block adds.
 HOST_DEVICE int parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
-    return t.row_pairs ? t.sample_tiles / t.row_pairs * t.tile_runs() * t.column_warps * p.s.phases() : 0;
+    if (t.k_parts > 1) return int(ceil_div(p.out_volume, kAddedOutputs));
+    return t.row_pairs ? t.sample_tiles / t.row_pairs * t.tile_parts() * t.column_warps * p.s.phases() : 0;
 }
 
 // The index of a run among all runs of all samples that have moments of their own.
 HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgroup) {
     const Tiling& t = p.t;
-    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * t.tile_runs() + (t.split_m ? 0 : warpgroup);
+    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * t.tile_parts() + (t.split_m ? 0 : warpgroup);
 }
 
 // Bit t: tap t has weights in some row of a row tile.
@@ -2917,15 +2933,16 @@ HOST_DEVICE int place_of_bit(int bits, int rank) {
 // A tile's boxes, in the order in which everyone takes them: of every tap d, some taps h, and a chunk of GEMM_K.
 struct Cursor {
     const Problem* p;
-    int d, h0;
-    int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d)
+    int d, h0, c_begin, c_end;
+    int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d), from bit 16 on the part of GEMM_K: tiles of the same one have the same steps
     int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
     int td, first, c;                   // tap (d), first tap (h), channel of GEMM_K
     int phase_c = 0, phase_d = 0, phase_h = 0, phase_w = 0;    // of the source, and c within it: counted, since a division takes a warp 100 cycles
 
     // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
-        : p(&p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad) {}
+        : p(&p), d(tile.d), h0(tile.h0), c_begin(tile.part_k * p.t.part_channels), c_end(min_of(p.t.C_pad, c_begin + p.t.part_channels)), tile_live(tile.live_h | tile.live_d << 8 | tile.part_k << 16),
+          td(-1), first(p.s.axis[1].taps), c(c_end) {}
     // Whether there is another box with live taps, which it then is at.
     HOST_DEVICE bool next_box() {
         const StencilAxis &ad = p->s.axis[0], &ah = p->s.axis[1], &aw = p->s.axis[2];
@@ -2936,7 +2953,7 @@ struct Cursor {
                 if (++phase_w == aw.source_phases) phase_w = 0, phase_h++;
                 if (phase_h == ah.source_phases) phase_h = 0, phase_d++;
             }
-            if (c >= p->t.C_pad) {
+            if (c >= c_end) {
                 first += p->t.taps_per_box;
                 if (first >= ah.taps) {
                     do {
@@ -2944,7 +2961,7 @@ struct Cursor {
                     } while (!(tile_live >> (8 + td) & 1));
                     first = 0;
                 }
-                c = phase_c = phase_d = phase_h = phase_w = 0;
+                c = phase_c = c_begin, phase_d = phase_h = phase_w = 0;    // parts are of one phase
             }
             live_h = tile_live & ((1 << p->t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p->t.phase_channels < p->t.C_pad) {
@@ -3007,7 +3024,8 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
     index /= t.runs;
     place.w0 = index % t.strips * t.tile_w;
     index /= t.strips;
-    place.d = index % ad.positions, place.n = index / ad.positions;
+    place.d = index % t.plane_groups * t.planes, place.n = index / t.plane_groups;
+    place.part_k = t.k_parts > 1 ? place.n / int(p.N) : 0, place.sample = place.n - place.part_k * int(p.N);
     place.columns = min_of(t.tile_w, aw.positions - place.w0);
     place.h0 = place.first_run * t.run / t.tile_w;
     place.source_channel = t.split ? place.row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
@@ -3016,8 +3034,10 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
         const int outer = (place.row_tile + i) / t.rows.channel_tiles;
         place.live_d |= live_taps(ad, t.packed[0], t.packed[0] ? 0 : outer / phases_h % ad.phases), place.live_h |= live_taps(ah, t.packed[1], outer % phases_h);
     }
-    for (int td = 0; td < ad.taps; td++)
-        if (unsigned(ad.first + place.d - ad.shift[td]) >= unsigned(ad.sources)) place.live_d &= ~(1 << td);
+    for (int td = 0; td < ad.taps; td++) {
+        const int plane = ad.first + place.d - ad.shift[td];    // that the first one reads
+        if (plane + t.planes <= 0 || plane >= ad.sources) place.live_d &= ~(1 << td);
+    }
     place.empty = place.live_d == 0 || place.live_h == 0;
     return place;
 }
@@ -3030,11 +3050,12 @@ HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
     run.outer = run.row_tile / t.rows.channel_tiles, run.channel0 = (run.row_tile - run.outer * t.rows.channel_tiles) * t.rows.octets * 8;
     const int phases_h = t.packed[1] ? 1 : ah.phases, phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
     run.phase_h = run.outer % phases_h;
-    const int begin = (place.first_run + (t.split_m ? 0 : warpgroup)) * t.run;
-    run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
+    const int plane = t.planes > 1 ? warpgroup : 0, begin = (place.first_run + (t.tile_runs() > 1 ? warpgroup : 0)) * t.run;
+    const bool exists = run.outer < outer_phases(p) && place.d + plane < ad.positions;    // not in an added row tile or plane
+    run.count = exists ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;
     run.h0 = begin / t.tile_w, run.q0 = begin - run.h0 * t.tile_w;
-    run.b_row = run.count > 0 ? (run.h0 - place.h0) * t.pitch + run.q0 : 0;
-    run.od0 = place.d * ad.phases + phase_d - ad.crop;
+    run.b_row = run.count > 0 ? (plane * t.box_rows + run.h0 - place.h0) * t.pitch + run.q0 : 0;
+    run.od0 = (place.d + plane) * ad.phases + phase_d - ad.crop;
     run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
     if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
     run.rows = run.count / t.tile_w;
@@ -3190,6 +3211,7 @@ namespace conv {
 
 // Scratch of a call.
 struct Workspace {
+    float* parts;                                  // or null. (k_parts, N, C_out, D_out, H_out, W_out): what is to be added
     unsigned* tile_tickets;                        // (queues): how many tiles have been taken; start at zero
     float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
@@ -3202,7 +3224,7 @@ struct Parameters {
     int dtype;
     bool apply_relu;
     const void* bias;                                // (C_out), or null
-    void* out;                                       // (N, C_out, D_out, H_out, W_out)
+    void* out;                                       // (k_parts, N, C_out, D_out, H_out, W_out)
     const scaled_half::SampleMax* activation_max;    // (N)
     const unsigned* weight_max;                      // (C_out)
     Workspace workspace;
@@ -3240,6 +3262,56 @@ template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(co
     const int phases_hw = packed_phases(p.t, p.s, 1) * aw.phases;
     for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
         table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
+}
+
+}  // namespace conv
+'''
+
+_SOURCES['conv_parts.cuh'] = r'''
+// Convolutions with few tiles, whose GEMM_K is cut into parts: each part is a convolution into scratch memory, and here they are added.
+#pragma once
+
+#include "conv_epilogue.cuh"
+#include "group_norm.cuh"
+
+namespace conv {
+
+constexpr int kAddThreads = 256;
+
+// Grid: (n, channel, kAddedOutputs outputs). out = epilogue(the sum of the parts, in their order), and its moments where they are wanted.
+__global__ void __launch_bounds__(kAddThreads) add_parts_kernel(const __grid_constant__ Parameters a) {
+    wait_for_previous_kernel();
+    constexpr int kOwn = kAddedOutputs / kAddThreads;
+    const int volume = int(a.p.out_volume), spans = parts_of_sample(a.p), span = blockIdx.x % spans, row = blockIdx.x / spans, channel = row % int(a.p.C_out), n = row / int(a.p.C_out);
+    const int first = span * kAddedOutputs + threadIdx.x, count = min(kAddedOutputs, volume - span * kAddedOutputs);
+    const int64_t origin = int64_t(row) * volume, part_size = a.p.N * a.p.C_out * volume;
+    const float bias = a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
+    float values[kOwn] = {};
+#pragma unroll 4
+    for (int part = 0; part < a.p.t.k_parts; part++)
+#pragma unroll
+        for (int i = 0; i < kOwn; i++)
+            if (first + i * kAddThreads < volume) values[i] += a.workspace.parts[part * part_size + origin + first + i * kAddThreads];
+    group_norm::Pair sum = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+        if (first + i * kAddThreads >= volume) continue;
+        values[i] += bias;
+        if (a.apply_relu) values[i] = relu(values[i]);
+        store_as(a.out, a.dtype, origin + first + i * kAddThreads, values[i]);
+        sum.a += values[i];
+    }
+    if (!a.workspace.moments) return;
+    const double mean = group_norm::block_sum<kAddThreads>(sum).a / count;
+    sum = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kOwn; i++)
+        if (first + i * kAddThreads < volume) sum.a += (values[i] - mean) * (values[i] - mean);
+    sum = group_norm::block_sum<kAddThreads>(sum);
+    if (threadIdx.x > 0) return;
+    const int64_t set = int64_t(n) * spans + span;
+    a.workspace.moments[set * a.p.t.channels() + channel] = make_float2(float(mean), float(sum.a));
+    a.workspace.counts[set] = float(count);    // the same from every channel
 }
 
 }  // namespace conv
@@ -3307,6 +3379,7 @@ _SOURCES['conv_plan.cuh'] = r'''
 #include <map>
 #include <mutex>
 
+#include "conv_parts.cuh"
 #include "conv_statistics.cuh"
 #include "direct_generic.cuh"
 
@@ -3371,6 +3444,13 @@ template <typename Path> static const Plan& plan_of(const Geometry& g, Direction
 
 // -------------------------------------------------------------------------------------------------- Scratch memory
 
+// A kernel of its own: one behind a memset would not be brought to the multiprocessors before that ends.
+__global__ void __launch_bounds__(256) zero_kernel(uint4* memory, int64_t count) {
+    wait_for_previous_kernel();
+    const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+    if (i < count) memory[i] = make_uint4(0, 0, 0, 0);
+}
+
 // Takes pieces of the memory from `base` on (null where only their sizes are wanted), those that start at zero first.
 class Scratch {
 public:
@@ -3386,7 +3466,7 @@ public:
         return p;
     }
     int64_t bytes() const { return bytes_; }
-    int zero(cudaStream_t stream) const { return cudaMemsetAsync(base_, 0, zeroed_, stream); }
+    int zero(cudaStream_t stream) const { return launch(zero_kernel, ceil_div(zeroed_ / 16, 256), 256, stream, reinterpret_cast<uint4*>(base_), zeroed_ / 16); }
 
 private:
     uint8_t* base_;
@@ -3396,12 +3476,14 @@ private:
 inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) {
     Workspace w = {};
     w.tile_tickets = scratch.take_zeroed<unsigned>(p.t.queues);
-    if (!fused) return w;
-    const int64_t parts = parts_of_sample(p);
-    w.counts = scratch.take_zeroed<float>(p.N * parts);
-    w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
-    w.group_sums = scratch.take<double2>(p.N * p.C_out * kStatisticsBlocks);
-    w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
+    if (fused) {
+        const int64_t parts = parts_of_sample(p);
+        w.counts = scratch.take_zeroed<float>(p.N * parts);
+        w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
+        w.group_sums = scratch.take<double2>(p.N * p.C_out * kStatisticsBlocks);
+        w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
+    }
+    if (p.t.k_parts > 1) w.parts = scratch.take<float>(p.t.k_parts * p.N * p.C_out * p.out_volume);
     return w;
 }
 
@@ -3418,6 +3500,21 @@ inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const
     scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, max};
     weight.copy = scratch.take<__half>(weight.copied());
     return weight;
+}
+
+// ---------------------------------------------------------------------------------------------------- Convolution
+
+// out = the convolution of packed operands, and its moments where there is room for them. bias may be null; apply_relu writes relu(out).
+template <typename Path>
+int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu, void* out, cudaStream_t stream) {
+    const Problem& p = plan.problem;
+    if (p.t.block_n == 0) return cudaErrorNotSupported;
+    Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
+    if (p.t.k_parts == 1) return Path::convolve(a, source, weight, plan.multiprocessors, stream);
+    const Parameters whole = a;
+    a.dtype = kFloat32, a.apply_relu = false, a.bias = nullptr, a.out = workspace.parts, a.workspace.moments = nullptr;
+    RETURN_IF_ERROR(Path::convolve(a, source, weight, plan.multiprocessors, stream));
+    return launch(add_parts_kernel, p.N * p.C_out * parts_of_sample(p), kAddThreads, stream, whole);
 }
 
 // --------------------------------------------------------------------------------------------------------- Repair
@@ -3469,20 +3566,18 @@ template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused
     return ForwardMemory(g, plan_of<Path>(g, Direction::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
 }
 
-// bias may be null; apply_relu writes relu(out). The memory's moments, if it has room for them, are then those of out.
 template <typename Path>
-int convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out) {
-    if (plan.problem.t.block_n == 0) return cudaErrorNotSupported;
+int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out) {
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
-    return Path::convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, stream);
+    return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, stream);
 }
 
 template <typename Path>
 int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, false, base, x, w);
-    RETURN_IF_ERROR(convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out));
+    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out));
     return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
 
@@ -3493,7 +3588,7 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
                             const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, true, base, x, w);
-    RETURN_IF_ERROR(convolve<Path>(plan, memory, dtype, stream, bias, true, activation));
+    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, true, activation));
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     double* rstd = statistics + g.N * num_groups;
     const int blocks = statistics_blocks(plan.problem, shape);
@@ -3849,7 +3944,7 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
-    if (dx) RETURN_IF_ERROR(Path::convolve(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, stream));
+    if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
@@ -3943,7 +4038,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int chunk : {64, 32, 16})
     for (int input_stages : {1, 2}) {
         Tiling t = {};
-        t.warpgroups = 2, t.queues = 1;
+        t.warpgroups = 2, t.queues = 1, t.planes = 1;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
         const int blocks = blocks_of(block_n);
         const int64_t shared = (most_shared + 1024) / blocks - 1024;
@@ -4095,7 +4190,7 @@ template <int kChunk> struct Loader {
         const Problem& p = o.a.p;
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
         const int w0 = aw.first + head.tile.w0 - aw.shift[aw.taps - 1], piece = threadIdx.x % kPieces, step_h = kAtOnce / p.t.pitch, step_w = kAtOnce % p.t.pitch;
-        const __half* plane = o.x + (int64_t(head.tile.n) * ad.sources + step.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + step.channel + piece * 8;
+        const __half* plane = o.x + (int64_t(head.tile.sample) * ad.sources + step.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + step.channel + piece * 8;
         const uint32_t to = input_stage(box_slot);
         int row = threadIdx.x / kPieces, h = step.source_row + row / p.t.pitch, column = row % p.t.pitch;
         const int rows = p.t.box_rows * p.t.pitch + aw.shift[aw.taps - 1];
@@ -4314,7 +4409,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
     const Tile& tile = head.tile;
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
     const Run& run = tile.run[warpgroup];
-    const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
+    const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.sample]));
     const int phases_hw = packed_phases(t, p.s, 1) * p.s.axis[2].phases, regions = regions_of(p, run);
     int* table = tables + warpgroup * (t.table_bytes / 4);
     float* buffer = buffers + warpgroup * (t.buffer_bytes / 8);
@@ -4427,14 +4522,13 @@ struct Path {
         return conv_sm80::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors, shared_bytes(device));
     }
 
-    // out = the convolution of packed operands, and its moments where there is room for them.
-    static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
-                        void* out, cudaStream_t stream) {
-        const Problem& p = plan.problem;
-        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
+    // a.out = the convolution of packed operands, or the parts of it, and its moments where there is room for them.
+    static int convolve(const Parameters& a, const scaled_half::Activation& source, const scaled_half::Weight& weight, int multiprocessors, cudaStream_t stream) {
+        const Problem& p = a.p;
+        const Operands o = {a, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
-            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, plan.multiprocessors, stream) : launch_conv<128, kChunk>(o, plan.multiprocessors, stream);
+            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, multiprocessors, stream) : launch_conv<128, kChunk>(o, multiprocessors, stream);
         };
         return p.t.chunk == 64 ? launch_chunk(std::integral_constant<int, 64>{}) : p.t.chunk == 32 ? launch_chunk(std::integral_constant<int, 32>{}) : launch_chunk(std::integral_constant<int, 16>{});
     }
@@ -4797,6 +4891,10 @@ template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void 
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, %35, 1, 1, %34, %34;\n"
                  : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[44], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n88k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " "%40, %41, %42, %43" "}, %44, %45, %47, 1, 1, %46, %46;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, %67, 1, 1, %66, %66;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
@@ -4852,7 +4950,7 @@ HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) {
     switch (chunk) {
         case 16: return block_n == 136;
         case 32: return block_n == 232 || block_n == 136 || block_n == 64;
-        default: return !many || block_n == 160 || block_n == 64;
+        default: return !many || block_n == 160 || block_n == 88 || block_n == 64;
     }
 }
 
@@ -4869,16 +4967,18 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int packing = 0; packing < 3; packing++)
     for (int warpgroups : {2, 3})
     for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {232, 224, 192, 160, 136, 128, 64})
+    for (int block_n : {232, 224, 192, 160, 136, 128, 88, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (bool half_chunk : {false, true})
+    for (int planes : {1, warpgroups})
     for (int input_stages : {2, 3, 4, 6})
     for (int item_taps : {h.taps * w.taps, w.taps, 1}) {
         if ((warpgroups == 3) != (block_n == 136) || (warpgroups == 3 && split_m)) continue;    // as many sums as there are registers for
+        if (planes > 1 && (split_m || d.positions == 1)) continue;
         Tiling t = {};
         t.input_stages = input_stages, t.warpgroups = warpgroups;
-        t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
+        t.block_n = block_n, t.split_m = split_m, t.planes = planes, t.taps_per_box = taps_per_box;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
         t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
@@ -4894,9 +4994,14 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         t.pitch = box_pitch(w, t.tile_w, strips);
         if (t.pitch > 256 || !cut_runs(t, s, true)) continue;
+        if (planes > 1 && t.runs > 1) continue;    // whole planes only: neighbouring runs share more of their boxes
         lay_out_regions(t, s, channels, true);
         const int64_t row_bytes = 2 * t.chunk;
-        t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
+        // Parts of GEMM_K where tiles are too few; of one phase, so that a part is a range of channels.
+        for (int k_parts : {1, 2, 3, 4, 5, 6, 8}) {
+        if (!cut_channels(t, k_parts) || !count_tiles(t, s, samples)) continue;
+        if (k_parts > 1 && (groups > 1 || s.source_phases() > 1 || t.tiles > 2 * k_parts * multiprocessors)) break;
+        t.input_bytes = round_up((int64_t(planes) * t.box_rows * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = t.items * kRows * row_bytes;
         t.weight_rings = split_m ? 2 : 1;
         t.buffers = warpgroups;
@@ -4905,23 +5010,22 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
         // A tile's weights stay in shared memory for the next tile, where the ring has as many stages as they fill or a multiple.
         const int tile_stages = d.taps * h.taps * w.taps / t.item_taps * (t.C_pad / t.chunk) * (many ? 1 : t.products);
-        const bool kept = t.weight_rings == 1 && t.weight_stages >= 2 && tile_stages <= t.weight_stages;
+        const bool kept = k_parts == 1 && t.weight_rings == 1 && t.weight_stages >= 2 && tile_stages <= t.weight_stages;
         if (kept) t.weight_stages -= t.weight_stages % tile_stages;
         else if (t.weight_stages * t.weight_rings < (many ? 3 : 6)) continue;
         // With one ring, the stages between the two warpgroups are not there to load weights in advance.
         const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
         t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
-        if (!count_tiles(t, s, samples)) continue;
         t.queues = kept ? t.row_pairs : 1;
         t.column_warps = 1;
         // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
-        const double steps = steps_of(t, s), boxes = boxes_of(t, s);
+        const double part = double(t.part_channels) / t.C_pad, steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part;
         // A step of two warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
         // cache; and longer where the stages that are not in use do not cover that one's latency.
-        const double weight_cycles = (kept ? 0 : t.weight_rings) * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step_cycles = warpgroups * block_n / 2 + 20, step = step_cycles > weight_cycles ? step_cycles : weight_cycles;
+        const double weight_cycles = (kept ? 0 : t.weight_rings) * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step_cycles = warpgroups * block_n / 2 + (many || block_n > 128 ? 20 : 95), step = step_cycles > weight_cycles ? step_cycles : weight_cycles;
         const double lead = (t.weight_stages - (split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
         const double box_bytes = t.box_bytes(), box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
-        double products = steps * step * (lead < latency && !kept ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        double products = steps * step * (lead < latency && !kept ? latency / lead : 1.0) + boxes * (40 + 0.05 * planes * t.box_rows * t.pitch * t.chunk / 16);
         products = products > box_time ? products : box_time;
         // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
         const double instructions = steps / (t.chunk / 16) * (many ? 60 + 350.0 / t.items : 350) + boxes * 600 + block_n * (t.dense ? 15 : 20);
@@ -4939,8 +5043,10 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (!t.tensor_store && !t.whole_sectors) tile += t.contiguous ? 0.3 * traffic : t.bulk ? 0.4 * traffic + 0.5 * store_time : 1.5 * traffic;
         if (warpgroups == 2 && !t.dense) tile += 25 * block_n;    // with three, one's epilogue is always beside the others' products
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
-        const double time = waves * (tile + (kept ? 400 : 1200));
+        const double added_bytes = k_parts == 1 ? 0 : 4.0 * k_parts * samples * channels * d.out * h.out * w.out;    // written, and read once more
+        const double time = waves * (tile + (kept ? 400 : 1200)) + (k_parts == 1 ? 0 : 6000 + 2 * added_bytes / 2500);
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+        }
     }
     return best;
 }
@@ -5002,7 +5108,7 @@ static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the hea
 // The parts of shared memory.
 struct SharedParts {
     SharedHead& head;
-    uint8_t *input, *weights, *buffers, *tables;    // (input_stages, box_rows, pitch, chunk) fp16 and margins; (weight_rings, weight_stages, 64, chunk) fp16; ...
+    uint8_t *input, *weights, *buffers, *tables;    // (input_stages, planes, box_rows, pitch, chunk) fp16 and margins; (weight_rings, weight_stages, 64, chunk) fp16; ...
     __device__ SharedParts(uint8_t* base, const Tiling& t) : head(*reinterpret_cast<SharedHead*>(base)) {
         input = base + kHeadBytes;
         weights = input + t.input_stages * t.input_bytes;
@@ -5017,20 +5123,24 @@ struct SharedParts {
 
 // ------------------------------------------------------------------------------------------------------ Producers
 
-// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone.
+// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone. A block's first tile is that of its own number.
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
     int queue, left;                        // where it takes tiles; queues that were not empty yet
-    int next = 0;                           // tile, or -1: no more
+    int next;                               // tile, or -1: no more
+    bool waited = false;                    // for the kernel before this one: others than the first tile are not taken earlier
     RingPosition slot;                      // to fill next
 
-    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head), queue(blockIdx.x % a.p.t.queues), left(a.p.t.queues) {}
+    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head), queue(blockIdx.x % a.p.t.queues), left(a.p.t.queues), next(blockIdx.x) {}
 
     __device__ __forceinline__ void take() {
+        if (!waited) wait_for_previous_kernel();
+        waited = true;
         const int queues = a.p.t.queues, queue_tiles = a.p.t.tiles / queues;
         for (next = -1; next < 0 && left > 0;) {
-            const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) : 0, 0);
+            const unsigned first = (gridDim.x - queue + queues - 1) / queues;    // these are the blocks'
+            const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) + first : 0, 0);
             if (ticket < queue_tiles) next = ticket * queues + queue;
             else queue = queue + 1 < queues ? queue + 1 : 0, left--;
         }
@@ -5070,19 +5180,16 @@ struct Loader {
     } step = {};
     int steps = 0, steps_live = -1;    // known ones; of tiles with these live taps they are all
 
-    // Takes the next steps from `tap` of the box at the cursor on. more: whether there are others, then.
+    // Takes the steps of the box at the cursor, from `tap` on, that there are lanes for. more: whether there are others, then.
     __device__ __forceinline__ void take_steps(const Tile& tile, Cursor& at, int& tap, bool& more) {
-        const int lane = threadIdx.x % 32;
-        for (steps = 0; more && steps < 32;) {
-            const BoxTaps taps(at);
-            const int own = tap + lane - steps, taken = min(taps.count - tap, 32 - steps);
-            if (lane >= steps && lane < steps + taken) {
-                const BoxTaps::Tap t = taps[own];
-                step = {t.rows | (own == 0 ? kOpensBox : 0), t.tap << 20 | t.column / 16, at.plane() - tile.d, at.source_row() - tile.h0, at.c};
-            }
-            steps += taken, tap += taken;
-            if (tap == taps.count) more = at.next_box(), tap = 0;
+        const BoxTaps taps(at);
+        const int lane = threadIdx.x % 32, own = tap + lane - steps, taken = min(taps.count - tap, 32 - steps);
+        if (lane >= steps && lane < steps + taken) {
+            const BoxTaps::Tap t = taps[own];
+            step = {t.rows | (own == 0 ? kOpensBox : 0), t.tap << 20 | t.column / 16, at.plane() - tile.d, at.source_row() - tile.h0, at.c};
         }
+        steps += taken, tap += taken;
+        if (tap == taps.count) more = at.next_box(), tap = 0;
     }
 
     // Lane `i` loads its step's box.
@@ -5093,7 +5200,7 @@ struct Loader {
         if (threadIdx.x % 32 == i) {
             mbarrier_arrive_expect_tx(head.input_full + in.stage, a.p.t.box_bytes());
             tma_load_5d(shared.input + in.stage * a.p.t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + step.channel, aw.first + tile.w0 - aw.shift[aw.taps - 1],
-                        tile.h0 + step.row, tile.d + step.plane, tile.n);
+                        tile.h0 + step.row, tile.d + step.plane, tile.sample);
         }
         __syncwarp();
         in.advance(a.p.t.input_stages);
@@ -5123,6 +5230,8 @@ struct Loader {
 
     __device__ __forceinline__ void run() {
         SharedHead& head = shared.head;
+        mbarrier_wait(head.tile_full, 0);    // the first tile
+        wait_for_previous_kernel();
         while (true) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
@@ -5131,20 +5240,21 @@ struct Loader {
             if (row != kept_row) kept = -1, kept_row = row;
             Cursor at(a.p, tile);
             int tap = 0;
-            bool more = false;
+            bool more = false, all = true;    // whether the lanes know all steps
             if (at.tile_live != steps_live) {
+                steps_live = at.tile_live, steps = 0;
                 more = at.next_box();
-                take_steps(tile, at, tap, more);
-                steps_live = more ? -1 : at.tile_live;
             }
-            while (true) {
-                for (int i = 0; i < steps; i++) {
-                    if (ring == 0 && __shfl_sync(~0u, step.rows, i) & kOpensBox) load_box(tile, i);
-                    load_weights(i, row, i == steps - 1 && !more);
+            for (int i = 0;; i++) {
+                if (i == steps) {    // take others as late as can be: the first loads do not wait for all of them
+                    if (!more) break;
+                    if (steps == 32) i = steps = 0, all = false;
+                    take_steps(tile, at, tap, more);
                 }
-                if (!more) break;
-                take_steps(tile, at, tap, more);
+                if (ring == 0 && __shfl_sync(~0u, step.rows, i) & kOpensBox) load_box(tile, i);
+                load_weights(i, row, i == steps - 1 && !more);
             }
+            if (!all) steps_live = -1;
             mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
         }
@@ -5271,7 +5381,7 @@ struct Consumer {
         const Run& run = tile.run[warpgroup];
         if (!kKeeps || run.channel0 != channel0 || tile.n != n) {
             channel0 = run.channel0, n = tile.n;
-            activation_max = a.activation_max[n];
+            activation_max = a.activation_max[tile.sample];
 #pragma unroll
             for (LaneRow& row : rows) {
                 const int channel = channel0 + row.channel;
@@ -5626,9 +5736,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += blockDim.x * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
     __syncthreads();
-    wait_for_previous_kernel();
 
-    // A warp for each task beside the warpgroups that compute.
+    // A warp for each task beside the warpgroups that compute. The first tile is located while the kernel before this one ends: what reads memory waits for that.
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
@@ -5637,12 +5746,12 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         } else {
             const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
             Publisher publisher(a, head);
-            if (publishes) publisher.take();
             if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes);
             else while (publisher.publish()) {}
         }
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
+        wait_for_previous_kernel();
         consume<kBlockN>(a, shared);
     }
 #endif
@@ -5662,27 +5771,26 @@ struct Path {
     static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int) {
         return conv_sm90::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors);
     }
-    // out = the convolution of packed operands, and its moments where there is room for them.
-    static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
-                        void* out, cudaStream_t stream) {
-        const Problem& p = plan.problem;
+    // a.out = the convolution of packed operands, or the parts of it, and its moments where there is room for them.
+    static int convolve(const Parameters& a, const scaled_half::Activation& source, const scaled_half::Weight& weight, int multiprocessors, cudaStream_t stream) {
+        const Problem& p = a.p;
         const Tiling& t = p.t;
         const StencilAxis* axis = p.s.axis;
         CUtensorMap x_map, w_map, out_map = {};
         const CUtensorMapSwizzle swizzle = swizzle_of(t.chunk * 2);
-        RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+        RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, t.planes, 1}));
         RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
-        if (t.tensor_store && dtype == kFloat32)
-            RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, t.region_channels, 1}));
-        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
+        if (t.tensor_store && a.dtype == kFloat32)
+            RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, a.out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N * t.k_parts}, {t.run, 1, t.region_channels, 1}));
         switch (t.block_n) {
-            case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 160: return launch_conv<160>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 136: return launch_conv<136, 3>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 128: return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            default: return launch_conv<64>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 232: return launch_conv<232>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 224: return launch_conv<224>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 192: return launch_conv<192>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 160: return launch_conv<160>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 136: return launch_conv<136, 3>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 128: return launch_conv<128>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 88: return launch_conv<88>(x_map, w_map, out_map, a, multiprocessors, stream);
+            default: return launch_conv<64>(x_map, w_map, out_map, a, multiprocessors, stream);
         }
     }
 };

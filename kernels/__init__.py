@@ -26,6 +26,7 @@ SOURCES = (
     "conv_tiles.h",
     "ptx_sm80.cuh",
     "conv_epilogue.cuh",
+    "conv_parts.cuh",
     "conv_statistics.cuh",
     "conv_plan.cuh",
     "conv_transpose3d_forward.cuh",

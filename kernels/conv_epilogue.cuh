@@ -11,6 +11,7 @@ namespace conv {
 
 // Scratch of a call.
 struct Workspace {
+    float* parts;                                  // or null. (k_parts, N, C_out, D_out, H_out, W_out): what is to be added
     unsigned* tile_tickets;                        // (queues): how many tiles have been taken; start at zero
     float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
@@ -23,7 +24,7 @@ struct Parameters {
     int dtype;
     bool apply_relu;
     const void* bias;                                // (C_out), or null
-    void* out;                                       // (N, C_out, D_out, H_out, W_out)
+    void* out;                                       // (k_parts, N, C_out, D_out, H_out, W_out)
     const scaled_half::SampleMax* activation_max;    // (N)
     const unsigned* weight_max;                      // (C_out)
     Workspace workspace;

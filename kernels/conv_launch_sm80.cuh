@@ -28,14 +28,13 @@ struct Path {
         return conv_sm80::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors, shared_bytes(device));
     }
 
-    // out = the convolution of packed operands, and its moments where there is room for them.
-    static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
-                        void* out, cudaStream_t stream) {
-        const Problem& p = plan.problem;
-        const Operands o = {{p, dtype, apply_relu, bias, out, source.max, weight.max, workspace}, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
+    // a.out = the convolution of packed operands, or the parts of it, and its moments where there is room for them.
+    static int convolve(const Parameters& a, const scaled_half::Activation& source, const scaled_half::Weight& weight, int multiprocessors, cudaStream_t stream) {
+        const Problem& p = a.p;
+        const Operands o = {a, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
-            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, plan.multiprocessors, stream) : launch_conv<128, kChunk>(o, plan.multiprocessors, stream);
+            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, multiprocessors, stream) : launch_conv<128, kChunk>(o, multiprocessors, stream);
         };
         return p.t.chunk == 64 ? launch_chunk(std::integral_constant<int, 64>{}) : p.t.chunk == 32 ? launch_chunk(std::integral_constant<int, 32>{}) : launch_chunk(std::integral_constant<int, 16>{});
     }

@@ -32,9 +32,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = box_bytes + threadIdx.x * 4; i < t.input_bytes; i += blockDim.x * 4) *reinterpret_cast<uint32_t*>(shared.input + stage * t.input_bytes + i) = 0;
     fence_proxy_async();
     __syncthreads();
-    wait_for_previous_kernel();
 
-    // A warp for each task beside the warpgroups that compute.
+    // A warp for each task beside the warpgroups that compute. The first tile is located while the kernel before this one ends: what reads memory waits for that.
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
@@ -43,12 +42,12 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         } else {
             const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
             Publisher publisher(a, head);
-            if (publishes) publisher.take();
             if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes);
             else while (publisher.publish()) {}
         }
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
+        wait_for_previous_kernel();
         consume<kBlockN>(a, shared);
     }
 #endif
@@ -68,27 +67,26 @@ struct Path {
     static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int) {
         return conv_sm90::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors);
     }
-    // out = the convolution of packed operands, and its moments where there is room for them.
-    static int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu,
-                        void* out, cudaStream_t stream) {
-        const Problem& p = plan.problem;
+    // a.out = the convolution of packed operands, or the parts of it, and its moments where there is room for them.
+    static int convolve(const Parameters& a, const scaled_half::Activation& source, const scaled_half::Weight& weight, int multiprocessors, cudaStream_t stream) {
+        const Problem& p = a.p;
         const Tiling& t = p.t;
         const StencilAxis* axis = p.s.axis;
         CUtensorMap x_map, w_map, out_map = {};
         const CUtensorMapSwizzle swizzle = swizzle_of(t.chunk * 2);
-        RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+        RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, source.copy, {source.phase_channels * source.phases(), axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, t.planes, 1}));
         RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle, weight.copy, {t.C_pad * t.products, t.M_pad, p.s.taps()}, {t.chunk, kRows, t.item_taps}));
-        if (t.tensor_store && dtype == kFloat32)
-            RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N}, {t.run, 1, t.region_channels, 1}));
-        const Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
+        if (t.tensor_store && a.dtype == kFloat32)
+            RETURN_IF_ERROR(make_tensor_map<4>(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, CU_TENSOR_MAP_SWIZZLE_NONE, a.out, {int64_t(axis[1].out) * axis[2].out, axis[0].out, p.C_out, p.N * t.k_parts}, {t.run, 1, t.region_channels, 1}));
         switch (t.block_n) {
-            case 232: return launch_conv<232>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 224: return launch_conv<224>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 192: return launch_conv<192>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 160: return launch_conv<160>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 136: return launch_conv<136, 3>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            case 128: return launch_conv<128>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
-            default: return launch_conv<64>(x_map, w_map, out_map, a, plan.multiprocessors, stream);
+            case 232: return launch_conv<232>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 224: return launch_conv<224>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 192: return launch_conv<192>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 160: return launch_conv<160>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 136: return launch_conv<136, 3>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 128: return launch_conv<128>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 88: return launch_conv<88>(x_map, w_map, out_map, a, multiprocessors, stream);
+            default: return launch_conv<64>(x_map, w_map, out_map, a, multiprocessors, stream);
         }
     }
 };

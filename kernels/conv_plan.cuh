@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 
+#include "conv_parts.cuh"
 #include "conv_statistics.cuh"
 #include "direct_generic.cuh"
 
@@ -69,6 +70,13 @@ template <typename Path> static const Plan& plan_of(const Geometry& g, Direction
 
 // -------------------------------------------------------------------------------------------------- Scratch memory
 
+// A kernel of its own: one behind a memset would not be brought to the multiprocessors before that ends.
+__global__ void __launch_bounds__(256) zero_kernel(uint4* memory, int64_t count) {
+    wait_for_previous_kernel();
+    const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+    if (i < count) memory[i] = make_uint4(0, 0, 0, 0);
+}
+
 // Takes pieces of the memory from `base` on (null where only their sizes are wanted), those that start at zero first.
 class Scratch {
 public:
@@ -84,7 +92,7 @@ public:
         return p;
     }
     int64_t bytes() const { return bytes_; }
-    int zero(cudaStream_t stream) const { return cudaMemsetAsync(base_, 0, zeroed_, stream); }
+    int zero(cudaStream_t stream) const { return launch(zero_kernel, ceil_div(zeroed_ / 16, 256), 256, stream, reinterpret_cast<uint4*>(base_), zeroed_ / 16); }
 
 private:
     uint8_t* base_;
@@ -94,12 +102,14 @@ private:
 inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) {
     Workspace w = {};
     w.tile_tickets = scratch.take_zeroed<unsigned>(p.t.queues);
-    if (!fused) return w;
-    const int64_t parts = parts_of_sample(p);
-    w.counts = scratch.take_zeroed<float>(p.N * parts);
-    w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
-    w.group_sums = scratch.take<double2>(p.N * p.C_out * kStatisticsBlocks);
-    w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
+    if (fused) {
+        const int64_t parts = parts_of_sample(p);
+        w.counts = scratch.take_zeroed<float>(p.N * parts);
+        w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
+        w.group_sums = scratch.take<double2>(p.N * p.C_out * kStatisticsBlocks);
+        w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
+    }
+    if (p.t.k_parts > 1) w.parts = scratch.take<float>(p.t.k_parts * p.N * p.C_out * p.out_volume);
     return w;
 }
 
@@ -116,6 +126,21 @@ inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const
     scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, max};
     weight.copy = scratch.take<__half>(weight.copied());
     return weight;
+}
+
+// ---------------------------------------------------------------------------------------------------- Convolution
+
+// out = the convolution of packed operands, and its moments where there is room for them. bias may be null; apply_relu writes relu(out).
+template <typename Path>
+int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu, void* out, cudaStream_t stream) {
+    const Problem& p = plan.problem;
+    if (p.t.block_n == 0) return cudaErrorNotSupported;
+    Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
+    if (p.t.k_parts == 1) return Path::convolve(a, source, weight, plan.multiprocessors, stream);
+    const Parameters whole = a;
+    a.dtype = kFloat32, a.apply_relu = false, a.bias = nullptr, a.out = workspace.parts, a.workspace.moments = nullptr;
+    RETURN_IF_ERROR(Path::convolve(a, source, weight, plan.multiprocessors, stream));
+    return launch(add_parts_kernel, p.N * p.C_out * parts_of_sample(p), kAddThreads, stream, whole);
 }
 
 // --------------------------------------------------------------------------------------------------------- Repair

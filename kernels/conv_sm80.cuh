@@ -99,7 +99,7 @@ template <int kChunk> struct Loader {
         const Problem& p = o.a.p;
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
         const int w0 = aw.first + head.tile.w0 - aw.shift[aw.taps - 1], piece = threadIdx.x % kPieces, step_h = kAtOnce / p.t.pitch, step_w = kAtOnce % p.t.pitch;
-        const __half* plane = o.x + (int64_t(head.tile.n) * ad.sources + step.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + step.channel + piece * 8;
+        const __half* plane = o.x + (int64_t(head.tile.sample) * ad.sources + step.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + step.channel + piece * 8;
         const uint32_t to = input_stage(box_slot);
         int row = threadIdx.x / kPieces, h = step.source_row + row / p.t.pitch, column = row % p.t.pitch;
         const int rows = p.t.box_rows * p.t.pitch + aw.shift[aw.taps - 1];
@@ -318,7 +318,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
     const Tile& tile = head.tile;
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
     const Run& run = tile.run[warpgroup];
-    const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.n]));
+    const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.sample]));
     const int phases_hw = packed_phases(t, p.s, 1) * p.s.axis[2].phases, regions = regions_of(p, run);
     int* table = tables + warpgroup * (t.table_bytes / 4);
     float* buffer = buffers + warpgroup * (t.buffer_bytes / 8);

@@ -51,7 +51,7 @@ static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the hea
 // The parts of shared memory.
 struct SharedParts {
     SharedHead& head;
-    uint8_t *input, *weights, *buffers, *tables;    // (input_stages, box_rows, pitch, chunk) fp16 and margins; (weight_rings, weight_stages, 64, chunk) fp16; ...
+    uint8_t *input, *weights, *buffers, *tables;    // (input_stages, planes, box_rows, pitch, chunk) fp16 and margins; (weight_rings, weight_stages, 64, chunk) fp16; ...
     __device__ SharedParts(uint8_t* base, const Tiling& t) : head(*reinterpret_cast<SharedHead*>(base)) {
         input = base + kHeadBytes;
         weights = input + t.input_stages * t.input_bytes;
@@ -66,20 +66,24 @@ struct SharedParts {
 
 // ------------------------------------------------------------------------------------------------------ Producers
 
-// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone.
+// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone. A block's first tile is that of its own number.
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
     int queue, left;                        // where it takes tiles; queues that were not empty yet
-    int next = 0;                           // tile, or -1: no more
+    int next;                               // tile, or -1: no more
+    bool waited = false;                    // for the kernel before this one: others than the first tile are not taken earlier
     RingPosition slot;                      // to fill next
 
-    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head), queue(blockIdx.x % a.p.t.queues), left(a.p.t.queues) {}
+    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head), queue(blockIdx.x % a.p.t.queues), left(a.p.t.queues), next(blockIdx.x) {}
 
     __device__ __forceinline__ void take() {
+        if (!waited) wait_for_previous_kernel();
+        waited = true;
         const int queues = a.p.t.queues, queue_tiles = a.p.t.tiles / queues;
         for (next = -1; next < 0 && left > 0;) {
-            const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) : 0, 0);
+            const unsigned first = (gridDim.x - queue + queues - 1) / queues;    // these are the blocks'
+            const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) + first : 0, 0);
             if (ticket < queue_tiles) next = ticket * queues + queue;
             else queue = queue + 1 < queues ? queue + 1 : 0, left--;
         }
@@ -119,19 +123,16 @@ struct Loader {
     } step = {};
     int steps = 0, steps_live = -1;    // known ones; of tiles with these live taps they are all
 
-    // Takes the next steps from `tap` of the box at the cursor on. more: whether there are others, then.
+    // Takes the steps of the box at the cursor, from `tap` on, that there are lanes for. more: whether there are others, then.
     __device__ __forceinline__ void take_steps(const Tile& tile, Cursor& at, int& tap, bool& more) {
-        const int lane = threadIdx.x % 32;
-        for (steps = 0; more && steps < 32;) {
-            const BoxTaps taps(at);
-            const int own = tap + lane - steps, taken = min(taps.count - tap, 32 - steps);
-            if (lane >= steps && lane < steps + taken) {
-                const BoxTaps::Tap t = taps[own];
-                step = {t.rows | (own == 0 ? kOpensBox : 0), t.tap << 20 | t.column / 16, at.plane() - tile.d, at.source_row() - tile.h0, at.c};
-            }
-            steps += taken, tap += taken;
-            if (tap == taps.count) more = at.next_box(), tap = 0;
+        const BoxTaps taps(at);
+        const int lane = threadIdx.x % 32, own = tap + lane - steps, taken = min(taps.count - tap, 32 - steps);
+        if (lane >= steps && lane < steps + taken) {
+            const BoxTaps::Tap t = taps[own];
+            step = {t.rows | (own == 0 ? kOpensBox : 0), t.tap << 20 | t.column / 16, at.plane() - tile.d, at.source_row() - tile.h0, at.c};
         }
+        steps += taken, tap += taken;
+        if (tap == taps.count) more = at.next_box(), tap = 0;
     }
 
     // Lane `i` loads its step's box.
@@ -142,7 +143,7 @@ struct Loader {
         if (threadIdx.x % 32 == i) {
             mbarrier_arrive_expect_tx(head.input_full + in.stage, a.p.t.box_bytes());
             tma_load_5d(shared.input + in.stage * a.p.t.input_bytes, x_map, head.input_full + in.stage, tile.source_channel + step.channel, aw.first + tile.w0 - aw.shift[aw.taps - 1],
-                        tile.h0 + step.row, tile.d + step.plane, tile.n);
+                        tile.h0 + step.row, tile.d + step.plane, tile.sample);
         }
         __syncwarp();
         in.advance(a.p.t.input_stages);
@@ -172,6 +173,8 @@ struct Loader {
 
     __device__ __forceinline__ void run() {
         SharedHead& head = shared.head;
+        mbarrier_wait(head.tile_full, 0);    // the first tile
+        wait_for_previous_kernel();
         while (true) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
@@ -180,20 +183,21 @@ struct Loader {
             if (row != kept_row) kept = -1, kept_row = row;
             Cursor at(a.p, tile);
             int tap = 0;
-            bool more = false;
+            bool more = false, all = true;    // whether the lanes know all steps
             if (at.tile_live != steps_live) {
+                steps_live = at.tile_live, steps = 0;
                 more = at.next_box();
-                take_steps(tile, at, tap, more);
-                steps_live = more ? -1 : at.tile_live;
             }
-            while (true) {
-                for (int i = 0; i < steps; i++) {
-                    if (ring == 0 && __shfl_sync(~0u, step.rows, i) & kOpensBox) load_box(tile, i);
-                    load_weights(i, row, i == steps - 1 && !more);
+            for (int i = 0;; i++) {
+                if (i == steps) {    // take others as late as can be: the first loads do not wait for all of them
+                    if (!more) break;
+                    if (steps == 32) i = steps = 0, all = false;
+                    take_steps(tile, at, tap, more);
                 }
-                if (!more) break;
-                take_steps(tile, at, tap, more);
+                if (ring == 0 && __shfl_sync(~0u, step.rows, i) & kOpensBox) load_box(tile, i);
+                load_weights(i, row, i == steps - 1 && !more);
             }
+            if (!all) steps_live = -1;
             mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
         }
@@ -320,7 +324,7 @@ struct Consumer {
         const Run& run = tile.run[warpgroup];
         if (!kKeeps || run.channel0 != channel0 || tile.n != n) {
             channel0 = run.channel0, n = tile.n;
-            activation_max = a.activation_max[n];
+            activation_max = a.activation_max[tile.sample];
 #pragma unroll
             for (LaneRow& row : rows) {
                 const int channel = channel0 + row.channel;

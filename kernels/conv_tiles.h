@@ -34,7 +34,8 @@ struct Run {
 };
 
 struct Place {
-    int n, d, w0, columns;       // sample, plane of the grid; or n = -1: no more. First column of the strip, and how many
+    int n, d, w0, columns;       // sample of the outputs, those of part 0 of GEMM_K first; first plane of the grid; or n = -1: no more. First column of the strip, and how many
+    int sample, part_k;          // of the source
     int h0, part;                // first row of the box's positions; index in the sample
     int row_tile, first_run;     // of the first warpgroup
     int source_channel;          // the first of the copy
@@ -49,16 +50,19 @@ struct Tile : Place {
 // How many phases the axes have that are not packed.
 HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.packed_phases; }
 
-// Sets of moments of a channel: of each run and phase.
+constexpr int kAddedOutputs = 1024;    // of a block that adds parts of GEMM_K
+
+// Sets of moments of a channel: of each run and phase, or of what a block adds.
 HOST_DEVICE int parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
-    return t.row_pairs ? t.sample_tiles / t.row_pairs * t.tile_runs() * t.column_warps * p.s.phases() : 0;
+    if (t.k_parts > 1) return int(ceil_div(p.out_volume, kAddedOutputs));
+    return t.row_pairs ? t.sample_tiles / t.row_pairs * t.tile_parts() * t.column_warps * p.s.phases() : 0;
 }
 
 // The index of a run among all runs of all samples that have moments of their own.
 HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgroup) {
     const Tiling& t = p.t;
-    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * t.tile_runs() + (t.split_m ? 0 : warpgroup);
+    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * t.tile_parts() + (t.split_m ? 0 : warpgroup);
 }
 
 // Bit t: tap t has weights in some row of a row tile.
@@ -81,15 +85,16 @@ HOST_DEVICE int place_of_bit(int bits, int rank) {
 // A tile's boxes, in the order in which everyone takes them: of every tap d, some taps h, and a chunk of GEMM_K.
 struct Cursor {
     const Problem* p;
-    int d, h0;
-    int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d)
+    int d, h0, c_begin, c_end;
+    int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d), from bit 16 on the part of GEMM_K: tiles of the same one have the same steps
     int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
     int td, first, c;                   // tap (d), first tap (h), channel of GEMM_K
     int phase_c = 0, phase_d = 0, phase_h = 0, phase_w = 0;    // of the source, and c within it: counted, since a division takes a warp 100 cycles
 
     // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
-        : p(&p), d(tile.d), h0(tile.h0), tile_live(tile.live_h | tile.live_d << 8), td(-1), first(p.s.axis[1].taps), c(p.t.C_pad) {}
+        : p(&p), d(tile.d), h0(tile.h0), c_begin(tile.part_k * p.t.part_channels), c_end(min_of(p.t.C_pad, c_begin + p.t.part_channels)), tile_live(tile.live_h | tile.live_d << 8 | tile.part_k << 16),
+          td(-1), first(p.s.axis[1].taps), c(c_end) {}
     // Whether there is another box with live taps, which it then is at.
     HOST_DEVICE bool next_box() {
         const StencilAxis &ad = p->s.axis[0], &ah = p->s.axis[1], &aw = p->s.axis[2];
@@ -100,7 +105,7 @@ struct Cursor {
                 if (++phase_w == aw.source_phases) phase_w = 0, phase_h++;
                 if (phase_h == ah.source_phases) phase_h = 0, phase_d++;
             }
-            if (c >= p->t.C_pad) {
+            if (c >= c_end) {
                 first += p->t.taps_per_box;
                 if (first >= ah.taps) {
                     do {
@@ -108,7 +113,7 @@ struct Cursor {
                     } while (!(tile_live >> (8 + td) & 1));
                     first = 0;
                 }
-                c = phase_c = phase_d = phase_h = phase_w = 0;
+                c = phase_c = c_begin, phase_d = phase_h = phase_w = 0;    // parts are of one phase
             }
             live_h = tile_live & ((1 << p->t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p->t.phase_channels < p->t.C_pad) {
@@ -171,7 +176,8 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
     index /= t.runs;
     place.w0 = index % t.strips * t.tile_w;
     index /= t.strips;
-    place.d = index % ad.positions, place.n = index / ad.positions;
+    place.d = index % t.plane_groups * t.planes, place.n = index / t.plane_groups;
+    place.part_k = t.k_parts > 1 ? place.n / int(p.N) : 0, place.sample = place.n - place.part_k * int(p.N);
     place.columns = min_of(t.tile_w, aw.positions - place.w0);
     place.h0 = place.first_run * t.run / t.tile_w;
     place.source_channel = t.split ? place.row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
@@ -180,8 +186,10 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
         const int outer = (place.row_tile + i) / t.rows.channel_tiles;
         place.live_d |= live_taps(ad, t.packed[0], t.packed[0] ? 0 : outer / phases_h % ad.phases), place.live_h |= live_taps(ah, t.packed[1], outer % phases_h);
     }
-    for (int td = 0; td < ad.taps; td++)
-        if (unsigned(ad.first + place.d - ad.shift[td]) >= unsigned(ad.sources)) place.live_d &= ~(1 << td);
+    for (int td = 0; td < ad.taps; td++) {
+        const int plane = ad.first + place.d - ad.shift[td];    // that the first one reads
+        if (plane + t.planes <= 0 || plane >= ad.sources) place.live_d &= ~(1 << td);
+    }
     place.empty = place.live_d == 0 || place.live_h == 0;
     return place;
 }
@@ -194,11 +202,12 @@ HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
     run.outer = run.row_tile / t.rows.channel_tiles, run.channel0 = (run.row_tile - run.outer * t.rows.channel_tiles) * t.rows.octets * 8;
     const int phases_h = t.packed[1] ? 1 : ah.phases, phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
     run.phase_h = run.outer % phases_h;
-    const int begin = (place.first_run + (t.split_m ? 0 : warpgroup)) * t.run;
-    run.count = run.outer < outer_phases(p) ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;    // none in an added row tile
+    const int plane = t.planes > 1 ? warpgroup : 0, begin = (place.first_run + (t.tile_runs() > 1 ? warpgroup : 0)) * t.run;
+    const bool exists = run.outer < outer_phases(p) && place.d + plane < ad.positions;    // not in an added row tile or plane
+    run.count = exists ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;
     run.h0 = begin / t.tile_w, run.q0 = begin - run.h0 * t.tile_w;
-    run.b_row = run.count > 0 ? (run.h0 - place.h0) * t.pitch + run.q0 : 0;
-    run.od0 = place.d * ad.phases + phase_d - ad.crop;
+    run.b_row = run.count > 0 ? (plane * t.box_rows + run.h0 - place.h0) * t.pitch + run.q0 : 0;
+    run.od0 = (place.d + plane) * ad.phases + phase_d - ad.crop;
     run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
     if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
     run.rows = run.count / t.tile_w;

@@ -12,7 +12,8 @@ constexpr int kSector = 8, kLine = 32;         // floats of memory that are writ
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
-// Positions. One (n, d) plane of the grid, a strip of tile_w columns at a time, in runs of `run` positions for each warpgroup.
+// Positions. A strip of tile_w columns of an (n, d) plane of the grid at a time, in runs of `run` positions for each warpgroup: neighbouring runs of one
+// plane, or the same run of neighbouring planes, which small planes are too few positions without.
 // A box of the source, halo included, is copied once for all taps (h, w): rows of `pitch`, so that a tap is a shift of an
 // address by whole rows of shared memory. Where the strip is the whole width, neighbouring rows share the zeros of their halos.
 struct Tiling {
@@ -21,13 +22,15 @@ struct Tiling {
     int split_m;                               // 1: the warpgroups, two of them, have the same positions, other rows; 0: the other way round
     int chunk;                                 // source channels of a stage: 16, 32 or 64
     int phase_channels, C_pad;                 // source channels of GEMM_K: of each phase, of all
+    int k_parts, part_channels;                // parts of GEMM_K, which are added in the end; source channels of each
     int split, products, group_tiles;          // channels of a group where operands are split (else 0), products of a tap, row tiles of a group
     bool packed[3];                            // axes
     RowMap rows;
     int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
     int tile_w, strips;                        // columns of a strip
     int run, runs;                             // positions of a run, runs of a strip, in groups of tile_runs()
-    int pitch, box_rows;
+    int planes, plane_groups;                  // of the grid in a tile: 1, or one for each warpgroup; tiles for all planes
+    int pitch, box_rows;                       // of a plane of a box
     int taps_per_box;                          // taps h that a box serves: all, or 1
     bool whole_rows;                           // a run is whole rows of the strip
     bool whole_sectors;                        // of memory are stored: a run has the first outputs of the next one too, to the end of its last sector
@@ -44,8 +47,9 @@ struct Tiling {
     int row_pairs, sample_tiles, tiles;        // row tiles of a block
     int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
-    HOST_DEVICE int tile_runs() const { return split_m ? 1 : warpgroups; }
-    HOST_DEVICE int box_bytes() const { return box_rows * pitch * chunk * 2; }
+    HOST_DEVICE int tile_runs() const { return split_m || planes > 1 ? 1 : warpgroups; }    // of a plane
+    HOST_DEVICE int tile_parts() const { return split_m ? 1 : warpgroups; }                  // runs of all its planes
+    HOST_DEVICE int box_bytes() const { return planes * box_rows * pitch * chunk * 2; }
     HOST_DEVICE int channels() const { return rows.channel_tiles * rows.octets * 8; }
 };
 
@@ -159,16 +163,24 @@ inline bool set_channels(Tiling& t, const Stencil& s, int64_t source_channels, i
         if (t.split_m || t.group_tiles * t.rows.octets * 8 * groups != channels) return false;
     }
     t.C_pad = t.phase_channels * s.source_phases();
+    t.k_parts = 1, t.part_channels = t.C_pad;
     t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, t.split_m ? 2 : 1);
     t.M_pad = kRows * t.row_tiles;
     t.row_pairs = t.row_tiles / (t.split_m ? 2 : 1);
     return true;
 }
 
+// Cuts GEMM_K into `parts` of whole stages. False where it is so short that some would be empty.
+inline bool cut_channels(Tiling& t, int parts) {
+    t.k_parts = parts, t.part_channels = int(ceil_div(t.C_pad / t.chunk, parts)) * t.chunk;
+    return int64_t(t.part_channels) * (parts - 1) < t.C_pad;
+}
+
 inline bool count_tiles(Tiling& t, const Stencil& s, int64_t samples) {
-    const int64_t sample_tiles = int64_t(s.axis[0].positions) * t.strips * t.runs * t.row_pairs;
-    if (samples * sample_tiles > 1 << 30) return false;
-    t.sample_tiles = int(sample_tiles), t.tiles = int(samples * sample_tiles);
+    t.plane_groups = int(ceil_div(s.axis[0].positions, t.planes));
+    const int64_t sample_tiles = int64_t(t.plane_groups) * t.strips * t.runs * t.row_pairs;
+    if (samples * sample_tiles * t.k_parts > 1 << 30) return false;
+    t.sample_tiles = int(sample_tiles), t.tiles = int(samples * sample_tiles * t.k_parts);
     return true;
 }
 

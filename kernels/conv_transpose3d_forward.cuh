@@ -34,20 +34,18 @@ template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused
     return ForwardMemory(g, plan_of<Path>(g, Direction::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
 }
 
-// bias may be null; apply_relu writes relu(out). The memory's moments, if it has room for them, are then those of out.
 template <typename Path>
-int convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out) {
-    if (plan.problem.t.block_n == 0) return cudaErrorNotSupported;
+int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out) {
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
-    return Path::convolve(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, stream);
+    return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, stream);
 }
 
 template <typename Path>
 int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, false, base, x, w);
-    RETURN_IF_ERROR(convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out));
+    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out));
     return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
 
@@ -58,7 +56,7 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
                             const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, true, base, x, w);
-    RETURN_IF_ERROR(convolve<Path>(plan, memory, dtype, stream, bias, true, activation));
+    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, true, activation));
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     double* rstd = statistics + g.N * num_groups;
     const int blocks = statistics_blocks(plan.problem, shape);

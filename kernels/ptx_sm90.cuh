@@ -155,6 +155,10 @@ template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void 
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, %35, 1, 1, %34, %34;\n"
                  : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[44], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n88k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " "%40, %41, %42, %43" "}, %44, %45, %47, 1, 1, %46, %46;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, %67, 1, 1, %66, %66;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));

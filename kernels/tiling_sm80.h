@@ -38,7 +38,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int chunk : {64, 32, 16})
     for (int input_stages : {1, 2}) {
         Tiling t = {};
-        t.warpgroups = 2, t.queues = 1;
+        t.warpgroups = 2, t.queues = 1, t.planes = 1;
         t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
         const int blocks = blocks_of(block_n);
         const int64_t shared = (most_shared + 1024) / blocks - 1024;

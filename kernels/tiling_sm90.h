@@ -21,7 +21,7 @@ HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) {
     switch (chunk) {
         case 16: return block_n == 136;
         case 32: return block_n == 232 || block_n == 136 || block_n == 64;
-        default: return !many || block_n == 160 || block_n == 64;
+        default: return !many || block_n == 160 || block_n == 88 || block_n == 64;
     }
 }
 
@@ -38,16 +38,18 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int packing = 0; packing < 3; packing++)
     for (int warpgroups : {2, 3})
     for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {232, 224, 192, 160, 136, 128, 64})
+    for (int block_n : {232, 224, 192, 160, 136, 128, 88, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (bool half_chunk : {false, true})
+    for (int planes : {1, warpgroups})
     for (int input_stages : {2, 3, 4, 6})
     for (int item_taps : {h.taps * w.taps, w.taps, 1}) {
         if ((warpgroups == 3) != (block_n == 136) || (warpgroups == 3 && split_m)) continue;    // as many sums as there are registers for
+        if (planes > 1 && (split_m || d.positions == 1)) continue;
         Tiling t = {};
         t.input_stages = input_stages, t.warpgroups = warpgroups;
-        t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box;
+        t.block_n = block_n, t.split_m = split_m, t.planes = planes, t.taps_per_box = taps_per_box;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
         t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
@@ -63,9 +65,14 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         t.pitch = box_pitch(w, t.tile_w, strips);
         if (t.pitch > 256 || !cut_runs(t, s, true)) continue;
+        if (planes > 1 && t.runs > 1) continue;    // whole planes only: neighbouring runs share more of their boxes
         lay_out_regions(t, s, channels, true);
         const int64_t row_bytes = 2 * t.chunk;
-        t.input_bytes = round_up((int64_t(t.box_rows) * t.pitch + halo_w) * row_bytes, 1024);
+        // Parts of GEMM_K where tiles are too few; of one phase, so that a part is a range of channels.
+        for (int k_parts : {1, 2, 3, 4, 5, 6, 8}) {
+        if (!cut_channels(t, k_parts) || !count_tiles(t, s, samples)) continue;
+        if (k_parts > 1 && (groups > 1 || s.source_phases() > 1 || t.tiles > 2 * k_parts * multiprocessors)) break;
+        t.input_bytes = round_up((int64_t(planes) * t.box_rows * t.pitch + halo_w) * row_bytes, 1024);
         t.weight_bytes = t.items * kRows * row_bytes;
         t.weight_rings = split_m ? 2 : 1;
         t.buffers = warpgroups;
@@ -74,23 +81,22 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.weight_stages = (left_bytes / t.weight_bytes < kMaxStages ? left_bytes / t.weight_bytes : kMaxStages) / t.weight_rings;
         // A tile's weights stay in shared memory for the next tile, where the ring has as many stages as they fill or a multiple.
         const int tile_stages = d.taps * h.taps * w.taps / t.item_taps * (t.C_pad / t.chunk) * (many ? 1 : t.products);
-        const bool kept = t.weight_rings == 1 && t.weight_stages >= 2 && tile_stages <= t.weight_stages;
+        const bool kept = k_parts == 1 && t.weight_rings == 1 && t.weight_stages >= 2 && tile_stages <= t.weight_stages;
         if (kept) t.weight_stages -= t.weight_stages % tile_stages;
         else if (t.weight_stages * t.weight_rings < (many ? 3 : 6)) continue;
         // With one ring, the stages between the two warpgroups are not there to load weights in advance.
         const int advance = int(ceil_div(2000, int64_t(block_n) * t.chunk / 16 * t.items)) + 2;
         t.lag = split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
-        if (!count_tiles(t, s, samples)) continue;
         t.queues = kept ? t.row_pairs : 1;
         t.column_warps = 1;
         // Cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
-        const double steps = steps_of(t, s), boxes = boxes_of(t, s);
+        const double part = double(t.part_channels) / t.C_pad, steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part;
         // A step of two warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
         // cache; and longer where the stages that are not in use do not cover that one's latency.
-        const double weight_cycles = (kept ? 0 : t.weight_rings) * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step_cycles = warpgroups * block_n / 2 + 20, step = step_cycles > weight_cycles ? step_cycles : weight_cycles;
+        const double weight_cycles = (kept ? 0 : t.weight_rings) * kRows * 16 * 2 / 21.0 + 0.1 * block_n, step_cycles = warpgroups * block_n / 2 + (many || block_n > 128 ? 20 : 95), step = step_cycles > weight_cycles ? step_cycles : weight_cycles;
         const double lead = (t.weight_stages - (split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
         const double box_bytes = t.box_bytes(), box_time = boxes * (latency + box_bytes / 25) / (input_stages - 1);    // loads in flight
-        double products = steps * step * (lead < latency && !kept ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.box_rows * t.pitch * t.chunk / 16);
+        double products = steps * step * (lead < latency && !kept ? latency / lead : 1.0) + boxes * (40 + 0.05 * planes * t.box_rows * t.pitch * t.chunk / 16);
         products = products > box_time ? products : box_time;
         // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
         const double instructions = steps / (t.chunk / 16) * (many ? 60 + 350.0 / t.items : 350) + boxes * 600 + block_n * (t.dense ? 15 : 20);
@@ -108,8 +114,10 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (!t.tensor_store && !t.whole_sectors) tile += t.contiguous ? 0.3 * traffic : t.bulk ? 0.4 * traffic + 0.5 * store_time : 1.5 * traffic;
         if (warpgroups == 2 && !t.dense) tile += 25 * block_n;    // with three, one's epilogue is always beside the others' products
         const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
-        const double time = waves * (tile + (kept ? 400 : 1200));
+        const double added_bytes = k_parts == 1 ? 0 : 4.0 * k_parts * samples * channels * d.out * h.out * w.out;    // written, and read once more
+        const double time = waves * (tile + (kept ? 400 : 1200)) + (k_parts == 1 ? 0 : 6000 + 2 * added_bytes / 2500);
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+        }
     }
     return best;
 }
