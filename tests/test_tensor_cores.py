@@ -35,9 +35,9 @@ PLAIN = [
     ((2, 64, 12, 16, 16), 32, 4, 2, 1, 0, 1),           # three consumers, the last one with a single row
     ((1, 32, 4, 20, 128), 32, 3, 2, 1, 0, 1),           # sectors of memory that two runs share
     ((2, 64, 8, 32, 32), 32, 2, 2, 0, 0, 1),            # phases staged as vectors
-    ((2, 320, 7, 8, 8), 96, 3, 1, 1, 0, 1),             # tiles of several planes, parts of GEMM_K
-    ((1, 200, 5, 9, 9), 40, 3, 1, 1, 0, 1),
-    ((2, 256, 5, 8, 8), 64, 4, 2, 1, 0, 1),
+    ((2, 320, 7, 8, 8), 96, 3, 1, 1, 0, 1),             # tiles of several planes, GEMM_K in parts
+    ((1, 200, 5, 9, 9), 40, 3, 1, 1, 0, 1),             # GEMM_K in parts
+    ((2, 320, 8, 8, 8), 256, 2, 2, 0, 0, 1),            # tiles of several planes
 ]
 GROUPED = [((2, 32, 8, 16, 16), 32, 4, 3, 2, 1, 0, 1), ((2, 64, 8, 16, 18), 32, 2, 3, 1, 1, 0, 1), ((1, 48, 9, 14, 18), 96, 4, (3, 2, 5), 2, 1, 1, 1)]
 
