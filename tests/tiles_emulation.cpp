@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "../kernels/conv_tiles.h"
@@ -82,6 +83,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
     for (float& v : w.values) v = int(random() % 7) - 3;
     Tensor truth = reference(direction, g, x, w), out({g.N * t.k_parts, p.C_out, ad->out, ah->out, aw->out}, NAN);
     std::vector<int> written(out.values.size(), 0);
+    std::set<std::pair<int64_t, int>> moments;    // (set, channel) that a row leaves
     const std::vector<float> weights = pack(direction, g, p, C, w);
     const int phases_d = packed_phases(t, p.s, 0), phases_h = packed_phases(t, p.s, 1);
     const int chunk = int(random() % (t.phase_channels / t.chunk)) * t.chunk;    // of each phase: the one that the channels are in
@@ -115,6 +117,10 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
             const int granule = r / 8, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases, channel = octet * 8 + r % 8;
             const int phase_w = phase % aw->phases, packed_h = phase / aw->phases % phases_h, packed_d = phase / aw->phases / phases_h, od = run.od0 + packed_d;
             if (octet >= t.rows.octets || run.outer >= outer_phases(p) || run.channel0 + channel >= p.C_out || od < 0 || od >= ad->out) continue;
+            if (!on_sm80(t) && t.k_parts == 1 && run.count > 0) {
+                const int64_t set = index_of_run(p, tile, warpgroup) * p.s.phases() + run.outer * t.rows.packed_phases + phase;
+                REQUIRE(set / parts_of_sample(p) == tile.n && moments.emplace(set, run.channel0 + channel).second);
+            }
             const int align = (run.alignment + alignment_of_region(p, channel, packed_d)) % t.staging_unit;
             std::vector<int> places(t.block_n);
             for (int q = 0; q < t.block_n; q++) places[q] = staged_place(p, tile, run, run.q0 + q, packed_h, phase_w);
