@@ -911,6 +911,15 @@ HOST_DEVICE int64_t kernel_volume(const Geometry& g) { return g.axis[0].kernel *
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The upper half of the product.
+HOST_DEVICE unsigned multiply_high(unsigned a, unsigned b) {
+#ifdef __CUDA_ARCH__
+    return __umulhi(a, b);
+#else
+    return unsigned(uint64_t(a) * b >> 32);
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------ Phases
 
 enum class Direction {
@@ -972,6 +981,12 @@ _SOURCES['stencil.h'] = r'''
 #include "geometry.h"
 
 constexpr int kMaxTaps = 7, kMaxStride = 4;
+
+// x / phases, of 1 to 4 phases.
+HOST_DEVICE int divide_by_phases(unsigned x, int phases) {
+    static_assert(kMaxStride == 4, "below");
+    return int(phases == 3 ? multiply_high(x, 0xaaaaaaabu) >> 1 : x >> phases / 2);
+}
 
 // One axis. Position p of the destination's grid reads the source's grid at first + p - shift[t] for every tap t, where that
 // is in [0, sources). Position p and phase r of the destination's grid are its element p * phases + r - crop, where that is in
@@ -2462,12 +2477,6 @@ template <typename T> using Four = Vector<T, 4>;
 
 enum class Kind { kPlain, kSplit, kNorm };
 
-// x / phases, of 1 to 4 phases.
-__device__ __forceinline__ int divide_by_phases(int x, int phases) {
-    static_assert(kMaxStride == 4, "below");
-    return phases == 3 ? __umulhi(x, 0xaaaaaaab) >> 1 : x >> phases / 2;
-}
-
 // Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u): x, the element of the
 // source's channel, or -1 where there is none; y, the position and phase of the copy.
 __device__ __forceinline__ int2 place_of(const Activation& a, unsigned f) {
@@ -2656,6 +2665,25 @@ constexpr int kMaxWarpgroups = 3;              // that multiply
 constexpr int kMostPaired = 136;               // the largest block_n whose epilogue knows paired runs, and runs with outputs of the next one (conv_tiles.h)
 constexpr int kSector = 8, kLine = 32;         // floats of memory that are written at once, and requested at once: parts of a sector cost more than all of it
 
+// Division by what is known when a plan is made, of numbers from 0 to 2^31 - 1: n / d = (n + n * magic / 2^32) / 2^shift (Granlund, Montgomery: "Division by Invariant
+// Integers using Multiplication"). A division takes a warp 100 cycles, and locating a tile is a chain of a dozen.
+struct Divisor {
+    unsigned magic;
+    int shift, value;
+    HOST_DEVICE int divide(int n) const { return int((multiply_high(unsigned(n), magic) + unsigned(n)) >> shift); }
+    // The remainder; n becomes the quotient.
+    HOST_DEVICE int take(int& n) const {
+        const int quotient = divide(n), rest = n - quotient * value;
+        n = quotient;
+        return rest;
+    }
+};
+inline Divisor make_divisor(int value) {
+    int shift = 0;
+    while (int64_t(1) << shift < value) shift++;
+    return {unsigned((uint64_t(1) << 32) * ((uint64_t(1) << shift) - value) / value + 1), shift, value};
+}
+
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
 // Positions. A strip of tile_w columns of an (n, d) plane of the grid at a time, in runs of `run` positions for each warpgroup: neighbouring runs of one
@@ -2690,9 +2718,11 @@ struct Tiling {
     int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where all warpgroups have the same rows
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
-    int row_pairs, sample_tiles, tiles;        // row tiles of a block
+    int row_pairs, tiles;                      // row tiles of a block
     int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
+    Divisor by_row_pairs, by_runs, by_strips, by_plane_groups, by_tile_w, by_pitch, by_channel_tiles;
+    HOST_DEVICE int sample_places() const { return plane_groups * strips * runs; }    // of tiles, on the grid
     HOST_DEVICE int tile_runs() const { return split_m || planes > 1 ? 1 : warpgroups; }    // of a plane
     HOST_DEVICE int tile_parts() const { return split_m ? 1 : warpgroups; }                  // runs of all its planes
     HOST_DEVICE int box_bytes() const { return planes * box_rows * pitch * chunk * 2; }
@@ -2824,10 +2854,18 @@ inline bool cut_channels(Tiling& t, int parts) {
 
 inline bool count_tiles(Tiling& t, const Stencil& s, int64_t samples) {
     t.plane_groups = int(ceil_div(s.axis[0].positions, t.planes));
-    const int64_t sample_tiles = int64_t(t.plane_groups) * t.strips * t.runs * t.row_pairs;
-    if (samples * sample_tiles * t.k_parts > 1 << 30) return false;
-    t.sample_tiles = int(sample_tiles), t.tiles = int(samples * sample_tiles * t.k_parts);
+    const int64_t tiles = samples * t.plane_groups * t.strips * t.runs * t.row_pairs * t.k_parts;
+    if (tiles > 1 << 30) return false;
+    t.tiles = int(tiles);
     return true;
+}
+
+// The chosen tiling, complete.
+inline Tiling with_divisors(Tiling t) {
+    if (t.block_n == 0) return t;
+    t.by_row_pairs = make_divisor(t.row_pairs), t.by_runs = make_divisor(t.runs), t.by_strips = make_divisor(t.strips), t.by_plane_groups = make_divisor(t.plane_groups);
+    t.by_tile_w = make_divisor(t.tile_w), t.by_pitch = make_divisor(t.pitch), t.by_channel_tiles = make_divisor(t.rows.channel_tiles);
+    return t;
 }
 
 // What a tile has on average: steps of 16 source channels at a tap, and boxes.
@@ -2896,21 +2934,29 @@ struct Tile : Place {
 };
 
 // How many phases the axes have that are not packed.
-HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.packed_phases; }
+HOST_DEVICE int outer_phases(const Problem& p) { return (p.t.packed[0] ? 1 : p.s.axis[0].phases) * (p.t.packed[1] ? 1 : p.s.axis[1].phases); }    // W is packed
 
 constexpr int kAddedOutputs = 1024;    // of a block that adds parts of GEMM_K
+
+// The phases of D and H, where they are not packed, of outer phase `outer` (but of one that an added row tile has).
+struct OuterPhases { int d, h; };
+HOST_DEVICE OuterPhases outer_phases_of(const Problem& p, int outer) {
+    const Tiling& t = p.t;
+    const int phases_h = t.packed[1] ? 1 : p.s.axis[1].phases, d = divide_by_phases(outer, phases_h), phases_d = p.s.axis[0].phases;
+    return {t.packed[0] ? 0 : d - divide_by_phases(d, phases_d) * phases_d, outer - d * phases_h};
+}
 
 // Sets of moments of a channel: of each run and phase, or of what a block adds.
 HOST_DEVICE int parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
     if (t.k_parts > 1) return int(ceil_div(p.out_volume, kAddedOutputs));
-    return t.row_pairs ? t.sample_tiles / t.row_pairs * t.tile_parts() * t.column_warps * p.s.phases() : 0;
+    return t.sample_places() * t.tile_parts() * t.column_warps * p.s.phases();
 }
 
 // The index of a run among all runs of all samples that have moments of their own.
 HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgroup) {
     const Tiling& t = p.t;
-    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * t.tile_parts() + (t.split_m ? 0 : warpgroup);
+    return (int64_t(tile.n) * t.sample_places() + tile.part) * t.tile_parts() + (t.split_m ? 0 : warpgroup);
 }
 
 // Bit t: tap t has weights in some row of a row tile.
@@ -3017,22 +3063,17 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
     const Tiling& t = p.t;
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
     Place place = {};
-    place.row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
-    index /= t.row_pairs;
-    place.part = index % (t.sample_tiles / t.row_pairs);
-    place.first_run = index % t.runs * t.tile_runs();
-    index /= t.runs;
-    place.w0 = index % t.strips * t.tile_w;
-    index /= t.strips;
-    place.d = index % t.plane_groups * t.planes, place.n = index / t.plane_groups;
+    place.row_tile = t.by_row_pairs.take(index) * (t.split_m ? 2 : 1);
+    const int run = t.by_runs.take(index), strip = t.by_strips.take(index), plane_group = t.by_plane_groups.take(index);
+    place.first_run = run * t.tile_runs(), place.w0 = strip * t.tile_w, place.d = plane_group * t.planes, place.n = index;
+    place.part = (plane_group * t.strips + strip) * t.runs + run;
     place.part_k = t.k_parts > 1 ? place.n / int(p.N) : 0, place.sample = place.n - place.part_k * int(p.N);
     place.columns = min_of(t.tile_w, aw.positions - place.w0);
-    place.h0 = place.first_run * t.run / t.tile_w;
+    place.h0 = t.by_tile_w.divide(place.first_run * t.run);
     place.source_channel = t.split ? place.row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
-    const int phases_h = t.packed[1] ? 1 : ah.phases;
     for (int i = 0; i <= t.split_m; i++) {
-        const int outer = (place.row_tile + i) / t.rows.channel_tiles;
-        place.live_d |= live_taps(ad, t.packed[0], t.packed[0] ? 0 : outer / phases_h % ad.phases), place.live_h |= live_taps(ah, t.packed[1], outer % phases_h);
+        const OuterPhases outer = outer_phases_of(p, t.by_channel_tiles.divide(place.row_tile + i));
+        place.live_d |= live_taps(ad, t.packed[0], outer.d), place.live_h |= live_taps(ah, t.packed[1], outer.h);
     }
     for (int td = 0; td < ad.taps; td++) {
         const int plane = ad.first + place.d - ad.shift[td];    // that the first one reads
@@ -3047,18 +3088,18 @@ HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
     Run run = {};
     run.row_tile = place.row_tile + (t.split_m ? warpgroup : 0);
-    run.outer = run.row_tile / t.rows.channel_tiles, run.channel0 = (run.row_tile - run.outer * t.rows.channel_tiles) * t.rows.octets * 8;
-    const int phases_h = t.packed[1] ? 1 : ah.phases, phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
-    run.phase_h = run.outer % phases_h;
+    run.outer = t.by_channel_tiles.divide(run.row_tile), run.channel0 = (run.row_tile - run.outer * t.rows.channel_tiles) * t.rows.octets * 8;
+    const OuterPhases outer = outer_phases_of(p, run.outer);
+    run.phase_h = outer.h;
     const int plane = t.planes > 1 ? warpgroup : 0, begin = (place.first_run + (t.tile_runs() > 1 ? warpgroup : 0)) * t.run;
     const bool exists = run.outer < outer_phases(p) && place.d + plane < ad.positions;    // not in an added row tile or plane
     run.count = exists ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;
-    run.h0 = begin / t.tile_w, run.q0 = begin - run.h0 * t.tile_w;
+    run.h0 = t.by_tile_w.divide(begin), run.q0 = begin - run.h0 * t.tile_w;
     run.b_row = run.count > 0 ? (plane * t.box_rows + run.h0 - place.h0) * t.pitch + run.q0 : 0;
-    run.od0 = (place.d + plane) * ad.phases + phase_d - ad.crop;
+    run.od0 = (place.d + plane) * ad.phases + outer.d - ad.crop;
     run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
     if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
-    run.rows = run.count / t.tile_w;
+    run.rows = t.by_tile_w.divide(run.count);
     const int oh_end = (run.h0 + run.rows) * ah.phases - ah.crop, ow_end = (place.w0 + place.columns) * aw.phases - aw.crop;
     run.oh_end = min_of(ah.out, oh_end), run.ow_end = min_of(aw.out, ow_end);
     run.first = t.whole_rows ? 0 : run.q0;
@@ -3097,7 +3138,8 @@ HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
     const Tiling& t = p.t;
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int row = q / t.pitch, column = q % t.pitch;
+    int row = q;
+    const int column = t.by_pitch.take(row);
     const int oh = (run.h0 + row) * ah.phases + (t.packed[1] ? packed_h : run.phase_h) - ah.crop, ow = (tile.w0 + column) * aw.phases + phase_w - aw.crop;
     if (column >= tile.columns || oh < 0 || oh >= ah.out || ow < 0 || ow >= aw.out) return -1;
     const int place = (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first;
@@ -3128,7 +3170,7 @@ template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Ti
     const int count = p.t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0;
     const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
-        const int channel = phases_d == 1 ? region : region / phases_d, plane = phases_d == 1 ? 0 : region % phases_d;
+        const int channel = divide_by_phases(region, phases_d), plane = region - channel * phases_d;
         if (run.channel0 + channel >= p.C_out || unsigned(run.od0 + plane) >= unsigned(p.s.axis[0].out)) continue;
         const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane) * area;
         // A sector that two runs share is the first one's.
@@ -3260,8 +3302,10 @@ __device__ __forceinline__ bool same_key(int4 a, int4 b) { return a.x == b.x && 
 template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(const Problem& p, const Tile& tile, const Run& run, F table) {
     const StencilAxis& aw = p.s.axis[2];
     const int phases_hw = packed_phases(p.t, p.s, 1) * aw.phases;
-    for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
-        table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
+    for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128) {
+        const int phase = i / kBlockN, phase_h = divide_by_phases(phase, aw.phases);
+        table()[i] = staged_place(p, tile, run, run.q0 + i - phase * kBlockN, phase_h, phase - phase_h * aw.phases);
+    }
 }
 
 }  // namespace conv
@@ -4082,7 +4126,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const double time = waves * ((pipeline > loads ? pipeline : loads) + epilogue);
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
     }
-    return best;
+    return with_divisors(best);
 }
 
 }  // namespace conv_sm80
@@ -5048,7 +5092,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
         }
     }
-    return best;
+    return with_divisors(best);
 }
 
 }  // namespace conv_sm90
@@ -5353,13 +5397,14 @@ struct Consumer {
         for (int half = 0; half < 2; half++) {
             LaneRow& row = rows[half];
             const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases;
-            row.phase = granule % t.rows.packed_phases;
+            row.phase = granule - octet * t.rows.packed_phases;
             row.used = octet < t.rows.octets;
             row.channel = octet * 8 + threadIdx.x % 32 / 4;
-            row.packed_d = row.phase / phases_w / phases_h;
+            const int phase_dh = divide_by_phases(row.phase, phases_w);
+            row.packed_d = divide_by_phases(phase_dh, phases_h);
             row.region = row.used ? (row.channel * phases_d + row.packed_d) * t.region_stride : 0;
-            row.alignment = alignment_of_region(p, row.channel, row.packed_d), row.paired_place = row.phase / phases_w % phases_h * staged_row(p);
-            row.table = row.phase % (phases_h * phases_w) * t.block_n;
+            row.alignment = alignment_of_region(p, row.channel, row.packed_d), row.paired_place = (phase_dh - row.packed_d * phases_h) * staged_row(p);
+            row.table = (row.phase - row.packed_d * phases_h * phases_w) * t.block_n;
         }
     }
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }    // of a warp

@@ -60,8 +60,10 @@ __device__ __forceinline__ bool same_key(int4 a, int4 b) { return a.x == b.x && 
 template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(const Problem& p, const Tile& tile, const Run& run, F table) {
     const StencilAxis& aw = p.s.axis[2];
     const int phases_hw = packed_phases(p.t, p.s, 1) * aw.phases;
-    for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128)
-        table()[i] = staged_place(p, tile, run, run.q0 + i % kBlockN, i / kBlockN / aw.phases, i / kBlockN % aw.phases);
+    for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128) {
+        const int phase = i / kBlockN, phase_h = divide_by_phases(phase, aw.phases);
+        table()[i] = staged_place(p, tile, run, run.q0 + i - phase * kBlockN, phase_h, phase - phase_h * aw.phases);
+    }
 }
 
 }  // namespace conv

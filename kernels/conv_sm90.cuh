@@ -296,13 +296,14 @@ struct Consumer {
         for (int half = 0; half < 2; half++) {
             LaneRow& row = rows[half];
             const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases;
-            row.phase = granule % t.rows.packed_phases;
+            row.phase = granule - octet * t.rows.packed_phases;
             row.used = octet < t.rows.octets;
             row.channel = octet * 8 + threadIdx.x % 32 / 4;
-            row.packed_d = row.phase / phases_w / phases_h;
+            const int phase_dh = divide_by_phases(row.phase, phases_w);
+            row.packed_d = divide_by_phases(phase_dh, phases_h);
             row.region = row.used ? (row.channel * phases_d + row.packed_d) * t.region_stride : 0;
-            row.alignment = alignment_of_region(p, row.channel, row.packed_d), row.paired_place = row.phase / phases_w % phases_h * staged_row(p);
-            row.table = row.phase % (phases_h * phases_w) * t.block_n;
+            row.alignment = alignment_of_region(p, row.channel, row.packed_d), row.paired_place = (phase_dh - row.packed_d * phases_h) * staged_row(p);
+            row.table = (row.phase - row.packed_d * phases_h * phases_w) * t.block_n;
         }
     }
     __device__ bool elected() const { return threadIdx.x % 32 == 0; }    // of a warp

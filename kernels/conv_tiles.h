@@ -48,21 +48,29 @@ struct Tile : Place {
 };
 
 // How many phases the axes have that are not packed.
-HOST_DEVICE int outer_phases(const Problem& p) { return p.s.phases() / p.t.rows.packed_phases; }
+HOST_DEVICE int outer_phases(const Problem& p) { return (p.t.packed[0] ? 1 : p.s.axis[0].phases) * (p.t.packed[1] ? 1 : p.s.axis[1].phases); }    // W is packed
 
 constexpr int kAddedOutputs = 1024;    // of a block that adds parts of GEMM_K
+
+// The phases of D and H, where they are not packed, of outer phase `outer` (but of one that an added row tile has).
+struct OuterPhases { int d, h; };
+HOST_DEVICE OuterPhases outer_phases_of(const Problem& p, int outer) {
+    const Tiling& t = p.t;
+    const int phases_h = t.packed[1] ? 1 : p.s.axis[1].phases, d = divide_by_phases(outer, phases_h), phases_d = p.s.axis[0].phases;
+    return {t.packed[0] ? 0 : d - divide_by_phases(d, phases_d) * phases_d, outer - d * phases_h};
+}
 
 // Sets of moments of a channel: of each run and phase, or of what a block adds.
 HOST_DEVICE int parts_of_sample(const Problem& p) {
     const Tiling& t = p.t;
     if (t.k_parts > 1) return int(ceil_div(p.out_volume, kAddedOutputs));
-    return t.row_pairs ? t.sample_tiles / t.row_pairs * t.tile_parts() * t.column_warps * p.s.phases() : 0;
+    return t.sample_places() * t.tile_parts() * t.column_warps * p.s.phases();
 }
 
 // The index of a run among all runs of all samples that have moments of their own.
 HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgroup) {
     const Tiling& t = p.t;
-    return (int64_t(tile.n) * (t.sample_tiles / t.row_pairs) + tile.part) * t.tile_parts() + (t.split_m ? 0 : warpgroup);
+    return (int64_t(tile.n) * t.sample_places() + tile.part) * t.tile_parts() + (t.split_m ? 0 : warpgroup);
 }
 
 // Bit t: tap t has weights in some row of a row tile.
@@ -169,22 +177,17 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
     const Tiling& t = p.t;
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
     Place place = {};
-    place.row_tile = index % t.row_pairs * (t.split_m ? 2 : 1);
-    index /= t.row_pairs;
-    place.part = index % (t.sample_tiles / t.row_pairs);
-    place.first_run = index % t.runs * t.tile_runs();
-    index /= t.runs;
-    place.w0 = index % t.strips * t.tile_w;
-    index /= t.strips;
-    place.d = index % t.plane_groups * t.planes, place.n = index / t.plane_groups;
+    place.row_tile = t.by_row_pairs.take(index) * (t.split_m ? 2 : 1);
+    const int run = t.by_runs.take(index), strip = t.by_strips.take(index), plane_group = t.by_plane_groups.take(index);
+    place.first_run = run * t.tile_runs(), place.w0 = strip * t.tile_w, place.d = plane_group * t.planes, place.n = index;
+    place.part = (plane_group * t.strips + strip) * t.runs + run;
     place.part_k = t.k_parts > 1 ? place.n / int(p.N) : 0, place.sample = place.n - place.part_k * int(p.N);
     place.columns = min_of(t.tile_w, aw.positions - place.w0);
-    place.h0 = place.first_run * t.run / t.tile_w;
+    place.h0 = t.by_tile_w.divide(place.first_run * t.run);
     place.source_channel = t.split ? place.row_tile % t.rows.channel_tiles / t.group_tiles * t.phase_channels : 0;
-    const int phases_h = t.packed[1] ? 1 : ah.phases;
     for (int i = 0; i <= t.split_m; i++) {
-        const int outer = (place.row_tile + i) / t.rows.channel_tiles;
-        place.live_d |= live_taps(ad, t.packed[0], t.packed[0] ? 0 : outer / phases_h % ad.phases), place.live_h |= live_taps(ah, t.packed[1], outer % phases_h);
+        const OuterPhases outer = outer_phases_of(p, t.by_channel_tiles.divide(place.row_tile + i));
+        place.live_d |= live_taps(ad, t.packed[0], outer.d), place.live_h |= live_taps(ah, t.packed[1], outer.h);
     }
     for (int td = 0; td < ad.taps; td++) {
         const int plane = ad.first + place.d - ad.shift[td];    // that the first one reads
@@ -199,18 +202,18 @@ HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
     Run run = {};
     run.row_tile = place.row_tile + (t.split_m ? warpgroup : 0);
-    run.outer = run.row_tile / t.rows.channel_tiles, run.channel0 = (run.row_tile - run.outer * t.rows.channel_tiles) * t.rows.octets * 8;
-    const int phases_h = t.packed[1] ? 1 : ah.phases, phase_d = t.packed[0] ? 0 : run.outer / phases_h % ad.phases;
-    run.phase_h = run.outer % phases_h;
+    run.outer = t.by_channel_tiles.divide(run.row_tile), run.channel0 = (run.row_tile - run.outer * t.rows.channel_tiles) * t.rows.octets * 8;
+    const OuterPhases outer = outer_phases_of(p, run.outer);
+    run.phase_h = outer.h;
     const int plane = t.planes > 1 ? warpgroup : 0, begin = (place.first_run + (t.tile_runs() > 1 ? warpgroup : 0)) * t.run;
     const bool exists = run.outer < outer_phases(p) && place.d + plane < ad.positions;    // not in an added row tile or plane
     run.count = exists ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;
-    run.h0 = begin / t.tile_w, run.q0 = begin - run.h0 * t.tile_w;
+    run.h0 = t.by_tile_w.divide(begin), run.q0 = begin - run.h0 * t.tile_w;
     run.b_row = run.count > 0 ? (plane * t.box_rows + run.h0 - place.h0) * t.pitch + run.q0 : 0;
-    run.od0 = (place.d + plane) * ad.phases + phase_d - ad.crop;
+    run.od0 = (place.d + plane) * ad.phases + outer.d - ad.crop;
     run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
     if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
-    run.rows = run.count / t.tile_w;
+    run.rows = t.by_tile_w.divide(run.count);
     const int oh_end = (run.h0 + run.rows) * ah.phases - ah.crop, ow_end = (place.w0 + place.columns) * aw.phases - aw.crop;
     run.oh_end = min_of(ah.out, oh_end), run.ow_end = min_of(aw.out, ow_end);
     run.first = t.whole_rows ? 0 : run.q0;
@@ -249,7 +252,8 @@ HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
     const Tiling& t = p.t;
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int row = q / t.pitch, column = q % t.pitch;
+    int row = q;
+    const int column = t.by_pitch.take(row);
     const int oh = (run.h0 + row) * ah.phases + (t.packed[1] ? packed_h : run.phase_h) - ah.crop, ow = (tile.w0 + column) * aw.phases + phase_w - aw.crop;
     if (column >= tile.columns || oh < 0 || oh >= ah.out || ow < 0 || ow >= aw.out) return -1;
     const int place = (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first;
@@ -280,7 +284,7 @@ template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Ti
     const int count = p.t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0;
     const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
-        const int channel = phases_d == 1 ? region : region / phases_d, plane = phases_d == 1 ? 0 : region % phases_d;
+        const int channel = divide_by_phases(region, phases_d), plane = region - channel * phases_d;
         if (run.channel0 + channel >= p.C_out || unsigned(run.od0 + plane) >= unsigned(p.s.axis[0].out)) continue;
         const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane) * area;
         // A sector that two runs share is the first one's.

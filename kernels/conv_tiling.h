@@ -10,6 +10,25 @@ constexpr int kMaxWarpgroups = 3;              // that multiply
 constexpr int kMostPaired = 136;               // the largest block_n whose epilogue knows paired runs, and runs with outputs of the next one (conv_tiles.h)
 constexpr int kSector = 8, kLine = 32;         // floats of memory that are written at once, and requested at once: parts of a sector cost more than all of it
 
+// Division by what is known when a plan is made, of numbers from 0 to 2^31 - 1: n / d = (n + n * magic / 2^32) / 2^shift (Granlund, Montgomery: "Division by Invariant
+// Integers using Multiplication"). A division takes a warp 100 cycles, and locating a tile is a chain of a dozen.
+struct Divisor {
+    unsigned magic;
+    int shift, value;
+    HOST_DEVICE int divide(int n) const { return int((multiply_high(unsigned(n), magic) + unsigned(n)) >> shift); }
+    // The remainder; n becomes the quotient.
+    HOST_DEVICE int take(int& n) const {
+        const int quotient = divide(n), rest = n - quotient * value;
+        n = quotient;
+        return rest;
+    }
+};
+inline Divisor make_divisor(int value) {
+    int shift = 0;
+    while (int64_t(1) << shift < value) shift++;
+    return {unsigned((uint64_t(1) << 32) * ((uint64_t(1) << shift) - value) / value + 1), shift, value};
+}
+
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
 // Positions. A strip of tile_w columns of an (n, d) plane of the grid at a time, in runs of `run` positions for each warpgroup: neighbouring runs of one
@@ -44,9 +63,11 @@ struct Tiling {
     int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where all warpgroups have the same rows
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
-    int row_pairs, sample_tiles, tiles;        // row tiles of a block
+    int row_pairs, tiles;                      // row tiles of a block
     int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
+    Divisor by_row_pairs, by_runs, by_strips, by_plane_groups, by_tile_w, by_pitch, by_channel_tiles;
+    HOST_DEVICE int sample_places() const { return plane_groups * strips * runs; }    // of tiles, on the grid
     HOST_DEVICE int tile_runs() const { return split_m || planes > 1 ? 1 : warpgroups; }    // of a plane
     HOST_DEVICE int tile_parts() const { return split_m ? 1 : warpgroups; }                  // runs of all its planes
     HOST_DEVICE int box_bytes() const { return planes * box_rows * pitch * chunk * 2; }
@@ -178,10 +199,18 @@ inline bool cut_channels(Tiling& t, int parts) {
 
 inline bool count_tiles(Tiling& t, const Stencil& s, int64_t samples) {
     t.plane_groups = int(ceil_div(s.axis[0].positions, t.planes));
-    const int64_t sample_tiles = int64_t(t.plane_groups) * t.strips * t.runs * t.row_pairs;
-    if (samples * sample_tiles * t.k_parts > 1 << 30) return false;
-    t.sample_tiles = int(sample_tiles), t.tiles = int(samples * sample_tiles * t.k_parts);
+    const int64_t tiles = samples * t.plane_groups * t.strips * t.runs * t.row_pairs * t.k_parts;
+    if (tiles > 1 << 30) return false;
+    t.tiles = int(tiles);
     return true;
+}
+
+// The chosen tiling, complete.
+inline Tiling with_divisors(Tiling t) {
+    if (t.block_n == 0) return t;
+    t.by_row_pairs = make_divisor(t.row_pairs), t.by_runs = make_divisor(t.runs), t.by_strips = make_divisor(t.strips), t.by_plane_groups = make_divisor(t.plane_groups);
+    t.by_tile_w = make_divisor(t.tile_w), t.by_pitch = make_divisor(t.pitch), t.by_channel_tiles = make_divisor(t.rows.channel_tiles);
+    return t;
 }
 
 // What a tile has on average: steps of 16 source channels at a tap, and boxes.

@@ -35,6 +35,15 @@ HOST_DEVICE int64_t kernel_volume(const Geometry& g) { return g.axis[0].kernel *
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The upper half of the product.
+HOST_DEVICE unsigned multiply_high(unsigned a, unsigned b) {
+#ifdef __CUDA_ARCH__
+    return __umulhi(a, b);
+#else
+    return unsigned(uint64_t(a) * b >> 32);
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------ Phases
 
 enum class Direction {

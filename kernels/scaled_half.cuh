@@ -287,12 +287,6 @@ template <typename T> using Four = Vector<T, 4>;
 
 enum class Kind { kPlain, kSplit, kNorm };
 
-// x / phases, of 1 to 4 phases.
-__device__ __forceinline__ int divide_by_phases(int x, int phases) {
-    static_assert(kMaxStride == 4, "below");
-    return phases == 3 ? __umulhi(x, 0xaaaaaaab) >> 1 : x >> phases / 2;
-}
-
 // Element `f` of a sample's channel, counted in the order (position d, phase d, position h, phase h, u): x, the element of the
 // source's channel, or -1 where there is none; y, the position and phase of the copy.
 __device__ __forceinline__ int2 place_of(const Activation& a, unsigned f) {

@@ -11,6 +11,12 @@
 
 constexpr int kMaxTaps = 7, kMaxStride = 4;
 
+// x / phases, of 1 to 4 phases.
+HOST_DEVICE int divide_by_phases(unsigned x, int phases) {
+    static_assert(kMaxStride == 4, "below");
+    return int(phases == 3 ? multiply_high(x, 0xaaaaaaabu) >> 1 : x >> phases / 2);
+}
+
 // One axis. Position p of the destination's grid reads the source's grid at first + p - shift[t] for every tap t, where that
 // is in [0, sources). Position p and phase r of the destination's grid are its element p * phases + r - crop, where that is in
 // [0, out); the same for the source. Only the layer's output has phases: the destination forward, the source for dx.

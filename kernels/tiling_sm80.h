@@ -82,7 +82,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const double time = waves * ((pipeline > loads ? pipeline : loads) + epilogue);
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
     }
-    return best;
+    return with_divisors(best);
 }
 
 }  // namespace conv_sm80
