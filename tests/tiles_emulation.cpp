@@ -175,8 +175,19 @@ static bool fits(const Tiling& t, int shared) {
     return true;
 }
 
+static bool divides(std::mt19937& random) {
+    for (int i = 0; i < 1000000; i++) {
+        const int divisor = 1 + int(random() >> (2 + random() % 30)), most = 0x7fffffff, near = most / divisor * divisor - int(random() % 2);    // a multiple of it, or one less
+        for (int n : {int(random() >> (1 + random() % 31)), near, most, divisor, divisor - 1}) REQUIRE(make_divisor(divisor).divide(n) == n / divisor);
+        const int phases = 1 + int(random() % kMaxStride), x = int(random() >> 1);
+        REQUIRE(divide_by_phases(x, phases) == x / phases);
+    }
+    return true;
+}
+
 int main(int, char** arguments) {
     std::mt19937 random(std::atoi(arguments[2]));
+    if (!divides(random)) return 1;
     auto below = [&](int n) { return int(random() % n); };
     int done = 0, planes = 0, parts = 0;
     while (done < std::atoi(arguments[1])) {
