@@ -64,6 +64,7 @@ struct Tiling {
     int lag;                                   // taps by which the second warpgroup begins later
     int buffer_bytes;
     int row_pairs, tiles;                      // row tiles of a block
+    bool keeps_weights;                        // from tile to tile
     int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
     Divisor by_row_pairs, by_runs, by_strips, by_plane_groups, by_tile_w, by_pitch, by_channel_tiles;
