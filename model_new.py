@@ -911,6 +911,8 @@ HOST_DEVICE int64_t kernel_volume(const Geometry& g) { return g.axis[0].kernel *
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int kAddedOutputs = 1024;    // of a channel, that a block adds the parts of (add_parts.cuh)
+
 // The upper half of the product.
 HOST_DEVICE unsigned multiply_high(unsigned a, unsigned b) {
 #ifdef __CUDA_ARCH__
@@ -1127,6 +1129,18 @@ template <typename T> __device__ __forceinline__ T from_acc(Acc<T> v) { return v
 template <> __device__ __forceinline__ __half from_acc(float v) { return __float2half_rn(v); }
 template <> __device__ __forceinline__ __nv_bfloat16 from_acc(float v) { return __float2bfloat16_rn(v); }
 
+// One element of an array of dtype kFloat32, kFloat16 or kBFloat16.
+__device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
+    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
+    return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
+__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v) {
+    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
+    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
+    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
+}
+
 // Calls `f` with a value of the C++ type behind `dtype`.
 template <typename F> int with_dtype(int dtype, F f) {
     switch (dtype) {
@@ -1215,6 +1229,170 @@ int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, i
 template <typename... Params, typename... Args> int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {
     return launch_with_shared(kernel, blocks, threads, 0, stream, args...);
 }
+'''
+
+_SOURCES['group_norm.cuh'] = r'''
+// What every path of GroupNorm shares: reductions, and the elementwise half y = (r - mean) * rstd * gamma + beta.
+#pragma once
+
+#include "launch.cuh"
+
+namespace group_norm {
+
+constexpr int kThreads = 256;
+constexpr int kApplyElements = 8;            // of one thread of an elementwise kernel
+
+// Mirrored by `_NormShape` in model_new.py.
+struct Shape {
+    int64_t N, C, S, num_groups;
+    HOST_DEVICE int64_t group_channels() const { return C / num_groups; }
+    HOST_DEVICE int64_t group_count() const { return group_channels() * S; }
+};
+
+// r - mean without losing the mean's low bits: the mean is kept as a sum of two numbers of the accumulation type.
+template <typename A> struct Mean {
+    A high, low;
+    Mean() = default;
+    __device__ explicit Mean(double mean) : high(A(mean)), low(A(mean - double(A(mean)))) {}
+    __device__ __forceinline__ A center(A r) const { return (r - high) - low; }
+};
+
+constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
+
+struct Pair { double a, b; };
+
+// The sum over the block, in a fixed order, in every thread.
+template <int kBlock = kThreads> __device__ __forceinline__ Pair block_sum(Pair v) {
+    static_assert((kBlock & (kBlock - 1)) == 0, "halved again and again");
+    __shared__ Pair sums[kBlock];
+    __syncthreads();
+    sums[threadIdx.x] = v;
+    for (int half = kBlock / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) {
+            sums[threadIdx.x].a += sums[threadIdx.x + half].a;
+            sums[threadIdx.x].b += sums[threadIdx.x + half].b;
+        }
+    }
+    __syncthreads();
+    return sums[0];
+}
+
+// gamma, beta may be null (1, 0). y may be r. Grid: (n, c, tile), the last first, which is still in the L2 cache. kWidth: elements that
+// are loaded and stored at once.
+template <typename T, typename Y, int kWidth>
+__global__ void __launch_bounds__(kThreads)
+normalize_kernel(Shape s, int64_t tiles, const T* r, const double* __restrict__ mean, const double* __restrict__ rstd,
+                 const Acc<T>* __restrict__ gamma, const Acc<T>* __restrict__ beta, Y* y) {
+    wait_for_previous_kernel();
+    using A = Acc<T>;
+    const int64_t block = gridDim.x - 1 - blockIdx.x, row = block / tiles, c = row % s.C, group = row / s.group_channels();
+    const int64_t begin = row * s.S + block % tiles * (kThreads * kApplyElements) + threadIdx.x * kWidth, end = (row + 1) * s.S;
+    Vector<T, kWidth> values[kApplyElements / kWidth];
+#pragma unroll
+    for (int i = 0; i < kApplyElements / kWidth; i++)
+        if (begin + i * kThreads * kWidth < end) values[i] = *reinterpret_cast<const Vector<T, kWidth>*>(r + begin + i * kThreads * kWidth);
+    const Mean<A> m(mean[group]);
+    const A scale = A(rstd[group]) * (gamma ? gamma[c] : A(1)), offset = beta ? beta[c] : A(0);
+#pragma unroll
+    for (int i = 0; i < kApplyElements / kWidth; i++) {
+        Vector<Y, kWidth> normalized;
+#pragma unroll
+        for (int e = 0; e < kWidth; e++) normalized.v[e] = from_acc<Y>(m.center(to_acc(values[i].v[e])) * scale + offset);
+        if (begin + i * kThreads * kWidth < end) *reinterpret_cast<Vector<Y, kWidth>*>(y + begin + i * kThreads * kWidth) = normalized;
+    }
+}
+
+// Calls f with the types of r and of y: y is of r's type, or float32 after a low-precision r (autocast).
+template <typename F> int with_dtypes(int r_dtype, int y_dtype, F f) {
+    return with_dtype(r_dtype, [&](auto r) {
+        if (y_dtype == r_dtype) return f(r, r);
+        if (y_dtype == kFloat32 && acc_bytes(r_dtype) == 4) return f(r, float{});
+        return int(cudaErrorInvalidValue);
+    });
+}
+
+// Whether rows of two tensors can be read and written four elements at a time.
+template <typename T, typename Y> bool has_vectors(const Shape& s, const void* r, const void* y) { return s.S % 4 == 0 && holds<Vector<T, 4>>(r) && holds<Vector<Y, 4>>(y); }
+
+inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApplyElements); }
+
+template <typename T, typename Y>
+int normalize(const Shape& s, void* stream, const void* r, const double* mean, const double* rstd, const void* gamma, const void* beta, void* y) {
+    return launch(has_vectors<T, Y>(s, r, y) ? normalize_kernel<T, Y, 4> : normalize_kernel<T, Y, 1>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
+                  static_cast<const Acc<T>*>(gamma), static_cast<const Acc<T>*>(beta), static_cast<Y*>(y));
+}
+
+}  // namespace group_norm
+'''
+
+_SOURCES['add_parts.cuh'] = r'''
+// Sums over source channels that were made in parts, where whole ones are work for too few blocks: each part is an array like the result, in scratch
+// memory, and here they are added.
+#pragma once
+
+#include "group_norm.cuh"
+
+namespace parts {
+
+constexpr int kThreads = 256;
+
+// The result is (N, C, volume), the parts (count, N, C, volume).
+struct Parts {
+    const float* values;
+    int count;
+    int64_t N;
+    int C, volume;
+};
+
+// Null where they are not wanted: mean and sum of squared deviations of kAddedOutputs values of a channel, (N, sets, channels); how many they are, (N, sets).
+struct Moments {
+    float2* moments;
+    float* counts;
+    int channels;
+};
+
+// Grid: (n, channel, kAddedOutputs values). out = epilogue(the sum of the parts, in their order); bias may be null.
+__global__ void __launch_bounds__(kThreads) add_kernel(Parts p, int dtype, const void* bias, bool apply_relu, void* out, Moments m) {
+    wait_for_previous_kernel();
+    constexpr int kOwn = kAddedOutputs / kThreads;
+    const int spans = (p.volume + kAddedOutputs - 1) / kAddedOutputs, span = blockIdx.x % spans, row = blockIdx.x / spans, channel = row % p.C, n = row / p.C;
+    const int first = span * kAddedOutputs + threadIdx.x, count = min(kAddedOutputs, p.volume - span * kAddedOutputs);
+    const int64_t origin = int64_t(row) * p.volume, part_size = p.N * p.C * p.volume;
+    const float own_bias = bias ? load_as_float(bias, dtype, channel) : 0.0f;
+    float values[kOwn] = {};
+#pragma unroll 4
+    for (int part = 0; part < p.count; part++)
+#pragma unroll
+        for (int i = 0; i < kOwn; i++)
+            if (first + i * kThreads < p.volume) values[i] += p.values[part * part_size + origin + first + i * kThreads];
+    group_norm::Pair sum = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+        if (first + i * kThreads >= p.volume) continue;
+        values[i] += own_bias;
+        if (apply_relu) values[i] = relu(values[i]);
+        store_as(out, dtype, origin + first + i * kThreads, values[i]);
+        sum.a += values[i];
+    }
+    if (!m.moments) return;
+    const double mean = group_norm::block_sum<kThreads>(sum).a / count;
+    sum = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kOwn; i++)
+        if (first + i * kThreads < p.volume) sum.a += (values[i] - mean) * (values[i] - mean);
+    sum = group_norm::block_sum<kThreads>(sum);
+    if (threadIdx.x > 0) return;
+    const int64_t set = int64_t(n) * spans + span;
+    m.moments[set * m.channels + channel] = make_float2(float(mean), float(sum.a));
+    m.counts[set] = float(count);    // the same from every channel
+}
+
+inline int add(const Parts& p, int dtype, const void* bias, bool apply_relu, void* out, const Moments& moments, void* stream) {
+    return launch(add_kernel, p.N * p.C * ceil_div(p.volume, kAddedOutputs), kThreads, stream, p, dtype, bias, apply_relu, out, moments);
+}
+
+}  // namespace parts
 '''
 
 _SOURCES['direct_generic.cuh'] = r'''
@@ -1466,11 +1644,11 @@ _SOURCES['direct_rows_generic.cuh'] = r'''
 //
 // Loads are what such a layer takes: the kernel of direct_generic.cuh has one for each product of a position. Here a thread owns kRows
 // neighbouring rows of one column (neighbouring lanes, neighbouring columns), so that a source element it loads serves all taps h. Where that makes few
-// blocks, C_in is cut into parts, which a second kernel adds.
+// blocks, C_in is cut into parts.
 // Formula: torch.nn.ConvTranspose3d.
 #pragma once
 
-#include "launch.cuh"
+#include "add_parts.cuh"
 
 namespace direct_rows {
 
@@ -1583,29 +1761,16 @@ forward_kernel(Geometry g, int channels_of_part, const float* __restrict__ x, co
         }
 }
 
-// out = epilogue(the sum of its parts, in their order).
-__global__ void __launch_bounds__(kThreads) add_parts_kernel(int64_t count, int64_t volume, int C_out, int parts, const float* __restrict__ from, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
-    wait_for_previous_kernel();
-    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= count) return;
-    float sum = 0;
-#pragma unroll 8
-    for (int part = 0; part < parts; part++) sum += from[part * count + i];
-    if (bias) sum += bias[i / volume % C_out];
-    out[i] = apply_relu ? relu(sum) : sum;
-}
-
 // bias may be null; apply_relu writes relu(out).
 inline int forward(const Geometry& g, void* stream, void* workspace, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
-    const int64_t parts = parts_of(g);
-    const auto *bias_values = static_cast<const float*>(bias);
-    auto *part = static_cast<float*>(parts > 1 ? workspace : out), *result = static_cast<float*>(out);
+    const int64_t count = parts_of(g);
+    auto* part = static_cast<float*>(count > 1 ? workspace : out);
     const auto run = [&](auto kernel) {
-        return launch(kernel, parts * g.N * sample_blocks(g), kThreads, stream, g, int(part_channels(g)), static_cast<const float*>(x), static_cast<const float*>(w), parts > 1 ? nullptr : bias_values, parts == 1 && apply_relu, part);
+        return launch(kernel, count * g.N * sample_blocks(g), kThreads, stream, g, int(part_channels(g)), static_cast<const float*>(x), static_cast<const float*>(w), count > 1 ? nullptr : static_cast<const float*>(bias), count == 1 && apply_relu, part);
     };
     RETURN_IF_ERROR(g.axis[1].kernel == 3 ? g.C_out == 1 ? run(forward_kernel<3, 1>) : run(forward_kernel<3, kMaxChannels>) : g.C_out == 1 ? run(forward_kernel<5, 1>) : run(forward_kernel<5, kMaxChannels>));
-    if (parts == 1) return cudaSuccess;
-    return launch(add_parts_kernel, ceil_div(out_elements(g), kThreads), kThreads, stream, out_elements(g), out_volume(g), int(g.C_out), int(parts), part, bias_values, apply_relu, result);
+    if (count == 1) return cudaSuccess;
+    return parts::add({part, int(count), g.N, int(g.C_out), int(out_volume(g))}, kFloat32, bias, apply_relu, out, {}, stream);
 }
 
 }  // namespace direct_rows
@@ -1848,101 +2013,6 @@ extern "C" int conv_transpose3d_dbias_generic(const Geometry* g, int dtype, int 
         return launch(sum_partials_kernel<T, double>, ceil_div(g->C_out, 256), 256, stream, static_cast<const double*>(partial), g->N, g->C_out, static_cast<T*>(dbias));
     });
 }
-'''
-
-_SOURCES['group_norm.cuh'] = r'''
-// What every path of GroupNorm shares: reductions, and the elementwise half y = (r - mean) * rstd * gamma + beta.
-#pragma once
-
-#include "launch.cuh"
-
-namespace group_norm {
-
-constexpr int kThreads = 256;
-constexpr int kApplyElements = 8;            // of one thread of an elementwise kernel
-
-// Mirrored by `_NormShape` in model_new.py.
-struct Shape {
-    int64_t N, C, S, num_groups;
-    HOST_DEVICE int64_t group_channels() const { return C / num_groups; }
-    HOST_DEVICE int64_t group_count() const { return group_channels() * S; }
-};
-
-// r - mean without losing the mean's low bits: the mean is kept as a sum of two numbers of the accumulation type.
-template <typename A> struct Mean {
-    A high, low;
-    Mean() = default;
-    __device__ explicit Mean(double mean) : high(A(mean)), low(A(mean - double(A(mean)))) {}
-    __device__ __forceinline__ A center(A r) const { return (r - high) - low; }
-};
-
-constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
-
-struct Pair { double a, b; };
-
-// The sum over the block, in a fixed order, in every thread.
-template <int kBlock = kThreads> __device__ __forceinline__ Pair block_sum(Pair v) {
-    static_assert((kBlock & (kBlock - 1)) == 0, "halved again and again");
-    __shared__ Pair sums[kBlock];
-    __syncthreads();
-    sums[threadIdx.x] = v;
-    for (int half = kBlock / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) {
-            sums[threadIdx.x].a += sums[threadIdx.x + half].a;
-            sums[threadIdx.x].b += sums[threadIdx.x + half].b;
-        }
-    }
-    __syncthreads();
-    return sums[0];
-}
-
-// gamma, beta may be null (1, 0). y may be r. Grid: (n, c, tile), the last first, which is still in the L2 cache. kWidth: elements that
-// are loaded and stored at once.
-template <typename T, typename Y, int kWidth>
-__global__ void __launch_bounds__(kThreads)
-normalize_kernel(Shape s, int64_t tiles, const T* r, const double* __restrict__ mean, const double* __restrict__ rstd,
-                 const Acc<T>* __restrict__ gamma, const Acc<T>* __restrict__ beta, Y* y) {
-    wait_for_previous_kernel();
-    using A = Acc<T>;
-    const int64_t block = gridDim.x - 1 - blockIdx.x, row = block / tiles, c = row % s.C, group = row / s.group_channels();
-    const int64_t begin = row * s.S + block % tiles * (kThreads * kApplyElements) + threadIdx.x * kWidth, end = (row + 1) * s.S;
-    Vector<T, kWidth> values[kApplyElements / kWidth];
-#pragma unroll
-    for (int i = 0; i < kApplyElements / kWidth; i++)
-        if (begin + i * kThreads * kWidth < end) values[i] = *reinterpret_cast<const Vector<T, kWidth>*>(r + begin + i * kThreads * kWidth);
-    const Mean<A> m(mean[group]);
-    const A scale = A(rstd[group]) * (gamma ? gamma[c] : A(1)), offset = beta ? beta[c] : A(0);
-#pragma unroll
-    for (int i = 0; i < kApplyElements / kWidth; i++) {
-        Vector<Y, kWidth> normalized;
-#pragma unroll
-        for (int e = 0; e < kWidth; e++) normalized.v[e] = from_acc<Y>(m.center(to_acc(values[i].v[e])) * scale + offset);
-        if (begin + i * kThreads * kWidth < end) *reinterpret_cast<Vector<Y, kWidth>*>(y + begin + i * kThreads * kWidth) = normalized;
-    }
-}
-
-// Calls f with the types of r and of y: y is of r's type, or float32 after a low-precision r (autocast).
-template <typename F> int with_dtypes(int r_dtype, int y_dtype, F f) {
-    return with_dtype(r_dtype, [&](auto r) {
-        if (y_dtype == r_dtype) return f(r, r);
-        if (y_dtype == kFloat32 && acc_bytes(r_dtype) == 4) return f(r, float{});
-        return int(cudaErrorInvalidValue);
-    });
-}
-
-// Whether rows of two tensors can be read and written four elements at a time.
-template <typename T, typename Y> bool has_vectors(const Shape& s, const void* r, const void* y) { return s.S % 4 == 0 && holds<Vector<T, 4>>(r) && holds<Vector<Y, 4>>(y); }
-
-inline int64_t tiles_of(const Shape& s) { return ceil_div(s.S, kThreads * kApplyElements); }
-
-template <typename T, typename Y>
-int normalize(const Shape& s, void* stream, const void* r, const double* mean, const double* rstd, const void* gamma, const void* beta, void* y) {
-    return launch(has_vectors<T, Y>(s, r, y) ? normalize_kernel<T, Y, 4> : normalize_kernel<T, Y, 1>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const T*>(r), mean, rstd,
-                  static_cast<const Acc<T>*>(gamma), static_cast<const Acc<T>*>(beta), static_cast<Y*>(y));
-}
-
-}  // namespace group_norm
 '''
 
 _SOURCES['group_norm_backward.cuh'] = r'''
@@ -2937,8 +3007,6 @@ struct Tile : Place {
 // How many phases the axes have that are not packed.
 HOST_DEVICE int outer_phases(const Problem& p) { return (p.t.packed[0] ? 1 : p.s.axis[0].phases) * (p.t.packed[1] ? 1 : p.s.axis[1].phases); }    // W is packed
 
-constexpr int kAddedOutputs = 1024;    // of a block that adds parts of GEMM_K
-
 // The phases of D and H, where they are not packed, of outer phase `outer` (but of one that an added row tile has).
 struct OuterPhases { int d, h; };
 HOST_DEVICE OuterPhases outer_phases_of(const Problem& p, int outer) {
@@ -3275,17 +3343,6 @@ struct Parameters {
 
 // -------------------------------------------------------------------------------------------------------- Values
 
-__device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
-    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
-    return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
-}
-
-__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v) {
-    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
-    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
-    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
-}
-
 // Sum over the four lanes that share a row.
 __device__ __forceinline__ float quad_sum(float v) {
     v += __shfl_xor_sync(~0u, v, 1);
@@ -3307,56 +3364,6 @@ template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(co
         const int phase = i / kBlockN, phase_h = divide_by_phases(phase, aw.phases);
         table()[i] = staged_place(p, tile, run, run.q0 + i - phase * kBlockN, phase_h, phase - phase_h * aw.phases);
     }
-}
-
-}  // namespace conv
-'''
-
-_SOURCES['conv_parts.cuh'] = r'''
-// Convolutions with few tiles, whose GEMM_K is cut into parts: each part is a convolution into scratch memory, and here they are added.
-#pragma once
-
-#include "conv_epilogue.cuh"
-#include "group_norm.cuh"
-
-namespace conv {
-
-constexpr int kAddThreads = 256;
-
-// Grid: (n, channel, kAddedOutputs outputs). out = epilogue(the sum of the parts, in their order), and its moments where they are wanted.
-__global__ void __launch_bounds__(kAddThreads) add_parts_kernel(const __grid_constant__ Parameters a) {
-    wait_for_previous_kernel();
-    constexpr int kOwn = kAddedOutputs / kAddThreads;
-    const int volume = int(a.p.out_volume), spans = parts_of_sample(a.p), span = blockIdx.x % spans, row = blockIdx.x / spans, channel = row % int(a.p.C_out), n = row / int(a.p.C_out);
-    const int first = span * kAddedOutputs + threadIdx.x, count = min(kAddedOutputs, volume - span * kAddedOutputs);
-    const int64_t origin = int64_t(row) * volume, part_size = a.p.N * a.p.C_out * volume;
-    const float bias = a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f;
-    float values[kOwn] = {};
-#pragma unroll 4
-    for (int part = 0; part < a.p.t.k_parts; part++)
-#pragma unroll
-        for (int i = 0; i < kOwn; i++)
-            if (first + i * kAddThreads < volume) values[i] += a.workspace.parts[part * part_size + origin + first + i * kAddThreads];
-    group_norm::Pair sum = {0, 0};
-#pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-        if (first + i * kAddThreads >= volume) continue;
-        values[i] += bias;
-        if (a.apply_relu) values[i] = relu(values[i]);
-        store_as(a.out, a.dtype, origin + first + i * kAddThreads, values[i]);
-        sum.a += values[i];
-    }
-    if (!a.workspace.moments) return;
-    const double mean = group_norm::block_sum<kAddThreads>(sum).a / count;
-    sum = {0, 0};
-#pragma unroll
-    for (int i = 0; i < kOwn; i++)
-        if (first + i * kAddThreads < volume) sum.a += (values[i] - mean) * (values[i] - mean);
-    sum = group_norm::block_sum<kAddThreads>(sum);
-    if (threadIdx.x > 0) return;
-    const int64_t set = int64_t(n) * spans + span;
-    a.workspace.moments[set * a.p.t.channels() + channel] = make_float2(float(mean), float(sum.a));
-    a.workspace.counts[set] = float(count);    // the same from every channel
 }
 
 }  // namespace conv
@@ -3424,7 +3431,7 @@ _SOURCES['conv_plan.cuh'] = r'''
 #include <map>
 #include <mutex>
 
-#include "conv_parts.cuh"
+#include "add_parts.cuh"
 #include "conv_statistics.cuh"
 #include "direct_generic.cuh"
 
@@ -3556,10 +3563,9 @@ int convolve(const Plan& plan, const scaled_half::Activation& source, const scal
     if (p.t.block_n == 0) return cudaErrorNotSupported;
     Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
     if (p.t.k_parts == 1) return Path::convolve(a, source, weight, plan.multiprocessors, stream);
-    const Parameters whole = a;
     a.dtype = kFloat32, a.apply_relu = false, a.bias = nullptr, a.out = workspace.parts, a.workspace.moments = nullptr;
     RETURN_IF_ERROR(Path::convolve(a, source, weight, plan.multiprocessors, stream));
-    return launch(add_parts_kernel, p.N * p.C_out * parts_of_sample(p), kAddThreads, stream, whole);
+    return parts::add({workspace.parts, p.t.k_parts, p.N, int(p.C_out), int(p.out_volume)}, dtype, bias, apply_relu, out, {workspace.moments, workspace.counts, p.t.channels()}, stream);
 }
 
 // --------------------------------------------------------------------------------------------------------- Repair

@@ -32,17 +32,6 @@ struct Parameters {
 
 // -------------------------------------------------------------------------------------------------------- Values
 
-__device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
-    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
-    return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
-}
-
-__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v) {
-    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
-    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
-    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
-}
-
 // Sum over the four lanes that share a row.
 __device__ __forceinline__ float quad_sum(float v) {
     v += __shfl_xor_sync(~0u, v, 1);

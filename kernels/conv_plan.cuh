@@ -5,7 +5,7 @@
 #include <map>
 #include <mutex>
 
-#include "conv_parts.cuh"
+#include "add_parts.cuh"
 #include "conv_statistics.cuh"
 #include "direct_generic.cuh"
 
@@ -137,10 +137,9 @@ int convolve(const Plan& plan, const scaled_half::Activation& source, const scal
     if (p.t.block_n == 0) return cudaErrorNotSupported;
     Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
     if (p.t.k_parts == 1) return Path::convolve(a, source, weight, plan.multiprocessors, stream);
-    const Parameters whole = a;
     a.dtype = kFloat32, a.apply_relu = false, a.bias = nullptr, a.out = workspace.parts, a.workspace.moments = nullptr;
     RETURN_IF_ERROR(Path::convolve(a, source, weight, plan.multiprocessors, stream));
-    return launch(add_parts_kernel, p.N * p.C_out * parts_of_sample(p), kAddThreads, stream, whole);
+    return parts::add({workspace.parts, p.t.k_parts, p.N, int(p.C_out), int(p.out_volume)}, dtype, bias, apply_relu, out, {workspace.moments, workspace.counts, p.t.channels()}, stream);
 }
 
 // --------------------------------------------------------------------------------------------------------- Repair

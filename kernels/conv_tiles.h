@@ -50,8 +50,6 @@ struct Tile : Place {
 // How many phases the axes have that are not packed.
 HOST_DEVICE int outer_phases(const Problem& p) { return (p.t.packed[0] ? 1 : p.s.axis[0].phases) * (p.t.packed[1] ? 1 : p.s.axis[1].phases); }    // W is packed
 
-constexpr int kAddedOutputs = 1024;    // of a block that adds parts of GEMM_K
-
 // The phases of D and H, where they are not packed, of outer phase `outer` (but of one that an added row tile has).
 struct OuterPhases { int d, h; };
 HOST_DEVICE OuterPhases outer_phases_of(const Problem& p, int outer) {

@@ -6,11 +6,11 @@
 //
 // Loads are what such a layer takes: the kernel of direct_generic.cuh has one for each product of a position. Here a thread owns kRows
 // neighbouring rows of one column (neighbouring lanes, neighbouring columns), so that a source element it loads serves all taps h. Where that makes few
-// blocks, C_in is cut into parts, which a second kernel adds.
+// blocks, C_in is cut into parts.
 // Formula: torch.nn.ConvTranspose3d.
 #pragma once
 
-#include "launch.cuh"
+#include "add_parts.cuh"
 
 namespace direct_rows {
 
@@ -123,29 +123,16 @@ forward_kernel(Geometry g, int channels_of_part, const float* __restrict__ x, co
         }
 }
 
-// out = epilogue(the sum of its parts, in their order).
-__global__ void __launch_bounds__(kThreads) add_parts_kernel(int64_t count, int64_t volume, int C_out, int parts, const float* __restrict__ from, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
-    wait_for_previous_kernel();
-    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= count) return;
-    float sum = 0;
-#pragma unroll 8
-    for (int part = 0; part < parts; part++) sum += from[part * count + i];
-    if (bias) sum += bias[i / volume % C_out];
-    out[i] = apply_relu ? relu(sum) : sum;
-}
-
 // bias may be null; apply_relu writes relu(out).
 inline int forward(const Geometry& g, void* stream, void* workspace, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
-    const int64_t parts = parts_of(g);
-    const auto *bias_values = static_cast<const float*>(bias);
-    auto *part = static_cast<float*>(parts > 1 ? workspace : out), *result = static_cast<float*>(out);
+    const int64_t count = parts_of(g);
+    auto* part = static_cast<float*>(count > 1 ? workspace : out);
     const auto run = [&](auto kernel) {
-        return launch(kernel, parts * g.N * sample_blocks(g), kThreads, stream, g, int(part_channels(g)), static_cast<const float*>(x), static_cast<const float*>(w), parts > 1 ? nullptr : bias_values, parts == 1 && apply_relu, part);
+        return launch(kernel, count * g.N * sample_blocks(g), kThreads, stream, g, int(part_channels(g)), static_cast<const float*>(x), static_cast<const float*>(w), count > 1 ? nullptr : static_cast<const float*>(bias), count == 1 && apply_relu, part);
     };
     RETURN_IF_ERROR(g.axis[1].kernel == 3 ? g.C_out == 1 ? run(forward_kernel<3, 1>) : run(forward_kernel<3, kMaxChannels>) : g.C_out == 1 ? run(forward_kernel<5, 1>) : run(forward_kernel<5, kMaxChannels>));
-    if (parts == 1) return cudaSuccess;
-    return launch(add_parts_kernel, ceil_div(out_elements(g), kThreads), kThreads, stream, out_elements(g), out_volume(g), int(g.C_out), int(parts), part, bias_values, apply_relu, result);
+    if (count == 1) return cudaSuccess;
+    return parts::add({part, int(count), g.N, int(g.C_out), int(out_volume(g))}, kFloat32, bias, apply_relu, out, {}, stream);
 }
 
 }  // namespace direct_rows

@@ -35,6 +35,8 @@ HOST_DEVICE int64_t kernel_volume(const Geometry& g) { return g.axis[0].kernel *
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int kAddedOutputs = 1024;    // of a channel, that a block adds the parts of (add_parts.cuh)
+
 // The upper half of the product.
 HOST_DEVICE unsigned multiply_high(unsigned a, unsigned b) {
 #ifdef __CUDA_ARCH__

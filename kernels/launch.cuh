@@ -29,6 +29,18 @@ template <typename T> __device__ __forceinline__ T from_acc(Acc<T> v) { return v
 template <> __device__ __forceinline__ __half from_acc(float v) { return __float2half_rn(v); }
 template <> __device__ __forceinline__ __nv_bfloat16 from_acc(float v) { return __float2bfloat16_rn(v); }
 
+// One element of an array of dtype kFloat32, kFloat16 or kBFloat16.
+__device__ __forceinline__ float load_as_float(const void* p, int dtype, int64_t i) {
+    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
+    return dtype == kFloat16 ? to_acc(static_cast<const __half*>(p)[i]) : to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
+__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v) {
+    if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
+    else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
+    else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
+}
+
 // Calls `f` with a value of the C++ type behind `dtype`.
 template <typename F> int with_dtype(int dtype, F f) {
     switch (dtype) {
