@@ -2369,7 +2369,7 @@ struct Weight {
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
     // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, its columns, group) or (row, columns).
     HOST_DEVICE int64_t row_elements() const { return group_C_out * kernel_volume(stencil); }
-    HOST_DEVICE int64_t look_blocks() const {
+    HOST_DEVICE int64_t look_blocks() const {    // none where a weight for dx has no channels: not wanted
         if (forward) return ceil_div(row_elements(), kLookColumns) * ceil_div(C / groups, kLookRows) * groups;
         return channels * ceil_div(row_elements(), kLookElements);
     }
@@ -2482,12 +2482,14 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     for (int i = warp; i < kWeightColumns && first + i < columns; i += kThreads / 32) write(rows[i], *reinterpret_cast<const __half2*>(&values[i][lane * 2]));
     const int all = p.stencil.taps() * p.stencil.phases() * source_phases;
     if (all == volume) return;
-    for (int m = int(ceil_div(first, volume)); m * volume < min(first + kWeightColumns, columns); m++)
-        for (int i = warp * 32 + lane; i - lane < all; i += kThreads) {    // each lane knows a row
-            const int tap = i % p.stencil.taps(), phase = i / p.stencil.taps(), row = row_of(m, tap, phase);
-            unsigned without = __ballot_sync(~0u, i < all && kernel_index(p.stencil, tap, phase) < 0);
-            for (; without; without &= without - 1) write(__shfl_sync(~0u, row, __ffs(without) - 1), __half2half2(__float2half_rn(0.0f)));
+    for (int i = warp * 32 + lane; i - lane < all; i += kThreads) {    // each lane knows a tap and a phase
+        const int tap = i % p.stencil.taps(), phase = i / p.stencil.taps();
+        const unsigned without = __ballot_sync(~0u, i < all && kernel_index(p.stencil, tap, phase) < 0);
+        for (int m = int(ceil_div(first, volume)); m * volume < min(first + kWeightColumns, columns); m++) {
+            const int row = row_of(m, tap, phase);
+            for (unsigned left = without; left; left &= left - 1) write(__shfl_sync(~0u, row, __ffs(left) - 1), __half2half2(__float2half_rn(0.0f)));
         }
+    }
 }
 
 // One destination channel, split.
@@ -2508,7 +2510,7 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
 // The maxima of the weight's channels, and of parts of every sample, evenly spread.
 template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
     wait_for_previous_kernel();
-    const int64_t weight_blocks = p.channels > 0 ? p.look_blocks() : 0, blocks = look_blocks(a), elements = a.sample();
+    const int64_t weight_blocks = p.look_blocks(), blocks = look_blocks(a), elements = a.sample();
     if (blockIdx.x < weight_blocks) return look_at_weight<T>(p, blockIdx.x);
     const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
@@ -2689,7 +2691,7 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 // ---------------------------------------------------------------------------------------------------- Launcher
 
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, (p.channels > 0 ? p.look_blocks() : 0) + a.N * look_blocks(a), kThreads, stream, a, p));
+    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
     RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
     if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
@@ -3326,7 +3328,7 @@ struct Workspace {
     unsigned* tile_tickets;                        // (queues): how many tiles have been taken; start at zero
     float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
-    double2* group_sums;                           // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
+    group_norm::Pair* group_sums;                  // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
     unsigned* group_tickets;                       // (N, num_groups): how many of them are done; start at zero
 };
 
@@ -3409,13 +3411,13 @@ statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_
     }
     sums = group_norm::block_sum<kStatisticsThreads>(sums);
     if (threadIdx.x != 0) return;
-    volatile double* all = reinterpret_cast<double*>(workspace.group_sums + int64_t(index) * kStatisticsBlocks);
-    all[2 * block] = sums.a, all[2 * block + 1] = sums.b;
+    volatile group_norm::Pair* all = workspace.group_sums + int64_t(index) * kStatisticsBlocks;
+    all[block].a = sums.a, all[block].b = sums.b;
     __threadfence();
     if (atomicAdd(workspace.group_tickets + index, 1u) != blocks - 1) return;
     __threadfence();
     sums = {0, 0};
-    for (int i = 0; i < blocks; i++) sums.a += all[2 * i], sums.b += all[2 * i + 1];
+    for (int i = 0; i < blocks; i++) sums.a += all[i].a, sums.b += all[i].b;
     const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
     mean[index] = mean_of_all, rstd[index] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
 }
@@ -3532,7 +3534,7 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
         const int64_t parts = parts_of_sample(p);
         w.counts = scratch.take_zeroed<float>(p.N * parts);
         w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
-        w.group_sums = scratch.take<double2>(p.N * p.C_out * kStatisticsBlocks);
+        w.group_sums = scratch.take<group_norm::Pair>(p.N * p.C_out * kStatisticsBlocks);
         w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
     }
     if (p.t.k_parts > 1) w.parts = scratch.take<float>(p.t.k_parts * p.N * p.C_out * p.out_volume);
@@ -5200,11 +5202,11 @@ struct Publisher {
     __device__ __forceinline__ void take() {
         if (!waited) wait_for_previous_kernel();
         waited = true;
-        const int queues = a.p.t.queues, queue_tiles = a.p.t.tiles / queues;
+        const int queues = a.p.t.queues;
         for (next = -1; next < 0 && left > 0;) {
             const unsigned first = (gridDim.x - queue + queues - 1) / queues;    // these are the blocks'
             const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) + first : 0, 0);
-            if (ticket < queue_tiles) next = ticket * queues + queue;
+            if (ticket * queues + queue < a.p.t.tiles) next = ticket * queues + queue;
             else queue = queue + 1 < queues ? queue + 1 : 0, left--;
         }
     }

@@ -15,7 +15,7 @@ struct Workspace {
     unsigned* tile_tickets;                        // (queues): how many tiles have been taken; start at zero
     float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
-    double2* group_sums;                           // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
+    group_norm::Pair* group_sums;                  // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
     unsigned* group_tickets;                       // (N, num_groups): how many of them are done; start at zero
 };
 

@@ -106,7 +106,7 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
         const int64_t parts = parts_of_sample(p);
         w.counts = scratch.take_zeroed<float>(p.N * parts);
         w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
-        w.group_sums = scratch.take<double2>(p.N * p.C_out * kStatisticsBlocks);
+        w.group_sums = scratch.take<group_norm::Pair>(p.N * p.C_out * kStatisticsBlocks);
         w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
     }
     if (p.t.k_parts > 1) w.parts = scratch.take<float>(p.t.k_parts * p.N * p.C_out * p.out_volume);

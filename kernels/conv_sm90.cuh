@@ -80,11 +80,11 @@ struct Publisher {
     __device__ __forceinline__ void take() {
         if (!waited) wait_for_previous_kernel();
         waited = true;
-        const int queues = a.p.t.queues, queue_tiles = a.p.t.tiles / queues;
+        const int queues = a.p.t.queues;
         for (next = -1; next < 0 && left > 0;) {
             const unsigned first = (gridDim.x - queue + queues - 1) / queues;    // these are the blocks'
             const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) + first : 0, 0);
-            if (ticket < queue_tiles) next = ticket * queues + queue;
+            if (ticket * queues + queue < a.p.t.tiles) next = ticket * queues + queue;
             else queue = queue + 1 < queues ? queue + 1 : 0, left--;
         }
     }

@@ -37,13 +37,13 @@ statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_
     }
     sums = group_norm::block_sum<kStatisticsThreads>(sums);
     if (threadIdx.x != 0) return;
-    volatile double* all = reinterpret_cast<double*>(workspace.group_sums + int64_t(index) * kStatisticsBlocks);
-    all[2 * block] = sums.a, all[2 * block + 1] = sums.b;
+    volatile group_norm::Pair* all = workspace.group_sums + int64_t(index) * kStatisticsBlocks;
+    all[block].a = sums.a, all[block].b = sums.b;
     __threadfence();
     if (atomicAdd(workspace.group_tickets + index, 1u) != blocks - 1) return;
     __threadfence();
     sums = {0, 0};
-    for (int i = 0; i < blocks; i++) sums.a += all[2 * i], sums.b += all[2 * i + 1];
+    for (int i = 0; i < blocks; i++) sums.a += all[i].a, sums.b += all[i].b;
     const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
     mean[index] = mean_of_all, rstd[index] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
 }

@@ -109,7 +109,7 @@ struct Weight {
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
     // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, its columns, group) or (row, columns).
     HOST_DEVICE int64_t row_elements() const { return group_C_out * kernel_volume(stencil); }
-    HOST_DEVICE int64_t look_blocks() const {
+    HOST_DEVICE int64_t look_blocks() const {    // none where a weight for dx has no channels: not wanted
         if (forward) return ceil_div(row_elements(), kLookColumns) * ceil_div(C / groups, kLookRows) * groups;
         return channels * ceil_div(row_elements(), kLookElements);
     }
@@ -222,12 +222,14 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     for (int i = warp; i < kWeightColumns && first + i < columns; i += kThreads / 32) write(rows[i], *reinterpret_cast<const __half2*>(&values[i][lane * 2]));
     const int all = p.stencil.taps() * p.stencil.phases() * source_phases;
     if (all == volume) return;
-    for (int m = int(ceil_div(first, volume)); m * volume < min(first + kWeightColumns, columns); m++)
-        for (int i = warp * 32 + lane; i - lane < all; i += kThreads) {    // each lane knows a row
-            const int tap = i % p.stencil.taps(), phase = i / p.stencil.taps(), row = row_of(m, tap, phase);
-            unsigned without = __ballot_sync(~0u, i < all && kernel_index(p.stencil, tap, phase) < 0);
-            for (; without; without &= without - 1) write(__shfl_sync(~0u, row, __ffs(without) - 1), __half2half2(__float2half_rn(0.0f)));
+    for (int i = warp * 32 + lane; i - lane < all; i += kThreads) {    // each lane knows a tap and a phase
+        const int tap = i % p.stencil.taps(), phase = i / p.stencil.taps();
+        const unsigned without = __ballot_sync(~0u, i < all && kernel_index(p.stencil, tap, phase) < 0);
+        for (int m = int(ceil_div(first, volume)); m * volume < min(first + kWeightColumns, columns); m++) {
+            const int row = row_of(m, tap, phase);
+            for (unsigned left = without; left; left &= left - 1) write(__shfl_sync(~0u, row, __ffs(left) - 1), __half2half2(__float2half_rn(0.0f)));
         }
+    }
 }
 
 // One destination channel, split.
@@ -248,7 +250,7 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
 // The maxima of the weight's channels, and of parts of every sample, evenly spread.
 template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
     wait_for_previous_kernel();
-    const int64_t weight_blocks = p.channels > 0 ? p.look_blocks() : 0, blocks = look_blocks(a), elements = a.sample();
+    const int64_t weight_blocks = p.look_blocks(), blocks = look_blocks(a), elements = a.sample();
     if (blockIdx.x < weight_blocks) return look_at_weight<T>(p, blockIdx.x);
     const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
@@ -429,7 +431,7 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 // ---------------------------------------------------------------------------------------------------- Launcher
 
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, (p.channels > 0 ? p.look_blocks() : 0) + a.N * look_blocks(a), kThreads, stream, a, p));
+    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
     RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
     if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
