@@ -5891,6 +5891,8 @@ using namespace dweight;
 
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 152;
+// Behind the last stage: compute-sanitizer takes the blocks of columns of an operand, which overlap, for neighbours in memory, and would see them read there.
+constexpr int kTailBytes = 4096;
 static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
 // --------------------------------------------------------------------------------------------------------- Kernel
@@ -6027,7 +6029,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 // ------------------------------------------------------------------------------------------------------- Launcher
 
 template <int kBlockN> int launch_dweight(const CUtensorMap& x_map, const CUtensorMap& dout_map, const Parameters& a, cudaStream_t stream) {
-    const int shared = kHeadBytes + a.p.t.stages * a.p.t.stage_bytes;
+    const int shared = kHeadBytes + a.p.t.stages * a.p.t.stage_bytes + kTailBytes;
     return launch_with_shared(dweight_kernel<kBlockN>, a.p.t.groups * a.p.t.splits, kThreads, shared, stream, x_map, dout_map, a);
 }
 
@@ -6058,7 +6060,7 @@ _SOURCES['conv_transpose3d_gradients_sm90.cu'] = r'''
 namespace gradients_sm90 {
 
 struct Path : conv_sm90::Path {
-    static int shared_bytes(int) { return conv_sm90::kSharedBytes; }
+    static int shared_bytes(int) { return conv_sm90::kSharedBytes - dweight_sm90::kTailBytes; }
     static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
         return dweight_sm90::differentiate(a, x, dout, dtype, dweight, stream);
     }

@@ -6,7 +6,7 @@
 namespace gradients_sm90 {
 
 struct Path : conv_sm90::Path {
-    static int shared_bytes(int) { return conv_sm90::kSharedBytes; }
+    static int shared_bytes(int) { return conv_sm90::kSharedBytes - dweight_sm90::kTailBytes; }
     static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
         return dweight_sm90::differentiate(a, x, dout, dtype, dweight, stream);
     }
