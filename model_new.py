@@ -2794,6 +2794,7 @@ struct Tiling {
     bool keeps_weights;                        // from tile to tile
     int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
+    float cycles;                              // estimated, of a multiprocessor
     Divisor by_row_pairs, by_runs, by_strips, by_plane_groups, by_tile_w, by_pitch, by_channel_tiles;
     HOST_DEVICE int sample_places() const { return plane_groups * strips * runs; }    // of tiles, on the grid
     HOST_DEVICE int tile_runs() const { return split_m || planes > 1 ? 1 : warpgroups; }    // of a plane
@@ -3330,6 +3331,17 @@ struct Workspace {
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
     group_norm::Pair* group_sums;                  // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
     unsigned* group_tickets;                       // (N, num_groups): how many of them are done; start at zero
+    unsigned *stored, *ready, *pieces;             // conv_normalizer.cuh: (N), (N), (1); start at zero
+};
+
+// GroupNorm in the convolution's kernel (conv_normalizer.cuh).
+struct Normalization {
+    int blocks;                                    // that do nothing else; 0: another kernel normalizes
+    group_norm::Shape shape;
+    double eps;
+    const float *gamma, *beta;                     // (C_out), or null
+    float* y;                                      // may be the convolution's output
+    double *mean, *rstd;                           // (N, num_groups)
 };
 
 struct Parameters {
@@ -3341,6 +3353,7 @@ struct Parameters {
     const scaled_half::SampleMax* activation_max;    // (N)
     const unsigned* weight_max;                      // (C_out)
     Workspace workspace;
+    Normalization norm;
 };
 
 // -------------------------------------------------------------------------------------------------------- Values
@@ -3388,20 +3401,18 @@ inline int statistics_blocks(const Problem& p, const group_norm::Shape& shape) {
     return int(blocks < 1 ? 1 : blocks > kStatisticsBlocks ? kStatisticsBlocks : blocks);
 }
 
-// mean, rstd (N, num_groups): some blocks for each, whose threads have a channel and some of its parts each. Sums of squares in float64 lose
-// nothing that float32 had; they are added in a fixed order, those of the blocks by the last one that is done.
-__global__ void __launch_bounds__(kStatisticsThreads)
-statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, int blocks, double eps, double* mean, double* rstd) {
-    wait_for_previous_kernel();
-    const int index = blockIdx.x / blocks, block = blockIdx.x % blocks;
-    const int group = index % shape.num_groups, n = index / shape.num_groups, group_channels = int(shape.group_channels());
+// A thread's share of a group's sums, of values and of their squares: the moments of a channel in some of its parts. They are shared out to `blocks` blocks of kThreads
+// threads each. Sums of squares in float64 lose nothing that float32 had.
+template <int kThreads>
+__device__ __forceinline__ group_norm::Pair sum_moments(const Problem& p, const Workspace& workspace, const group_norm::Shape& shape, int index, int thread, int block, int blocks) {
+    const int group = index % int(shape.num_groups), n = index / int(shape.num_groups), group_channels = int(shape.C) / int(shape.num_groups);
     const int parts = parts_of_sample(p), channels = p.t.channels();
     const float* counts = workspace.counts + int64_t(n) * parts;
     const float2* moments = workspace.moments + int64_t(n) * parts * channels + group * group_channels;
-    const int columns = min(group_channels, kStatisticsThreads), rows = kStatisticsThreads / columns, row = threadIdx.x / columns;
-    group_norm::Pair sums = {0, 0};    // of values, of their squares
-    for (int c = threadIdx.x % columns; c < group_channels && row < rows; c += columns) {
-#pragma unroll 8
+    const int columns = min(group_channels, kThreads), rows = kThreads / columns, row = thread / columns;
+    group_norm::Pair sums = {0, 0};
+    for (int c = thread % columns; c < group_channels && row < rows; c += columns) {
+#pragma unroll 6
         for (int part = block * rows + row; part < parts; part += blocks * rows) {
             const double count = counts[part];
             const float2 m = moments[int64_t(part) * channels + c];
@@ -3409,7 +3420,20 @@ statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_
             sums.b += count == 0 ? 0 : m.y + count * m.x * m.x;
         }
     }
-    sums = group_norm::block_sum<kStatisticsThreads>(sums);
+    return sums;
+}
+
+__device__ __forceinline__ void leave_statistics(const group_norm::Shape& shape, double eps, group_norm::Pair sums, int index, double* mean, double* rstd) {
+    const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
+    mean[index] = mean_of_all, rstd[index] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+}
+
+// mean, rstd (N, num_groups): some blocks for each. Sums are added in a fixed order, those of the blocks by the last one that is done.
+__global__ void __launch_bounds__(kStatisticsThreads)
+statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, int blocks, double eps, double* mean, double* rstd) {
+    wait_for_previous_kernel();
+    const int index = blockIdx.x / blocks, block = blockIdx.x % blocks;
+    group_norm::Pair sums = group_norm::block_sum<kStatisticsThreads>(sum_moments<kStatisticsThreads>(p, workspace, shape, index, threadIdx.x, block, blocks));
     if (threadIdx.x != 0) return;
     volatile group_norm::Pair* all = workspace.group_sums + int64_t(index) * kStatisticsBlocks;
     all[block].a = sums.a, all[block].b = sums.b;
@@ -3418,8 +3442,7 @@ statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_
     __threadfence();
     sums = {0, 0};
     for (int i = 0; i < blocks; i++) sums.a += all[i].a, sums.b += all[i].b;
-    const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
-    mean[index] = mean_of_all, rstd[index] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+    leave_statistics(shape, eps, sums, index, mean, rstd);
 }
 
 }  // namespace conv
@@ -3534,6 +3557,7 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
         const int64_t parts = parts_of_sample(p);
         w.counts = scratch.take_zeroed<float>(p.N * parts);
         w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
+        w.stored = scratch.take_zeroed<unsigned>(p.N), w.ready = scratch.take_zeroed<unsigned>(p.N), w.pieces = scratch.take_zeroed<unsigned>(1);
         w.group_sums = scratch.take<group_norm::Pair>(p.N * p.C_out * kStatisticsBlocks);
         w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
     }
@@ -3558,12 +3582,13 @@ inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const
 
 // ---------------------------------------------------------------------------------------------------- Convolution
 
-// out = the convolution of packed operands, and its moments where there is room for them. bias may be null; apply_relu writes relu(out).
+// out = the convolution of packed operands, and its moments where there is room for them. bias may be null; apply_relu writes relu(out). norm: where it has blocks, its
+// y too.
 template <typename Path>
-int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu, void* out, cudaStream_t stream) {
+int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu, void* out, const Normalization& norm, cudaStream_t stream) {
     const Problem& p = plan.problem;
     if (p.t.block_n == 0) return cudaErrorNotSupported;
-    Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
+    Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, norm};
     if (p.t.k_parts == 1) return Path::convolve(a, source, weight, plan.multiprocessors, stream);
     a.dtype = kFloat32, a.apply_relu = false, a.bias = nullptr, a.out = workspace.parts, a.workspace.moments = nullptr;
     RETURN_IF_ERROR(Path::convolve(a, source, weight, plan.multiprocessors, stream));
@@ -3620,17 +3645,17 @@ template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused
 }
 
 template <typename Path>
-int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out) {
+int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out, const Normalization& norm) {
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
-    return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, stream);
+    return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, norm, stream);
 }
 
 template <typename Path>
 int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, false, base, x, w);
-    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out));
+    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out, {}));
     return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
 
@@ -3641,9 +3666,11 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
                             const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, true, base, x, w);
-    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, true, activation));
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     double* rstd = statistics + g.N * num_groups;
+    const Normalization norm = {Path::normalizing_blocks(plan, shape, dtype, y_dtype, activation, y), shape, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), static_cast<float*>(y), statistics, rstd};
+    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, true, activation, norm));
+    if (norm.blocks > 0) return cudaSuccess;
     const int blocks = statistics_blocks(plan.problem, shape);
     RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups * blocks, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, blocks, eps, statistics, rstd));
     return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
@@ -3997,7 +4024,7 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
-    if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, stream));
+    if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, {}, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
@@ -4575,6 +4602,7 @@ struct Path {
         return conv_sm80::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors, shared_bytes(device));
     }
 
+    static int normalizing_blocks(const Plan&, const group_norm::Shape&, int, int, const void*, const void*) { return 0; }
     // a.out = the convolution of packed operands, or the parts of it, and its moments where there is room for them.
     static int convolve(const Parameters& a, const scaled_half::Activation& source, const scaled_half::Weight& weight, int multiprocessors, cudaStream_t stream) {
         const Problem& p = a.p;
@@ -4804,6 +4832,16 @@ _SOURCES['ptx_sm90.cuh'] = r'''
 // Orders this thread's ordinary shared-memory writes before later accesses by the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders what this thread knows of global memory before later accesses there by the copy engine.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// threadIdx.x, read here: the compiler would keep what it computed from it before in a register.
+__device__ __forceinline__ int thread_of_block() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // barrier.sync among `threads` threads of the block
 __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
@@ -4859,7 +4897,10 @@ __device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void*
                  ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
-// a 16-byte aligned run of bytes, without a tensor map
+// These are of 16-byte aligned runs of bytes, without a tensor map.
+__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(destination)), "l"(source), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
 __device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)), "r"(bytes) : "memory");
 }
@@ -5110,13 +5151,155 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
             if (k_parts > 1 && (groups > 1 || s.source_phases() > 1 || t.tiles > 2 * k_parts * multiprocessors)) break;    // there are enough tiles
             if (!lay_out_stages(t, s)) continue;
             const double time = time_of(t, s, samples, channels, multiprocessors);
-            if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+            if (best.block_n == 0 || time < best_time) best = t, best_time = best.cycles = time;
         }
     }
     return with_divisors(best);
 }
 
 }  // namespace conv_sm90
+'''
+
+_SOURCES['conv_normalizer.cuh'] = r'''
+// GroupNorm in the convolution's kernel: some blocks, on multiprocessors of their own, normalize the samples that are complete while the others multiply; those
+// join them when there are no more tiles.
+//
+// Products leave memory idle, and what was just stored is in the L2 cache. Consumers that normalize between their tiles gain nothing: what a multiprocessor can
+// read is taken by its weights.
+//
+//   storers: stored[n] += 1 for a tile that is in memory -> a warpgroup of a normalizing block: the statistics of a group, ready[n] += 1 -> all warps that normalize
+#pragma once
+
+#include "conv_statistics.cuh"
+#include "ptx_sm90.cuh"
+
+namespace conv {
+
+constexpr int kPieceStages = 3, kPieces = 4, kMostPieceFloats = 2048;
+constexpr double kMostSampleBytes = 24 << 20;    // half of Hopper's L2 cache
+constexpr double kNormalizedBytes = 21;    // that a multiprocessor normalizes in a cycle, reading and writing as many
+
+// Floats of a channel that a warp normalizes at a time: the stages are where boxes and weights were.
+HOST_DEVICE int piece_floats(const Tiling& t) {
+    const int most = (t.input_stages * t.input_bytes + t.weight_rings * t.weight_stages * t.weight_bytes) / (t.warpgroups * 4 * kPieceStages) / 512 * 128;
+    return most < kMostPieceFloats ? most : kMostPieceFloats;
+}
+inline int64_t pieces_of(const Tiling& t, const group_norm::Shape& shape) { return shape.N * shape.C * ceil_div(shape.S, piece_floats(t)); }
+
+// How many blocks are to normalize beside those that multiply; 0 where passes of their own are better, or necessary. r: relu(out).
+inline int normalizing_blocks(const Problem& p, const group_norm::Shape& shape, int dtype, int y_dtype, int multiprocessors, const void* r, const void* y) {
+    if (dtype != kFloat32 || y_dtype != kFloat32 || !group_norm::has_vectors<float, float>(shape, r, y)) return 0;
+    const double sample = double(shape.C * shape.S) * sizeof(float), normalized = shape.N * sample / kNormalizedBytes / multiprocessors;    // bytes; cycles, if all multiprocessors did it
+    if (shape.N < 4 || sample > kMostSampleBytes || p.t.k_parts > 1 || p.t.tiles < 4 * multiprocessors || pieces_of(p.t, shape) > 1 << 30) return 0;
+    if (3 * normalized > p.t.cycles) return 0;    // memory is not idle enough
+    return int(multiprocessors * normalized / (normalized + p.t.cycles) + 0.5);
+}
+
+__device__ __forceinline__ void add_release(unsigned* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+__device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned count) {
+    for (unsigned seen = 0;; __nanosleep(100)) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        if (seen >= count) return;
+    }
+}
+
+// A warpgroup of normalizing block `block`: the statistics of every norm.blocks-th group. reports: of a sample. shared: four pairs.
+__device__ __forceinline__ void find_statistics(const Parameters& a, int block, unsigned reports, group_norm::Pair* shared, int barrier) {
+    const Normalization& norm = a.norm;
+    const int thread = threadIdx.x % 128, groups = int(norm.shape.num_groups);
+    for (int index = block; index < int(norm.shape.N) * groups; index += norm.blocks) {
+        const int n = index / groups;
+        if (thread == 0) wait_for_count(a.workspace.stored + n, reports);
+        asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+        group_norm::Pair sums = sum_moments<128>(a.p, a.workspace, norm.shape, index, thread, 0, 1);
+        for (int step = 16; step > 0; step /= 2) sums.a += __shfl_xor_sync(~0u, sums.a, step), sums.b += __shfl_xor_sync(~0u, sums.b, step);
+        if (thread % 32 == 0) shared[thread / 32] = sums;
+        asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+        if (thread > 0) continue;
+        for (int warp = 1; warp < 4; warp++) sums.a += shared[warp].a, sums.b += shared[warp].b;
+        leave_statistics(norm.shape, norm.eps, sums, index, norm.mean, norm.rstd);
+        add_release(a.workspace.ready + n);
+    }
+}
+
+// A warp: takes pieces of channels, kPieces at a time, until there are no more. The copy engine brings them to stages of shared memory, which are the warp's own.
+struct PieceNormalizer {
+    const Parameters& a;
+    const float* stages;
+    uint64_t* full;
+    int floats;                             // of a piece
+    unsigned pieces, all;                   // of a channel; of all
+    unsigned piece, more;                   // to load next; lane 0: the first of the next ones
+    int ready = -1;                         // the last sample whose statistics are known
+
+    __device__ __forceinline__ PieceNormalizer(const Parameters& a, uint8_t* stages, uint64_t* full)
+        : a(a), stages(reinterpret_cast<float*>(stages)), full(full), floats(piece_floats(a.p.t)), pieces((int(a.norm.shape.S) + floats - 1) / floats), all(unsigned(a.norm.shape.N * a.norm.shape.C) * pieces) {
+        more = take();
+        next_pieces();
+    }
+    __device__ __forceinline__ unsigned take() const { return threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.pieces, unsigned(kPieces)) : 0; }
+    __device__ __forceinline__ void next_pieces() {
+        piece = __shfl_sync(~0u, more, 0);
+        more = take();
+    }
+    __device__ __forceinline__ int64_t origin_of(unsigned row, int first) const { return int64_t(row) * a.norm.shape.S + first; }
+
+    // Loads the next piece; returns which, `all` where there is none.
+    __device__ __forceinline__ unsigned load(int stage) {
+        const unsigned own = piece;
+        if (own >= all) return all;
+        if (++piece % kPieces == 0) next_pieces();
+        const unsigned row = own / pieces;
+        const int n = row / unsigned(a.norm.shape.C), first = int(own - row * pieces) * floats, bytes = min(floats, int(a.norm.shape.S) - first) * 4;
+        if (threadIdx.x % 32 == 0) {
+            if (n != ready) wait_for_count(a.workspace.ready + n, unsigned(a.norm.shape.num_groups)), fence_proxy_async_global();
+            mbarrier_arrive_expect_tx(full + stage, bytes);
+            bulk_load(const_cast<float*>(stages) + stage * floats, static_cast<const float*>(a.out) + origin_of(row, first), bytes, full + stage);
+        }
+        ready = n;
+        __syncwarp();
+        return own;
+    }
+
+    __device__ __forceinline__ void run() {
+        const Normalization& norm = a.norm;
+        const int lane = threadIdx.x % 32;
+        unsigned loaded[kPieceStages], channel = all;    // pieces, the next one first; a row of the sample's channels
+        group_norm::Mean<float> mean;
+        float scale = 0, offset = 0;
+        RingPosition at;
+        const auto load_behind = [&](int stage) {
+#pragma unroll
+            for (int i = 0; i + 1 < kPieceStages; i++) loaded[i] = loaded[i + 1];
+            loaded[kPieceStages - 1] = load(stage);
+        };
+#pragma unroll 1
+        for (int stage = 0; stage < kPieceStages; stage++) load_behind(stage);
+        while (loaded[0] < all) {
+            const unsigned row = loaded[0] / pieces;
+            const int first = int(loaded[0] - row * pieces) * floats, vectors = min(floats, int(norm.shape.S) - first) / 4;
+            if (row != channel) {
+                const int c = row % unsigned(norm.shape.C), group = row / unsigned(norm.shape.group_channels());
+                mean = group_norm::Mean<float>(__ldcg(norm.mean + group));
+                scale = float(__ldcg(norm.rstd + group)) * (norm.gamma ? norm.gamma[c] : 1.0f), offset = norm.beta ? norm.beta[c] : 0.0f;
+                channel = row;
+            }
+            const float4* const values = reinterpret_cast<const float4*>(stages + at.stage * floats);
+            float4* const out = reinterpret_cast<float4*>(norm.y + origin_of(row, first));
+            mbarrier_wait(full + at.stage, at.phase);
+#pragma unroll 4
+            for (int i = lane; i < vectors; i += 32) {
+                const float4 v = values[i];
+                __stcs(out + i, make_float4(mean.center(v.x) * scale + offset, mean.center(v.y) * scale + offset, mean.center(v.z) * scale + offset, mean.center(v.w) * scale + offset));
+            }
+            __syncwarp();
+            load_behind(at.stage);
+            at.advance(kPieceStages);
+        }
+    }
+};
+
+}  // namespace conv
 '''
 
 _SOURCES['conv_sm90.cuh'] = r'''
@@ -5141,7 +5324,7 @@ _SOURCES['conv_sm90.cuh'] = r'''
 
 #include <type_traits>
 
-#include "conv_epilogue.cuh"
+#include "conv_normalizer.cuh"
 #include "ptx_sm90.cuh"
 #include "tiling_sm90.h"
 
@@ -5164,6 +5347,7 @@ struct SharedHead {
     uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];    // one ring behind the other
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t buffer_free[kMaxWarpgroups], staged[2][kMaxWarpgroups];    // by the consumer that used it; by the tile's parity too, as storers take turns
+    uint64_t piece_full[4 * kMaxWarpgroups][kPieceStages];    // of the consumers' warps, when they normalize
     int taps[kMaxStages];                  // of the weights' stages
     int item_rows[kMaxItems + 1];          // of a stage's items, where there are several
     Tile tiles[kTileSlots];
@@ -5204,7 +5388,7 @@ struct Publisher {
         waited = true;
         const int queues = a.p.t.queues;
         for (next = -1; next < 0 && left > 0;) {
-            const unsigned first = (gridDim.x - queue + queues - 1) / queues;    // these are the blocks'
+            const unsigned first = (gridDim.x - a.norm.blocks - queue + queues - 1) / queues;    // these are the blocks'
             const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) + first : 0, 0);
             if (ticket * queues + queue < a.p.t.tiles) next = ticket * queues + queue;
             else queue = queue + 1 < queues ? queue + 1 : 0, left--;
@@ -5356,17 +5540,28 @@ struct Storer {
         bulk_commit_group();
     }
 
+    // Tells that a sample's tile is in memory.
+    __device__ __forceinline__ void report(int n) const {
+        bulk_wait_group<0>();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) add_release(a.workspace.stored + n);
+    }
+
     // publishes: two tiles ahead, when consumers begin one.
     __device__ __forceinline__ void run(Publisher& publisher, bool publishes) const {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
         bool more = publishes && publisher.publish() && publisher.publish();
+        const bool reports = a.norm.blocks > 0;
+        int before = -1;    // the sample of the tile before this one: its copies have ended by now, or will have soon
         RingPosition slot;
         for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
             if (more) more = publisher.publish();
+            if (reports && before >= 0) report(before);
+            before = tile.n;
             for (; consumer < consumers; consumer += 2) {
                 mbarrier_wait(head.staged[tiles % 2] + consumer, tiles / 2 % 2);
                 store(tile, tile.run[consumer], shared.buffer(a.p.t, consumer));
@@ -5377,6 +5572,7 @@ struct Storer {
             slot.advance(kTileSlots);
         }
         bulk_wait_group<0>();
+        if (reports && before >= 0) report(before);
     }
 };
 
@@ -5793,6 +5989,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 4 * kConsumers);
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 4 * kConsumers);
         for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, kConsumers), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.weight_rings * 32);
+        for (int i = 0; i < 4 * kConsumers * kPieceStages; i++) mbarrier_init(head.piece_full[0] + i, 1);
         for (int i = 0; i < kConsumers; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged[0] + i, 128), mbarrier_init(head.staged[1] + i, 128);
         fence_mbarrier_init();
     }
@@ -5804,10 +6001,13 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     __syncthreads();
 
     // A warp for each task beside the warpgroups that compute. The first tile is located while the kernel before this one ends: what reads memory waits for that.
-    const int warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32, normalizer = int(blockIdx.x) - int(gridDim.x - a.norm.blocks);    // index among those that only normalize, if not negative
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
-        if (warp < t.weight_rings) {
+        if (normalizer >= 0) {
+            wait_for_previous_kernel();
+            find_statistics(a, normalizer, 2 * (t.tiles / int(a.p.N)), reinterpret_cast<group_norm::Pair*>(shared.buffers), kBeginBarrier);
+        } else if (warp < t.weight_rings) {
             Loader{a, shared, &x_map, &w_map, warp}.run();
         } else {
             const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
@@ -5818,7 +6018,12 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
         wait_for_previous_kernel();
-        consume<kBlockN>(a, shared);
+        if (normalizer < 0) consume<kBlockN>(a, shared);
+        if (a.norm.blocks > 0) {
+            named_barrier(kBeginBarrier + 1, 128 * kConsumers);    // the stages are free
+            const int own = thread_of_block() / 32 - 4;
+            PieceNormalizer(a, shared.input + own * kPieceStages * piece_floats(t) * 4, head.piece_full[own]).run();
+        }
     }
 #endif
 }
@@ -5828,7 +6033,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 template <int kBlockN, int kConsumers = 2>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
+    const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;    // those that only normalize included
     return launch_with_shared(conv_kernel<kBlockN, kConsumers>, blocks, threads_of(kConsumers), shared_bytes(t), stream, x_map, w_map, out_map, a);
 }
 
@@ -5836,6 +6041,9 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
 struct Path {
     static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int) {
         return conv_sm90::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors);
+    }
+    static int normalizing_blocks(const Plan& plan, const group_norm::Shape& shape, int dtype, int y_dtype, const void* r, const void* y) {
+        return conv::normalizing_blocks(plan.problem, shape, dtype, y_dtype, plan.multiprocessors, r, y);
     }
     // a.out = the convolution of packed operands, or the parts of it, and its moments where there is room for them.
     static int convolve(const Parameters& a, const scaled_half::Activation& source, const scaled_half::Weight& weight, int multiprocessors, cudaStream_t stream) {

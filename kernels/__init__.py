@@ -41,6 +41,7 @@ SOURCES = (
     "conv_transpose3d_gradients_sm80.cu",
     "ptx_sm90.cuh",
     "tiling_sm90.h",
+    "conv_normalizer.cuh",
     "conv_sm90.cuh",
     "conv_launch_sm90.cuh",
     "conv_transpose3d_sm90.cu",

@@ -17,6 +17,17 @@ struct Workspace {
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
     group_norm::Pair* group_sums;                  // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
     unsigned* group_tickets;                       // (N, num_groups): how many of them are done; start at zero
+    unsigned *stored, *ready, *pieces;             // conv_normalizer.cuh: (N), (N), (1); start at zero
+};
+
+// GroupNorm in the convolution's kernel (conv_normalizer.cuh).
+struct Normalization {
+    int blocks;                                    // that do nothing else; 0: another kernel normalizes
+    group_norm::Shape shape;
+    double eps;
+    const float *gamma, *beta;                     // (C_out), or null
+    float* y;                                      // may be the convolution's output
+    double *mean, *rstd;                           // (N, num_groups)
 };
 
 struct Parameters {
@@ -28,6 +39,7 @@ struct Parameters {
     const scaled_half::SampleMax* activation_max;    // (N)
     const unsigned* weight_max;                      // (C_out)
     Workspace workspace;
+    Normalization norm;
 };
 
 // -------------------------------------------------------------------------------------------------------- Values

@@ -23,6 +23,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 4 * kConsumers);
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 4 * kConsumers);
         for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, kConsumers), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.weight_rings * 32);
+        for (int i = 0; i < 4 * kConsumers * kPieceStages; i++) mbarrier_init(head.piece_full[0] + i, 1);
         for (int i = 0; i < kConsumers; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged[0] + i, 128), mbarrier_init(head.staged[1] + i, 128);
         fence_mbarrier_init();
     }
@@ -34,10 +35,13 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     __syncthreads();
 
     // A warp for each task beside the warpgroups that compute. The first tile is located while the kernel before this one ends: what reads memory waits for that.
-    const int warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32, normalizer = int(blockIdx.x) - int(gridDim.x - a.norm.blocks);    // index among those that only normalize, if not negative
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
-        if (warp < t.weight_rings) {
+        if (normalizer >= 0) {
+            wait_for_previous_kernel();
+            find_statistics(a, normalizer, 2 * (t.tiles / int(a.p.N)), reinterpret_cast<group_norm::Pair*>(shared.buffers), kBeginBarrier);
+        } else if (warp < t.weight_rings) {
             Loader{a, shared, &x_map, &w_map, warp}.run();
         } else {
             const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
@@ -48,7 +52,12 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
         wait_for_previous_kernel();
-        consume<kBlockN>(a, shared);
+        if (normalizer < 0) consume<kBlockN>(a, shared);
+        if (a.norm.blocks > 0) {
+            named_barrier(kBeginBarrier + 1, 128 * kConsumers);    // the stages are free
+            const int own = thread_of_block() / 32 - 4;
+            PieceNormalizer(a, shared.input + own * kPieceStages * piece_floats(t) * 4, head.piece_full[own]).run();
+        }
     }
 #endif
 }
@@ -58,7 +67,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 template <int kBlockN, int kConsumers = 2>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;
+    const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;    // those that only normalize included
     return launch_with_shared(conv_kernel<kBlockN, kConsumers>, blocks, threads_of(kConsumers), shared_bytes(t), stream, x_map, w_map, out_map, a);
 }
 
@@ -66,6 +75,9 @@ int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtens
 struct Path {
     static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int) {
         return conv_sm90::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors);
+    }
+    static int normalizing_blocks(const Plan& plan, const group_norm::Shape& shape, int dtype, int y_dtype, const void* r, const void* y) {
+        return conv::normalizing_blocks(plan.problem, shape, dtype, y_dtype, plan.multiprocessors, r, y);
     }
     // a.out = the convolution of packed operands, or the parts of it, and its moments where there is room for them.
     static int convolve(const Parameters& a, const scaled_half::Activation& source, const scaled_half::Weight& weight, int multiprocessors, cudaStream_t stream) {

@@ -106,6 +106,7 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
         const int64_t parts = parts_of_sample(p);
         w.counts = scratch.take_zeroed<float>(p.N * parts);
         w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
+        w.stored = scratch.take_zeroed<unsigned>(p.N), w.ready = scratch.take_zeroed<unsigned>(p.N), w.pieces = scratch.take_zeroed<unsigned>(1);
         w.group_sums = scratch.take<group_norm::Pair>(p.N * p.C_out * kStatisticsBlocks);
         w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
     }
@@ -130,12 +131,13 @@ inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const
 
 // ---------------------------------------------------------------------------------------------------- Convolution
 
-// out = the convolution of packed operands, and its moments where there is room for them. bias may be null; apply_relu writes relu(out).
+// out = the convolution of packed operands, and its moments where there is room for them. bias may be null; apply_relu writes relu(out). norm: where it has blocks, its
+// y too.
 template <typename Path>
-int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu, void* out, cudaStream_t stream) {
+int convolve(const Plan& plan, const scaled_half::Activation& source, const scaled_half::Weight& weight, const Workspace& workspace, int dtype, const void* bias, bool apply_relu, void* out, const Normalization& norm, cudaStream_t stream) {
     const Problem& p = plan.problem;
     if (p.t.block_n == 0) return cudaErrorNotSupported;
-    Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace};
+    Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, norm};
     if (p.t.k_parts == 1) return Path::convolve(a, source, weight, plan.multiprocessors, stream);
     a.dtype = kFloat32, a.apply_relu = false, a.bias = nullptr, a.out = workspace.parts, a.workspace.moments = nullptr;
     RETURN_IF_ERROR(Path::convolve(a, source, weight, plan.multiprocessors, stream));

@@ -19,7 +19,7 @@
 
 #include <type_traits>
 
-#include "conv_epilogue.cuh"
+#include "conv_normalizer.cuh"
 #include "ptx_sm90.cuh"
 #include "tiling_sm90.h"
 
@@ -42,6 +42,7 @@ struct SharedHead {
     uint64_t weight_full[kMaxStages], weight_empty[kMaxStages];    // one ring behind the other
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t buffer_free[kMaxWarpgroups], staged[2][kMaxWarpgroups];    // by the consumer that used it; by the tile's parity too, as storers take turns
+    uint64_t piece_full[4 * kMaxWarpgroups][kPieceStages];    // of the consumers' warps, when they normalize
     int taps[kMaxStages];                  // of the weights' stages
     int item_rows[kMaxItems + 1];          // of a stage's items, where there are several
     Tile tiles[kTileSlots];
@@ -82,7 +83,7 @@ struct Publisher {
         waited = true;
         const int queues = a.p.t.queues;
         for (next = -1; next < 0 && left > 0;) {
-            const unsigned first = (gridDim.x - queue + queues - 1) / queues;    // these are the blocks'
+            const unsigned first = (gridDim.x - a.norm.blocks - queue + queues - 1) / queues;    // these are the blocks'
             const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) + first : 0, 0);
             if (ticket * queues + queue < a.p.t.tiles) next = ticket * queues + queue;
             else queue = queue + 1 < queues ? queue + 1 : 0, left--;
@@ -234,17 +235,28 @@ struct Storer {
         bulk_commit_group();
     }
 
+    // Tells that a sample's tile is in memory.
+    __device__ __forceinline__ void report(int n) const {
+        bulk_wait_group<0>();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) add_release(a.workspace.stored + n);
+    }
+
     // publishes: two tiles ahead, when consumers begin one.
     __device__ __forceinline__ void run(Publisher& publisher, bool publishes) const {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
         bool more = publishes && publisher.publish() && publisher.publish();
+        const bool reports = a.norm.blocks > 0;
+        int before = -1;    // the sample of the tile before this one: its copies have ended by now, or will have soon
         RingPosition slot;
         for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
             if (more) more = publisher.publish();
+            if (reports && before >= 0) report(before);
+            before = tile.n;
             for (; consumer < consumers; consumer += 2) {
                 mbarrier_wait(head.staged[tiles % 2] + consumer, tiles / 2 % 2);
                 store(tile, tile.run[consumer], shared.buffer(a.p.t, consumer));
@@ -255,6 +267,7 @@ struct Storer {
             slot.advance(kTileSlots);
         }
         bulk_wait_group<0>();
+        if (reports && before >= 0) report(before);
     }
 };
 

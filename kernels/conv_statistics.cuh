@@ -14,20 +14,18 @@ inline int statistics_blocks(const Problem& p, const group_norm::Shape& shape) {
     return int(blocks < 1 ? 1 : blocks > kStatisticsBlocks ? kStatisticsBlocks : blocks);
 }
 
-// mean, rstd (N, num_groups): some blocks for each, whose threads have a channel and some of its parts each. Sums of squares in float64 lose
-// nothing that float32 had; they are added in a fixed order, those of the blocks by the last one that is done.
-__global__ void __launch_bounds__(kStatisticsThreads)
-statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, int blocks, double eps, double* mean, double* rstd) {
-    wait_for_previous_kernel();
-    const int index = blockIdx.x / blocks, block = blockIdx.x % blocks;
-    const int group = index % shape.num_groups, n = index / shape.num_groups, group_channels = int(shape.group_channels());
+// A thread's share of a group's sums, of values and of their squares: the moments of a channel in some of its parts. They are shared out to `blocks` blocks of kThreads
+// threads each. Sums of squares in float64 lose nothing that float32 had.
+template <int kThreads>
+__device__ __forceinline__ group_norm::Pair sum_moments(const Problem& p, const Workspace& workspace, const group_norm::Shape& shape, int index, int thread, int block, int blocks) {
+    const int group = index % int(shape.num_groups), n = index / int(shape.num_groups), group_channels = int(shape.C) / int(shape.num_groups);
     const int parts = parts_of_sample(p), channels = p.t.channels();
     const float* counts = workspace.counts + int64_t(n) * parts;
     const float2* moments = workspace.moments + int64_t(n) * parts * channels + group * group_channels;
-    const int columns = min(group_channels, kStatisticsThreads), rows = kStatisticsThreads / columns, row = threadIdx.x / columns;
-    group_norm::Pair sums = {0, 0};    // of values, of their squares
-    for (int c = threadIdx.x % columns; c < group_channels && row < rows; c += columns) {
-#pragma unroll 8
+    const int columns = min(group_channels, kThreads), rows = kThreads / columns, row = thread / columns;
+    group_norm::Pair sums = {0, 0};
+    for (int c = thread % columns; c < group_channels && row < rows; c += columns) {
+#pragma unroll 6
         for (int part = block * rows + row; part < parts; part += blocks * rows) {
             const double count = counts[part];
             const float2 m = moments[int64_t(part) * channels + c];
@@ -35,7 +33,20 @@ statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_
             sums.b += count == 0 ? 0 : m.y + count * m.x * m.x;
         }
     }
-    sums = group_norm::block_sum<kStatisticsThreads>(sums);
+    return sums;
+}
+
+__device__ __forceinline__ void leave_statistics(const group_norm::Shape& shape, double eps, group_norm::Pair sums, int index, double* mean, double* rstd) {
+    const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
+    mean[index] = mean_of_all, rstd[index] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+}
+
+// mean, rstd (N, num_groups): some blocks for each. Sums are added in a fixed order, those of the blocks by the last one that is done.
+__global__ void __launch_bounds__(kStatisticsThreads)
+statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, int blocks, double eps, double* mean, double* rstd) {
+    wait_for_previous_kernel();
+    const int index = blockIdx.x / blocks, block = blockIdx.x % blocks;
+    group_norm::Pair sums = group_norm::block_sum<kStatisticsThreads>(sum_moments<kStatisticsThreads>(p, workspace, shape, index, threadIdx.x, block, blocks));
     if (threadIdx.x != 0) return;
     volatile group_norm::Pair* all = workspace.group_sums + int64_t(index) * kStatisticsBlocks;
     all[block].a = sums.a, all[block].b = sums.b;
@@ -44,8 +55,7 @@ statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_
     __threadfence();
     sums = {0, 0};
     for (int i = 0; i < blocks; i++) sums.a += all[i].a, sums.b += all[i].b;
-    const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
-    mean[index] = mean_of_all, rstd[index] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+    leave_statistics(shape, eps, sums, index, mean, rstd);
 }
 
 }  // namespace conv

@@ -35,17 +35,17 @@ template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused
 }
 
 template <typename Path>
-int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out) {
+int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out, const Normalization& norm) {
     RETURN_IF_ERROR(memory.scratch.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
-    return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, stream);
+    return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, norm, stream);
 }
 
 template <typename Path>
 int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, false, base, x, w);
-    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out));
+    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out, {}));
     return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
 
@@ -56,9 +56,11 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
                             const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
     const ForwardMemory memory(g, plan, true, base, x, w);
-    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, true, activation));
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     double* rstd = statistics + g.N * num_groups;
+    const Normalization norm = {Path::normalizing_blocks(plan, shape, dtype, y_dtype, activation, y), shape, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), static_cast<float*>(y), statistics, rstd};
+    RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, true, activation, norm));
+    if (norm.blocks > 0) return cudaSuccess;
     const int blocks = statistics_blocks(plan.problem, shape);
     RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups * blocks, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, blocks, eps, statistics, rstd));
     return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {

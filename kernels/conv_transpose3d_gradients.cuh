@@ -53,7 +53,7 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
-    if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, stream));
+    if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, {}, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
     RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));

@@ -15,6 +15,16 @@
 // Orders this thread's ordinary shared-memory writes before later accesses by the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders what this thread knows of global memory before later accesses there by the copy engine.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// threadIdx.x, read here: the compiler would keep what it computed from it before in a register.
+__device__ __forceinline__ int thread_of_block() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // barrier.sync among `threads` threads of the block
 __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
@@ -70,7 +80,10 @@ __device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void*
                  ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
-// a 16-byte aligned run of bytes, without a tensor map
+// These are of 16-byte aligned runs of bytes, without a tensor map.
+__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(destination)), "l"(source), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
 __device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)), "r"(bytes) : "memory");
 }

@@ -128,7 +128,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
             if (k_parts > 1 && (groups > 1 || s.source_phases() > 1 || t.tiles > 2 * k_parts * multiprocessors)) break;    // there are enough tiles
             if (!lay_out_stages(t, s)) continue;
             const double time = time_of(t, s, samples, channels, multiprocessors);
-            if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+            if (best.block_n == 0 || time < best_time) best = t, best_time = best.cycles = time;
         }
     }
     return with_divisors(best);

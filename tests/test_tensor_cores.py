@@ -88,6 +88,30 @@ def test_fused(shape, channels, kernel, stride, padding, output_padding, dilatio
     assert torch.equal(y, model_new.conv_transpose3d_relu_group_norm(x, w, bias, gamma, beta, num_groups, 1e-5, *sizes))
 
 
+@pytest.mark.parametrize("shape, channels, kernel, stride, padding", [((18, 64, 16, 16, 16), 128, 3, 1, 1), ((18, 64, 14, 17, 18), 128, 3, 1, 0), ((18, 128, 8, 16, 20), 128, 4, 2, 1)])
+@pytest.mark.parametrize("num_groups", [1, 8, 128])
+@pytest.mark.parametrize("saved", [True, False])
+def test_samples_normalized_while_others_are_multiplied(shape, channels, kernel, stride, padding, num_groups, saved):
+    x, w = tensors(shape, channels, kernel)
+    x *= torch.logspace(-3, 3, shape[0], device="cuda").view(-1, 1, 1, 1, 1)
+    x[1, 2, 3, 4, 5] = float("nan")
+    gamma, beta = (torch.randn(channels, device="cuda") for _ in range(2))
+    w.requires_grad_(saved)    # then relu(z) is kept
+
+    def reference(*t):
+        return F.group_norm(F.conv_transpose3d(*t[:2], stride=stride, padding=padding).relu(), num_groups, *t[2:], eps=0.0).detach()
+
+    def ours():
+        return model_new.conv_transpose3d_relu_group_norm(x, w, None, gamma, beta, num_groups, 0.0, stride, padding).detach()
+
+    truth, y = reference(*(t.double() for t in (x, w, gamma, beta))), run(ours)
+    assert torch.equal(y.isnan(), truth.isnan())
+    finite = [n for n in range(shape[0]) if n != 1]
+    assert worst_relative_error(y[finite], truth[finite], (1, 2, 3, 4)) <= 1.05 * worst_relative_error(reference(x, w, gamma, beta)[finite], truth[finite], (1, 2, 3, 4))
+    for _ in range(3):
+        assert torch.equal(y.nan_to_num(0.0), ours().nan_to_num(0.0))
+
+
 @pytest.mark.parametrize("shape, channels, groups, kernel, stride, padding, output_padding", [
     ((2, 32, 8, 16, 32), 32, 4, 3, 2, 1, 0), ((1, 64, 7, 9, 31), 32, 4, 2, 2, 0, 0), ((2, 16, 9, 31, 33), 32, 2, (3, 2, 4), 2, 1, 1), ((1, 64, 16, 40, 50), 128, 2, 1, 1, 0, 0)])
 @pytest.mark.parametrize("fused", [False, True])

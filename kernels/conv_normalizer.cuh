@@ -1,0 +1,139 @@
+// GroupNorm in the convolution's kernel: some blocks, on multiprocessors of their own, normalize the samples that are complete while the others multiply; those
+// join them when there are no more tiles.
+//
+// Products leave memory idle, and what was just stored is in the L2 cache. Consumers that normalize between their tiles gain nothing: what a multiprocessor can
+// read is taken by its weights.
+//
+//   storers: stored[n] += 1 for a tile that is in memory -> a warpgroup of a normalizing block: the statistics of a group, ready[n] += 1 -> all warps that normalize
+#pragma once
+
+#include "conv_statistics.cuh"
+#include "ptx_sm90.cuh"
+
+namespace conv {
+
+constexpr int kPieceStages = 3, kPieces = 4, kMostPieceFloats = 2048;
+constexpr double kMostSampleBytes = 24 << 20;    // half of Hopper's L2 cache
+constexpr double kNormalizedBytes = 21;    // that a multiprocessor normalizes in a cycle, reading and writing as many
+
+// Floats of a channel that a warp normalizes at a time: the stages are where boxes and weights were.
+HOST_DEVICE int piece_floats(const Tiling& t) {
+    const int most = (t.input_stages * t.input_bytes + t.weight_rings * t.weight_stages * t.weight_bytes) / (t.warpgroups * 4 * kPieceStages) / 512 * 128;
+    return most < kMostPieceFloats ? most : kMostPieceFloats;
+}
+inline int64_t pieces_of(const Tiling& t, const group_norm::Shape& shape) { return shape.N * shape.C * ceil_div(shape.S, piece_floats(t)); }
+
+// How many blocks are to normalize beside those that multiply; 0 where passes of their own are better, or necessary. r: relu(out).
+inline int normalizing_blocks(const Problem& p, const group_norm::Shape& shape, int dtype, int y_dtype, int multiprocessors, const void* r, const void* y) {
+    if (dtype != kFloat32 || y_dtype != kFloat32 || !group_norm::has_vectors<float, float>(shape, r, y)) return 0;
+    const double sample = double(shape.C * shape.S) * sizeof(float), normalized = shape.N * sample / kNormalizedBytes / multiprocessors;    // bytes; cycles, if all multiprocessors did it
+    if (shape.N < 4 || sample > kMostSampleBytes || p.t.k_parts > 1 || p.t.tiles < 4 * multiprocessors || pieces_of(p.t, shape) > 1 << 30) return 0;
+    if (3 * normalized > p.t.cycles) return 0;    // memory is not idle enough
+    return int(multiprocessors * normalized / (normalized + p.t.cycles) + 0.5);
+}
+
+__device__ __forceinline__ void add_release(unsigned* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+__device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned count) {
+    for (unsigned seen = 0;; __nanosleep(100)) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        if (seen >= count) return;
+    }
+}
+
+// A warpgroup of normalizing block `block`: the statistics of every norm.blocks-th group. reports: of a sample. shared: four pairs.
+__device__ __forceinline__ void find_statistics(const Parameters& a, int block, unsigned reports, group_norm::Pair* shared, int barrier) {
+    const Normalization& norm = a.norm;
+    const int thread = threadIdx.x % 128, groups = int(norm.shape.num_groups);
+    for (int index = block; index < int(norm.shape.N) * groups; index += norm.blocks) {
+        const int n = index / groups;
+        if (thread == 0) wait_for_count(a.workspace.stored + n, reports);
+        asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+        group_norm::Pair sums = sum_moments<128>(a.p, a.workspace, norm.shape, index, thread, 0, 1);
+        for (int step = 16; step > 0; step /= 2) sums.a += __shfl_xor_sync(~0u, sums.a, step), sums.b += __shfl_xor_sync(~0u, sums.b, step);
+        if (thread % 32 == 0) shared[thread / 32] = sums;
+        asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+        if (thread > 0) continue;
+        for (int warp = 1; warp < 4; warp++) sums.a += shared[warp].a, sums.b += shared[warp].b;
+        leave_statistics(norm.shape, norm.eps, sums, index, norm.mean, norm.rstd);
+        add_release(a.workspace.ready + n);
+    }
+}
+
+// A warp: takes pieces of channels, kPieces at a time, until there are no more. The copy engine brings them to stages of shared memory, which are the warp's own.
+struct PieceNormalizer {
+    const Parameters& a;
+    const float* stages;
+    uint64_t* full;
+    int floats;                             // of a piece
+    unsigned pieces, all;                   // of a channel; of all
+    unsigned piece, more;                   // to load next; lane 0: the first of the next ones
+    int ready = -1;                         // the last sample whose statistics are known
+
+    __device__ __forceinline__ PieceNormalizer(const Parameters& a, uint8_t* stages, uint64_t* full)
+        : a(a), stages(reinterpret_cast<float*>(stages)), full(full), floats(piece_floats(a.p.t)), pieces((int(a.norm.shape.S) + floats - 1) / floats), all(unsigned(a.norm.shape.N * a.norm.shape.C) * pieces) {
+        more = take();
+        next_pieces();
+    }
+    __device__ __forceinline__ unsigned take() const { return threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.pieces, unsigned(kPieces)) : 0; }
+    __device__ __forceinline__ void next_pieces() {
+        piece = __shfl_sync(~0u, more, 0);
+        more = take();
+    }
+    __device__ __forceinline__ int64_t origin_of(unsigned row, int first) const { return int64_t(row) * a.norm.shape.S + first; }
+
+    // Loads the next piece; returns which, `all` where there is none.
+    __device__ __forceinline__ unsigned load(int stage) {
+        const unsigned own = piece;
+        if (own >= all) return all;
+        if (++piece % kPieces == 0) next_pieces();
+        const unsigned row = own / pieces;
+        const int n = row / unsigned(a.norm.shape.C), first = int(own - row * pieces) * floats, bytes = min(floats, int(a.norm.shape.S) - first) * 4;
+        if (threadIdx.x % 32 == 0) {
+            if (n != ready) wait_for_count(a.workspace.ready + n, unsigned(a.norm.shape.num_groups)), fence_proxy_async_global();
+            mbarrier_arrive_expect_tx(full + stage, bytes);
+            bulk_load(const_cast<float*>(stages) + stage * floats, static_cast<const float*>(a.out) + origin_of(row, first), bytes, full + stage);
+        }
+        ready = n;
+        __syncwarp();
+        return own;
+    }
+
+    __device__ __forceinline__ void run() {
+        const Normalization& norm = a.norm;
+        const int lane = threadIdx.x % 32;
+        unsigned loaded[kPieceStages], channel = all;    // pieces, the next one first; a row of the sample's channels
+        group_norm::Mean<float> mean;
+        float scale = 0, offset = 0;
+        RingPosition at;
+        const auto load_behind = [&](int stage) {
+#pragma unroll
+            for (int i = 0; i + 1 < kPieceStages; i++) loaded[i] = loaded[i + 1];
+            loaded[kPieceStages - 1] = load(stage);
+        };
+#pragma unroll 1
+        for (int stage = 0; stage < kPieceStages; stage++) load_behind(stage);
+        while (loaded[0] < all) {
+            const unsigned row = loaded[0] / pieces;
+            const int first = int(loaded[0] - row * pieces) * floats, vectors = min(floats, int(norm.shape.S) - first) / 4;
+            if (row != channel) {
+                const int c = row % unsigned(norm.shape.C), group = row / unsigned(norm.shape.group_channels());
+                mean = group_norm::Mean<float>(__ldcg(norm.mean + group));
+                scale = float(__ldcg(norm.rstd + group)) * (norm.gamma ? norm.gamma[c] : 1.0f), offset = norm.beta ? norm.beta[c] : 0.0f;
+                channel = row;
+            }
+            const float4* const values = reinterpret_cast<const float4*>(stages + at.stage * floats);
+            float4* const out = reinterpret_cast<float4*>(norm.y + origin_of(row, first));
+            mbarrier_wait(full + at.stage, at.phase);
+#pragma unroll 4
+            for (int i = lane; i < vectors; i += 32) {
+                const float4 v = values[i];
+                __stcs(out + i, make_float4(mean.center(v.x) * scale + offset, mean.center(v.y) * scale + offset, mean.center(v.z) * scale + offset, mean.center(v.w) * scale + offset));
+            }
+            __syncwarp();
+            load_behind(at.stage);
+            at.advance(kPieceStages);
+        }
+    }
+};
+
+}  // namespace conv
