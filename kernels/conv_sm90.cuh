@@ -575,12 +575,19 @@ template <int kBlockN, bool kRelu> struct Stager {
             moments.count = max(0, min((outputs + 7) / 8, kBlockN / 8)) * 2;
         } else if (row.live) {
             float* region = staged_region(me, tile, row);
+            constexpr int kPlaces = 4;    // pairs of them that are read at a time: no load moves in front of a store to shared memory
 #pragma unroll
-            for (int j = 0; j < kBlockN / 8; j++) {
-                const int2 place = *reinterpret_cast<const int2*>(table + j * 8);
-                const float low = v[j * 4 + half * 2], high = v[j * 4 + half * 2 + 1];
-                if (place.x >= 0) put(region + place.x, low, moments, kBlockN > kMostPaired || unsigned(place.x) < own);
-                if (place.y >= 0) put(region + place.y, high, moments, kBlockN > kMostPaired || unsigned(place.y) < own);
+            for (int first = 0; first < kBlockN / 8; first += kPlaces) {
+                int2 places[kPlaces];
+#pragma unroll
+                for (int i = 0; i < kPlaces && first + i < kBlockN / 8; i++) places[i] = *reinterpret_cast<const int2*>(table + (first + i) * 8);
+#pragma unroll
+                for (int i = 0; i < kPlaces && first + i < kBlockN / 8; i++) {
+                    const int2 place = places[i];
+                    const float low = v[(first + i) * 4 + half * 2], high = v[(first + i) * 4 + half * 2 + 1];
+                    if (place.x >= 0) put(region + place.x, low, moments, kBlockN > kMostPaired || unsigned(place.x) < own);
+                    if (place.y >= 0) put(region + place.y, high, moments, kBlockN > kMostPaired || unsigned(place.y) < own);
+                }
             }
         }
         leave(row, moments);
