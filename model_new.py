@@ -3277,6 +3277,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 // -------------------------------------------------------------------------------------------------- Shared memory
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void shared_store(uint32_t address, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory"); }
 
 // Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
 __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
@@ -5797,9 +5798,12 @@ template <int kBlockN, bool kRelu> struct Stager {
     const Run& run;
     float (&v)[kBlockN / 2];
 
-    __device__ __forceinline__ void put(float* at, float value, Moments& moments, bool own = true) const {
-        *at = value;
+    __device__ __forceinline__ void count(float value, Moments& moments, bool own = true) const {
         if (kRelu && own) moments.add(value), moments.count++;
+    }
+    __device__ __forceinline__ void put(float* at, float value, Moments& moments) const {
+        *at = value;
+        count(value, moments);
     }
     __device__ __forceinline__ void leave(const LaneRow& row, const Moments& moments) const {
         if (kRelu && me.a.workspace.moments) leave_moments(me, tile, row, moments);
@@ -5860,42 +5864,53 @@ template <int kBlockN, bool kRelu> struct Stager {
         return __shfl_sync(~0u, first, (threadIdx.x % 32 & ~3) + q % 8 / 2);
     }
 
-    __device__ __forceinline__ void stage_row(int half, float shift) const {
+    // Rows of the lane from the first-th on, which have the same places, and all of which are live where there are several.
+    template <int kCount> __device__ __forceinline__ void stage_rows(int first, const float (&shifts)[2]) const {
         const Tiling& t = me.a.p.t;
         const int lane = threadIdx.x % 32;
-        const LaneRow& row = me.rows[half];
-        const int* table = me.table() + row.table + lane % 4 * 2;
+        const int* table = me.table() + me.rows[first].table + lane % 4 * 2;
         const unsigned own = kBlockN <= kMostPaired && t.whole_sectors ? contiguous_count(me.a.p, run) : 1u << 31;    // the places behind them are the next run's
-        Moments moments;
-        moments.shift = shift;
-        if (row.live && t.dense) {    // position q is float q of its region
-            float2* at = reinterpret_cast<float2*>(staged_region(me, tile, row) + lane % 4 * 2);
+        Moments moments[kCount];
+        float* regions[kCount];
+#pragma unroll
+        for (int r = 0; r < kCount; r++) moments[r].shift = shifts[first + r], regions[r] = staged_region(me, tile, me.rows[first + r]);
+        if (me.rows[first].live && t.dense) {    // position q is float q of its region
             const int outputs = run.count - lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kBlockN / 8; j++) {
-                const float2 pair = make_float2(v[j * 4 + half * 2], v[j * 4 + half * 2 + 1]);
-                at[j * 4] = pair;
-                if (kRelu && j * 8 < outputs) moments.add(pair.x), moments.add(pair.y);    // runs are even
-            }
-            moments.count = max(0, min((outputs + 7) / 8, kBlockN / 8)) * 2;
-        } else if (row.live) {
-            float* region = staged_region(me, tile, row);
-            constexpr int kPlaces = 4;    // pairs of them that are read at a time: no load moves in front of a store to shared memory
 #pragma unroll
-            for (int first = 0; first < kBlockN / 8; first += kPlaces) {
+                for (int r = 0; r < kCount; r++) {
+                    const float2 pair = make_float2(v[j * 4 + (first + r) * 2], v[j * 4 + (first + r) * 2 + 1]);
+                    reinterpret_cast<float2*>(regions[r] + lane % 4 * 2)[j * 4] = pair;
+                    if (kRelu && j * 8 < outputs) moments[r].add(pair.x), moments[r].add(pair.y);    // runs are even
+                }
+            }
+#pragma unroll
+            for (Moments& m : moments) m.count = max(0, min((outputs + 7) / 8, kBlockN / 8)) * 2;
+        } else if (me.rows[first].live) {
+            constexpr int kPlaces = 4;    // pairs of them that are read at a time: no load moves in front of a store to shared memory
+            uint32_t addresses[kCount];    // so that a place takes one instruction
+#pragma unroll
+            for (int r = 0; r < kCount; r++) addresses[r] = shared_address(regions[r]);
+#pragma unroll
+            for (int begin = 0; begin < kBlockN / 8; begin += kPlaces) {
                 int2 places[kPlaces];
 #pragma unroll
-                for (int i = 0; i < kPlaces && first + i < kBlockN / 8; i++) places[i] = *reinterpret_cast<const int2*>(table + (first + i) * 8);
+                for (int i = 0; i < kPlaces && begin + i < kBlockN / 8; i++) places[i] = *reinterpret_cast<const int2*>(table + (begin + i) * 8);
 #pragma unroll
-                for (int i = 0; i < kPlaces && first + i < kBlockN / 8; i++) {
+                for (int i = 0; i < kPlaces && begin + i < kBlockN / 8; i++) {
                     const int2 place = places[i];
-                    const float low = v[(first + i) * 4 + half * 2], high = v[(first + i) * 4 + half * 2 + 1];
-                    if (place.x >= 0) put(region + place.x, low, moments, kBlockN > kMostPaired || unsigned(place.x) < own);
-                    if (place.y >= 0) put(region + place.y, high, moments, kBlockN > kMostPaired || unsigned(place.y) < own);
+#pragma unroll
+                    for (int r = 0; r < kCount; r++) {
+                        const float low = v[(begin + i) * 4 + (first + r) * 2], high = v[(begin + i) * 4 + (first + r) * 2 + 1];
+                        if (place.x >= 0) shared_store(addresses[r] + place.x * 4, low), count(low, moments[r], kBlockN > kMostPaired || unsigned(place.x) < own);
+                        if (place.y >= 0) shared_store(addresses[r] + place.y * 4, high), count(high, moments[r], kBlockN > kMostPaired || unsigned(place.y) < own);
+                    }
                 }
             }
         }
-        leave(row, moments);
+#pragma unroll
+        for (int r = 0; r < kCount; r++) leave(me.rows[first + r], moments[r]);
     }
 
     __device__ __forceinline__ void stage() const {
@@ -5910,8 +5925,10 @@ template <int kBlockN, bool kRelu> struct Stager {
             if (kRelu) v[i] = max_nan(v[i], 0.0f);
         }
         if (kBlockN <= kMostPaired && run.paired) return stage_pairs();
-#pragma unroll
-        for (int half = 0; half < 2; half++) stage_row(half, kRelu ? first_value(half) : 0.0f);
+        const float shifts[2] = {kRelu ? first_value(0) : 0.0f, kRelu ? first_value(1) : 0.0f};
+        if (__all_sync(~0u, me.rows[0].live && me.rows[1].live && me.rows[0].table == me.rows[1].table)) return stage_rows<2>(0, shifts);
+        stage_rows<1>(0, shifts);
+        stage_rows<1>(1, shifts);
     }
 };
 

@@ -16,6 +16,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 // -------------------------------------------------------------------------------------------------- Shared memory
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void shared_store(uint32_t address, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory"); }
 
 // Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
 __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
