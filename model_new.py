@@ -1257,6 +1257,15 @@ template <typename A> struct Mean {
     __device__ __forceinline__ A center(A r) const { return (r - high) - low; }
 };
 
+// The elementwise half, in one channel.
+template <typename A> struct ChannelNorm {
+    Mean<A> mean;
+    A scale, offset;
+    ChannelNorm() = default;
+    __device__ __forceinline__ ChannelNorm(double mean, double rstd, A gamma, A beta) : mean(mean), scale(A(rstd) * gamma), offset(beta) {}
+    __device__ __forceinline__ A operator()(A r) const { return mean.center(r) * scale + offset; }
+};
+
 constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
 
 struct Pair { double a, b; };
@@ -1292,13 +1301,12 @@ normalize_kernel(Shape s, int64_t tiles, const T* r, const double* __restrict__ 
 #pragma unroll
     for (int i = 0; i < kApplyElements / kWidth; i++)
         if (begin + i * kThreads * kWidth < end) values[i] = *reinterpret_cast<const Vector<T, kWidth>*>(r + begin + i * kThreads * kWidth);
-    const Mean<A> m(mean[group]);
-    const A scale = A(rstd[group]) * (gamma ? gamma[c] : A(1)), offset = beta ? beta[c] : A(0);
+    const ChannelNorm<A> norm(mean[group], rstd[group], gamma ? gamma[c] : A(1), beta ? beta[c] : A(0));
 #pragma unroll
     for (int i = 0; i < kApplyElements / kWidth; i++) {
         Vector<Y, kWidth> normalized;
 #pragma unroll
-        for (int e = 0; e < kWidth; e++) normalized.v[e] = from_acc<Y>(m.center(to_acc(values[i].v[e])) * scale + offset);
+        for (int e = 0; e < kWidth; e++) normalized.v[e] = from_acc<Y>(norm(to_acc(values[i].v[e])));
         if (begin + i * kThreads * kWidth < end) *reinterpret_cast<Vector<Y, kWidth>*>(y + begin + i * kThreads * kWidth) = normalized;
     }
 }
@@ -2375,16 +2383,16 @@ struct Weight {
     }
 };
 
-constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one, or so much of a large one
-constexpr int64_t kSmallSample = 1 << 18, kLargeSample = 1 << 20;
+constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
+constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 20;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
 HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
 
 HOST_DEVICE int64_t look_blocks(const Activation& a) {
     const int64_t elements = a.sample();
-    const int64_t most = elements / kLookShare < kLargeSample ? elements / kLookShare : kLargeSample, part = most > kSmallSample ? most : kSmallSample;
-    return ceil_div(part < elements ? part : elements, kLookElements);
+    const int64_t share = elements / kLookShare < kLargeLook ? elements / kLookShare : kLargeLook;
+    return ceil_div(elements > kSmallSample ? share : elements, kLookElements);
 }
 HOST_DEVICE bool looks_at_all(const Activation& a) { return look_blocks(a) * kLookElements >= a.sample(); }
 
@@ -4833,21 +4841,23 @@ _SOURCES['ptx_sm90.cuh'] = r'''
 // Orders this thread's ordinary shared-memory writes before later accesses by the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Orders what this thread knows of global memory before later accesses there by the copy engine.
-__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-
-// threadIdx.x, read here: the compiler would keep what it computed from it before in a register.
-__device__ __forceinline__ int thread_of_block() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
-}
-
 // barrier.sync among `threads` threads of the block
 __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // barrier.arrive: the same, without waiting
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ------------------------------------------------------------------------------------------------- Global memory
+
+// Counters in global memory that blocks wait for: what was written before is seen by whoever reads the count.
+__device__ __forceinline__ void add_release(unsigned* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+__device__ __forceinline__ unsigned load_acquire(const unsigned* counter) {
+    unsigned count;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+    return count;
+}
+// Orders what this thread knows of global memory before later accesses there by the copy engine.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // ------------------------------------------------------------------------------------------------------- mbarrier
 
@@ -5162,13 +5172,14 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
 '''
 
 _SOURCES['conv_normalizer.cuh'] = r'''
-// GroupNorm in the convolution's kernel: some blocks, on multiprocessors of their own, normalize the samples that are complete while the others multiply; those
-// join them when there are no more tiles.
+// GroupNorm in the convolution's kernel on Hopper: some blocks, on multiprocessors of their own, normalize the samples that are complete while the others
+// multiply, which join them when there are no more tiles. Products leave memory idle; what a multiprocessor can read, its weights take.
 //
-// Products leave memory idle, and what was just stored is in the L2 cache. Consumers that normalize between their tiles gain nothing: what a multiprocessor can
-// read is taken by its weights.
+//   a storer whose tile is in memory: stored[n] += 1
+//   a warpgroup of a normalizing block, when all of a sample's are: the statistics of a group, ready[n] += 1
+//   the other warps there, and the consumers behind their last tile, when all groups' are: pieces of channels
 //
-//   storers: stored[n] += 1 for a tile that is in memory -> a warpgroup of a normalizing block: the statistics of a group, ready[n] += 1 -> all warps that normalize
+// Blocks that only normalize are the grid's last, so that those which they wait for have begun.
 #pragma once
 
 #include "conv_statistics.cuh"
@@ -5176,9 +5187,9 @@ _SOURCES['conv_normalizer.cuh'] = r'''
 
 namespace conv {
 
-constexpr int kPieceStages = 3, kPieces = 4, kMostPieceFloats = 2048;
-constexpr double kMostSampleBytes = 24 << 20;    // half of Hopper's L2 cache
-constexpr double kNormalizedBytes = 21;    // that a multiprocessor normalizes in a cycle, reading and writing as many
+constexpr int kPieceStages = 2, kPieces = 2, kMostPieceFloats = 4096;    // kPieces: that a warp takes at a time
+constexpr double kMostSampleBytes = 24 << 20;    // with larger ones, passes of their own are faster
+constexpr double kNormalizedBytes = 21;          // that a multiprocessor normalizes in a cycle, reading and writing as many
 
 // Floats of a channel that a warp normalizes at a time: the stages are where boxes and weights were.
 HOST_DEVICE int piece_floats(const Tiling& t) {
@@ -5196,12 +5207,8 @@ inline int normalizing_blocks(const Problem& p, const group_norm::Shape& shape, 
     return int(multiprocessors * normalized / (normalized + p.t.cycles) + 0.5);
 }
 
-__device__ __forceinline__ void add_release(unsigned* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
 __device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned count) {
-    for (unsigned seen = 0;; __nanosleep(100)) {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        if (seen >= count) return;
-    }
+    while (load_acquire(counter) < count) __nanosleep(100);
 }
 
 // A warpgroup of normalizing block `block`: the statistics of every norm.blocks-th group. reports: of a sample. shared: four pairs.
@@ -5211,11 +5218,11 @@ __device__ __forceinline__ void find_statistics(const Parameters& a, int block, 
     for (int index = block; index < int(norm.shape.N) * groups; index += norm.blocks) {
         const int n = index / groups;
         if (thread == 0) wait_for_count(a.workspace.stored + n, reports);
-        asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+        named_barrier(barrier, 128);
         group_norm::Pair sums = sum_moments<128>(a.p, a.workspace, norm.shape, index, thread, 0, 1);
         for (int step = 16; step > 0; step /= 2) sums.a += __shfl_xor_sync(~0u, sums.a, step), sums.b += __shfl_xor_sync(~0u, sums.b, step);
         if (thread % 32 == 0) shared[thread / 32] = sums;
-        asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+        named_barrier(barrier, 128);
         if (thread > 0) continue;
         for (int warp = 1; warp < 4; warp++) sums.a += shared[warp].a, sums.b += shared[warp].b;
         leave_statistics(norm.shape, norm.eps, sums, index, norm.mean, norm.rstd);
@@ -5264,10 +5271,8 @@ struct PieceNormalizer {
 
     __device__ __forceinline__ void run() {
         const Normalization& norm = a.norm;
-        const int lane = threadIdx.x % 32;
         unsigned loaded[kPieceStages], channel = all;    // pieces, the next one first; a row of the sample's channels
-        group_norm::Mean<float> mean;
-        float scale = 0, offset = 0;
+        group_norm::ChannelNorm<float> normalized;
         RingPosition at;
         const auto load_behind = [&](int stage) {
 #pragma unroll
@@ -5281,17 +5286,16 @@ struct PieceNormalizer {
             const int first = int(loaded[0] - row * pieces) * floats, vectors = min(floats, int(norm.shape.S) - first) / 4;
             if (row != channel) {
                 const int c = row % unsigned(norm.shape.C), group = row / unsigned(norm.shape.group_channels());
-                mean = group_norm::Mean<float>(__ldcg(norm.mean + group));
-                scale = float(__ldcg(norm.rstd + group)) * (norm.gamma ? norm.gamma[c] : 1.0f), offset = norm.beta ? norm.beta[c] : 0.0f;
+                normalized = {__ldcg(norm.mean + group), __ldcg(norm.rstd + group), norm.gamma ? norm.gamma[c] : 1.0f, norm.beta ? norm.beta[c] : 0.0f};
                 channel = row;
             }
             const float4* const values = reinterpret_cast<const float4*>(stages + at.stage * floats);
             float4* const out = reinterpret_cast<float4*>(norm.y + origin_of(row, first));
             mbarrier_wait(full + at.stage, at.phase);
 #pragma unroll 4
-            for (int i = lane; i < vectors; i += 32) {
+            for (int i = threadIdx.x % 32; i < vectors; i += 32) {
                 const float4 v = values[i];
-                __stcs(out + i, make_float4(mean.center(v.x) * scale + offset, mean.center(v.y) * scale + offset, mean.center(v.z) * scale + offset, mean.center(v.w) * scale + offset));
+                __stcs(out + i, make_float4(normalized(v.x), normalized(v.y), normalized(v.z), normalized(v.w)));
             }
             __syncwarp();
             load_behind(at.stage);
@@ -5332,7 +5336,7 @@ _SOURCES['conv_sm90.cuh'] = r'''
 namespace conv_sm90 {
 
 constexpr int kTileSlots = 4;
-constexpr int kBeginBarrier = 1 + kMaxWarpgroups;    // behind the consumers' own
+constexpr int kBeginBarrier = 1 + kMaxWarpgroups, kStagesFreeBarrier = kBeginBarrier + 1, kStatisticsBarrier = kBeginBarrier + 2;    // behind the consumers' own
 
 // Threads of a block with so many consumers, and registers of a thread.
 HOST_DEVICE constexpr int threads_of(int consumers) { return 128 + 128 * consumers; }
@@ -5541,7 +5545,8 @@ struct Storer {
         bulk_commit_group();
     }
 
-    // Tells that a sample's tile is in memory.
+    // Tells that what it stored of a sample's tile is in memory. Both storers do for every tile.
+    static __device__ __forceinline__ unsigned reports_of_sample(const Problem& p) { return 2 * unsigned(p.t.tiles / int(p.N)); }
     __device__ __forceinline__ void report(int n) const {
         bulk_wait_group<0>();
         __syncwarp();
@@ -6030,7 +6035,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         setmaxnreg_dec<producer_registers(kConsumers)>();
         if (normalizer >= 0) {
             wait_for_previous_kernel();
-            find_statistics(a, normalizer, 2 * (t.tiles / int(a.p.N)), reinterpret_cast<group_norm::Pair*>(shared.buffers), kBeginBarrier);
+            find_statistics(a, normalizer, Storer::reports_of_sample(a.p), reinterpret_cast<group_norm::Pair*>(shared.buffers), kStatisticsBarrier);
         } else if (warp < t.weight_rings) {
             Loader{a, shared, &x_map, &w_map, warp}.run();
         } else {
@@ -6044,9 +6049,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         wait_for_previous_kernel();
         if (normalizer < 0) consume<kBlockN>(a, shared);
         if (a.norm.blocks > 0) {
-            named_barrier(kBeginBarrier + 1, 128 * kConsumers);    // the stages are free
-            const int own = thread_of_block() / 32 - 4;
-            PieceNormalizer(a, shared.input + own * kPieceStages * piece_floats(t) * 4, head.piece_full[own]).run();
+            named_barrier(kStagesFreeBarrier, 128 * kConsumers);
+            PieceNormalizer(a, shared.input + (warp - 4) * kPieceStages * piece_floats(t) * 4, head.piece_full[warp - 4]).run();
         }
     }
 #endif

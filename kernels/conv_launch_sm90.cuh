@@ -40,7 +40,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         setmaxnreg_dec<producer_registers(kConsumers)>();
         if (normalizer >= 0) {
             wait_for_previous_kernel();
-            find_statistics(a, normalizer, 2 * (t.tiles / int(a.p.N)), reinterpret_cast<group_norm::Pair*>(shared.buffers), kBeginBarrier);
+            find_statistics(a, normalizer, Storer::reports_of_sample(a.p), reinterpret_cast<group_norm::Pair*>(shared.buffers), kStatisticsBarrier);
         } else if (warp < t.weight_rings) {
             Loader{a, shared, &x_map, &w_map, warp}.run();
         } else {
@@ -54,9 +54,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         wait_for_previous_kernel();
         if (normalizer < 0) consume<kBlockN>(a, shared);
         if (a.norm.blocks > 0) {
-            named_barrier(kBeginBarrier + 1, 128 * kConsumers);    // the stages are free
-            const int own = thread_of_block() / 32 - 4;
-            PieceNormalizer(a, shared.input + own * kPieceStages * piece_floats(t) * 4, head.piece_full[own]).run();
+            named_barrier(kStagesFreeBarrier, 128 * kConsumers);
+            PieceNormalizer(a, shared.input + (warp - 4) * kPieceStages * piece_floats(t) * 4, head.piece_full[warp - 4]).run();
         }
     }
 #endif

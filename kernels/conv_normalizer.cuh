@@ -1,10 +1,11 @@
-// GroupNorm in the convolution's kernel: some blocks, on multiprocessors of their own, normalize the samples that are complete while the others multiply; those
-// join them when there are no more tiles.
+// GroupNorm in the convolution's kernel on Hopper: some blocks, on multiprocessors of their own, normalize the samples that are complete while the others
+// multiply, which join them when there are no more tiles. Products leave memory idle; what a multiprocessor can read, its weights take.
 //
-// Products leave memory idle, and what was just stored is in the L2 cache. Consumers that normalize between their tiles gain nothing: what a multiprocessor can
-// read is taken by its weights.
+//   a storer whose tile is in memory: stored[n] += 1
+//   a warpgroup of a normalizing block, when all of a sample's are: the statistics of a group, ready[n] += 1
+//   the other warps there, and the consumers behind their last tile, when all groups' are: pieces of channels
 //
-//   storers: stored[n] += 1 for a tile that is in memory -> a warpgroup of a normalizing block: the statistics of a group, ready[n] += 1 -> all warps that normalize
+// Blocks that only normalize are the grid's last, so that those which they wait for have begun.
 #pragma once
 
 #include "conv_statistics.cuh"
@@ -12,9 +13,9 @@
 
 namespace conv {
 
-constexpr int kPieceStages = 3, kPieces = 4, kMostPieceFloats = 2048;
-constexpr double kMostSampleBytes = 24 << 20;    // half of Hopper's L2 cache
-constexpr double kNormalizedBytes = 21;    // that a multiprocessor normalizes in a cycle, reading and writing as many
+constexpr int kPieceStages = 2, kPieces = 2, kMostPieceFloats = 4096;    // kPieces: that a warp takes at a time
+constexpr double kMostSampleBytes = 24 << 20;    // with larger ones, passes of their own are faster
+constexpr double kNormalizedBytes = 21;          // that a multiprocessor normalizes in a cycle, reading and writing as many
 
 // Floats of a channel that a warp normalizes at a time: the stages are where boxes and weights were.
 HOST_DEVICE int piece_floats(const Tiling& t) {
@@ -32,12 +33,8 @@ inline int normalizing_blocks(const Problem& p, const group_norm::Shape& shape, 
     return int(multiprocessors * normalized / (normalized + p.t.cycles) + 0.5);
 }
 
-__device__ __forceinline__ void add_release(unsigned* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
 __device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned count) {
-    for (unsigned seen = 0;; __nanosleep(100)) {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        if (seen >= count) return;
-    }
+    while (load_acquire(counter) < count) __nanosleep(100);
 }
 
 // A warpgroup of normalizing block `block`: the statistics of every norm.blocks-th group. reports: of a sample. shared: four pairs.
@@ -47,11 +44,11 @@ __device__ __forceinline__ void find_statistics(const Parameters& a, int block, 
     for (int index = block; index < int(norm.shape.N) * groups; index += norm.blocks) {
         const int n = index / groups;
         if (thread == 0) wait_for_count(a.workspace.stored + n, reports);
-        asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+        named_barrier(barrier, 128);
         group_norm::Pair sums = sum_moments<128>(a.p, a.workspace, norm.shape, index, thread, 0, 1);
         for (int step = 16; step > 0; step /= 2) sums.a += __shfl_xor_sync(~0u, sums.a, step), sums.b += __shfl_xor_sync(~0u, sums.b, step);
         if (thread % 32 == 0) shared[thread / 32] = sums;
-        asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+        named_barrier(barrier, 128);
         if (thread > 0) continue;
         for (int warp = 1; warp < 4; warp++) sums.a += shared[warp].a, sums.b += shared[warp].b;
         leave_statistics(norm.shape, norm.eps, sums, index, norm.mean, norm.rstd);
@@ -100,10 +97,8 @@ struct PieceNormalizer {
 
     __device__ __forceinline__ void run() {
         const Normalization& norm = a.norm;
-        const int lane = threadIdx.x % 32;
         unsigned loaded[kPieceStages], channel = all;    // pieces, the next one first; a row of the sample's channels
-        group_norm::Mean<float> mean;
-        float scale = 0, offset = 0;
+        group_norm::ChannelNorm<float> normalized;
         RingPosition at;
         const auto load_behind = [&](int stage) {
 #pragma unroll
@@ -117,17 +112,16 @@ struct PieceNormalizer {
             const int first = int(loaded[0] - row * pieces) * floats, vectors = min(floats, int(norm.shape.S) - first) / 4;
             if (row != channel) {
                 const int c = row % unsigned(norm.shape.C), group = row / unsigned(norm.shape.group_channels());
-                mean = group_norm::Mean<float>(__ldcg(norm.mean + group));
-                scale = float(__ldcg(norm.rstd + group)) * (norm.gamma ? norm.gamma[c] : 1.0f), offset = norm.beta ? norm.beta[c] : 0.0f;
+                normalized = {__ldcg(norm.mean + group), __ldcg(norm.rstd + group), norm.gamma ? norm.gamma[c] : 1.0f, norm.beta ? norm.beta[c] : 0.0f};
                 channel = row;
             }
             const float4* const values = reinterpret_cast<const float4*>(stages + at.stage * floats);
             float4* const out = reinterpret_cast<float4*>(norm.y + origin_of(row, first));
             mbarrier_wait(full + at.stage, at.phase);
 #pragma unroll 4
-            for (int i = lane; i < vectors; i += 32) {
+            for (int i = threadIdx.x % 32; i < vectors; i += 32) {
                 const float4 v = values[i];
-                __stcs(out + i, make_float4(mean.center(v.x) * scale + offset, mean.center(v.y) * scale + offset, mean.center(v.z) * scale + offset, mean.center(v.w) * scale + offset));
+                __stcs(out + i, make_float4(normalized(v.x), normalized(v.y), normalized(v.z), normalized(v.w)));
             }
             __syncwarp();
             load_behind(at.stage);

@@ -26,7 +26,7 @@
 namespace conv_sm90 {
 
 constexpr int kTileSlots = 4;
-constexpr int kBeginBarrier = 1 + kMaxWarpgroups;    // behind the consumers' own
+constexpr int kBeginBarrier = 1 + kMaxWarpgroups, kStagesFreeBarrier = kBeginBarrier + 1, kStatisticsBarrier = kBeginBarrier + 2;    // behind the consumers' own
 
 // Threads of a block with so many consumers, and registers of a thread.
 HOST_DEVICE constexpr int threads_of(int consumers) { return 128 + 128 * consumers; }
@@ -235,7 +235,8 @@ struct Storer {
         bulk_commit_group();
     }
 
-    // Tells that a sample's tile is in memory.
+    // Tells that what it stored of a sample's tile is in memory. Both storers do for every tile.
+    static __device__ __forceinline__ unsigned reports_of_sample(const Problem& p) { return 2 * unsigned(p.t.tiles / int(p.N)); }
     __device__ __forceinline__ void report(int n) const {
         bulk_wait_group<0>();
         __syncwarp();

@@ -23,6 +23,15 @@ template <typename A> struct Mean {
     __device__ __forceinline__ A center(A r) const { return (r - high) - low; }
 };
 
+// The elementwise half, in one channel.
+template <typename A> struct ChannelNorm {
+    Mean<A> mean;
+    A scale, offset;
+    ChannelNorm() = default;
+    __device__ __forceinline__ ChannelNorm(double mean, double rstd, A gamma, A beta) : mean(mean), scale(A(rstd) * gamma), offset(beta) {}
+    __device__ __forceinline__ A operator()(A r) const { return mean.center(r) * scale + offset; }
+};
+
 constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
 
 struct Pair { double a, b; };
@@ -58,13 +67,12 @@ normalize_kernel(Shape s, int64_t tiles, const T* r, const double* __restrict__ 
 #pragma unroll
     for (int i = 0; i < kApplyElements / kWidth; i++)
         if (begin + i * kThreads * kWidth < end) values[i] = *reinterpret_cast<const Vector<T, kWidth>*>(r + begin + i * kThreads * kWidth);
-    const Mean<A> m(mean[group]);
-    const A scale = A(rstd[group]) * (gamma ? gamma[c] : A(1)), offset = beta ? beta[c] : A(0);
+    const ChannelNorm<A> norm(mean[group], rstd[group], gamma ? gamma[c] : A(1), beta ? beta[c] : A(0));
 #pragma unroll
     for (int i = 0; i < kApplyElements / kWidth; i++) {
         Vector<Y, kWidth> normalized;
 #pragma unroll
-        for (int e = 0; e < kWidth; e++) normalized.v[e] = from_acc<Y>(m.center(to_acc(values[i].v[e])) * scale + offset);
+        for (int e = 0; e < kWidth; e++) normalized.v[e] = from_acc<Y>(norm(to_acc(values[i].v[e])));
         if (begin + i * kThreads * kWidth < end) *reinterpret_cast<Vector<Y, kWidth>*>(y + begin + i * kThreads * kWidth) = normalized;
     }
 }

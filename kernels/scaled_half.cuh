@@ -115,16 +115,16 @@ struct Weight {
     }
 };
 
-constexpr int kLookShare = 16;                     // a sixteenth of a sample is looked at, or all of a small one, or so much of a large one
-constexpr int64_t kSmallSample = 1 << 18, kLargeSample = 1 << 20;
+constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
+constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 20;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
 HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
 
 HOST_DEVICE int64_t look_blocks(const Activation& a) {
     const int64_t elements = a.sample();
-    const int64_t most = elements / kLookShare < kLargeSample ? elements / kLookShare : kLargeSample, part = most > kSmallSample ? most : kSmallSample;
-    return ceil_div(part < elements ? part : elements, kLookElements);
+    const int64_t share = elements / kLookShare < kLargeLook ? elements / kLookShare : kLargeLook;
+    return ceil_div(elements > kSmallSample ? share : elements, kLookElements);
 }
 HOST_DEVICE bool looks_at_all(const Activation& a) { return look_blocks(a) * kLookElements >= a.sample(); }
 
