@@ -5553,13 +5553,12 @@ struct Storer {
         if (threadIdx.x % 32 == 0) add_release(a.workspace.stored + n);
     }
 
-    // publishes: two tiles ahead, when consumers begin one.
-    __device__ __forceinline__ void run(Publisher& publisher, bool publishes) const {
+    // publishes: two tiles ahead, when consumers begin one. reports: every tile, when the next one begins and its copies have ended or will have soon.
+    __device__ __forceinline__ void run(Publisher& publisher, bool publishes, bool reports) const {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
         bool more = publishes && publisher.publish() && publisher.publish();
-        const bool reports = a.norm.blocks > 0;
-        int before = -1;    // the sample of the tile before this one: its copies have ended by now, or will have soon
+        int before = -1;    // the sample of the tile before this one
         RingPosition slot;
         for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
@@ -5938,7 +5937,7 @@ template <int kBlockN, bool kRelu> struct Stager {
 };
 
 // What a consumer does behind a tile's products.
-template <int kBlockN>
+template <int kBlockN, bool kRelu>
 __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
     const Problem& p = a.p;
@@ -5954,8 +5953,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         }
         me.sync();
     }
-    if (a.apply_relu) Stager<kBlockN, true>{me, tile, run, v}.stage();
-    else Stager<kBlockN, false>{me, tile, run, v}.stage();
+    Stager<kBlockN, kRelu>{me, tile, run, v}.stage();
     fence_proxy_async();
     if (!stores_bulk(a)) {
         me.sync();
@@ -5967,7 +5965,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
     mbarrier_arrive(me.shared.head.staged[1 - me.staged % 2] + me.warpgroup);    // counted already
 }
 
-template <int kBlockN>
+template <int kBlockN, bool kRelu>
 __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& shared) {
     Consumer me(a, shared);
     SharedHead& head = shared.head;
@@ -5981,7 +5979,7 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         else if (is_built(kBlockN, 32, true) && a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);
         else if (is_built(kBlockN, 64, true) && a.p.t.items > 1) multiply<kBlockN, 4, true>(me, tile, d);
         else multiply<kBlockN, 4, false>(me, tile, d);
-        finish<kBlockN>(me, tile, d);
+        finish<kBlockN, kRelu>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);
     }
@@ -6003,7 +6001,8 @@ namespace conv_sm90 {
 
 // --------------------------------------------------------------------------------------------------------- Kernel
 
-template <int kBlockN, int kConsumers>
+// kRelu: a.apply_relu. Each of the two is a kernel of its own, since their code is long.
+template <int kBlockN, int kConsumers, bool kRelu>
 __global__ void __launch_bounds__(threads_of(kConsumers), 1)
 conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map,
             const __grid_constant__ Parameters a) {
@@ -6030,7 +6029,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     __syncthreads();
 
     // A warp for each task beside the warpgroups that compute. The first tile is located while the kernel before this one ends: what reads memory waits for that.
-    const int warp = threadIdx.x / 32, normalizer = int(blockIdx.x) - int(gridDim.x - a.norm.blocks);    // index among those that only normalize, if not negative
+    const bool normalizes = kRelu && a.norm.blocks > 0;
+    const int warp = threadIdx.x / 32, normalizer = normalizes ? int(blockIdx.x) - int(gridDim.x - a.norm.blocks) : -1;    // index among those that only normalize, if not negative
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
         if (normalizer >= 0) {
@@ -6041,14 +6041,14 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         } else {
             const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
             Publisher publisher(a, head);
-            if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes);
+            if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes, normalizes);
             else while (publisher.publish()) {}
         }
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
         wait_for_previous_kernel();
-        if (normalizer < 0) consume<kBlockN>(a, shared);
-        if (a.norm.blocks > 0) {
+        if (normalizer < 0) consume<kBlockN, kRelu>(a, shared);
+        if (normalizes) {
             named_barrier(kStagesFreeBarrier, 128 * kConsumers);
             PieceNormalizer(a, shared.input + (warp - 4) * kPieceStages * piece_floats(t) * 4, head.piece_full[warp - 4]).run();
         }
@@ -6062,7 +6062,7 @@ template <int kBlockN, int kConsumers = 2>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;    // those that only normalize included
-    return launch_with_shared(conv_kernel<kBlockN, kConsumers>, blocks, threads_of(kConsumers), shared_bytes(t), stream, x_map, w_map, out_map, a);
+    return launch_with_shared(a.apply_relu ? conv_kernel<kBlockN, kConsumers, true> : conv_kernel<kBlockN, kConsumers, false>, blocks, threads_of(kConsumers), shared_bytes(t), stream, x_map, w_map, out_map, a);
 }
 
 // The convolution's launches on Hopper (conv_plan.cuh).

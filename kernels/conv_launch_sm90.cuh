@@ -8,7 +8,8 @@ namespace conv_sm90 {
 
 // --------------------------------------------------------------------------------------------------------- Kernel
 
-template <int kBlockN, int kConsumers>
+// kRelu: a.apply_relu. Each of the two is a kernel of its own, since their code is long.
+template <int kBlockN, int kConsumers, bool kRelu>
 __global__ void __launch_bounds__(threads_of(kConsumers), 1)
 conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map,
             const __grid_constant__ Parameters a) {
@@ -35,7 +36,8 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     __syncthreads();
 
     // A warp for each task beside the warpgroups that compute. The first tile is located while the kernel before this one ends: what reads memory waits for that.
-    const int warp = threadIdx.x / 32, normalizer = int(blockIdx.x) - int(gridDim.x - a.norm.blocks);    // index among those that only normalize, if not negative
+    const bool normalizes = kRelu && a.norm.blocks > 0;
+    const int warp = threadIdx.x / 32, normalizer = normalizes ? int(blockIdx.x) - int(gridDim.x - a.norm.blocks) : -1;    // index among those that only normalize, if not negative
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
         if (normalizer >= 0) {
@@ -46,14 +48,14 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
         } else {
             const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
             Publisher publisher(a, head);
-            if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes);
+            if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes, normalizes);
             else while (publisher.publish()) {}
         }
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
         wait_for_previous_kernel();
-        if (normalizer < 0) consume<kBlockN>(a, shared);
-        if (a.norm.blocks > 0) {
+        if (normalizer < 0) consume<kBlockN, kRelu>(a, shared);
+        if (normalizes) {
             named_barrier(kStagesFreeBarrier, 128 * kConsumers);
             PieceNormalizer(a, shared.input + (warp - 4) * kPieceStages * piece_floats(t) * 4, head.piece_full[warp - 4]).run();
         }
@@ -67,7 +69,7 @@ template <int kBlockN, int kConsumers = 2>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
     const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;    // those that only normalize included
-    return launch_with_shared(conv_kernel<kBlockN, kConsumers>, blocks, threads_of(kConsumers), shared_bytes(t), stream, x_map, w_map, out_map, a);
+    return launch_with_shared(a.apply_relu ? conv_kernel<kBlockN, kConsumers, true> : conv_kernel<kBlockN, kConsumers, false>, blocks, threads_of(kConsumers), shared_bytes(t), stream, x_map, w_map, out_map, a);
 }
 
 // The convolution's launches on Hopper (conv_plan.cuh).

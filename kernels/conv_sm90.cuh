@@ -243,13 +243,12 @@ struct Storer {
         if (threadIdx.x % 32 == 0) add_release(a.workspace.stored + n);
     }
 
-    // publishes: two tiles ahead, when consumers begin one.
-    __device__ __forceinline__ void run(Publisher& publisher, bool publishes) const {
+    // publishes: two tiles ahead, when consumers begin one. reports: every tile, when the next one begins and its copies have ended or will have soon.
+    __device__ __forceinline__ void run(Publisher& publisher, bool publishes, bool reports) const {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
         bool more = publishes && publisher.publish() && publisher.publish();
-        const bool reports = a.norm.blocks > 0;
-        int before = -1;    // the sample of the tile before this one: its copies have ended by now, or will have soon
+        int before = -1;    // the sample of the tile before this one
         RingPosition slot;
         for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
@@ -628,7 +627,7 @@ template <int kBlockN, bool kRelu> struct Stager {
 };
 
 // What a consumer does behind a tile's products.
-template <int kBlockN>
+template <int kBlockN, bool kRelu>
 __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {
     const Parameters& a = me.a;
     const Problem& p = a.p;
@@ -644,8 +643,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         }
         me.sync();
     }
-    if (a.apply_relu) Stager<kBlockN, true>{me, tile, run, v}.stage();
-    else Stager<kBlockN, false>{me, tile, run, v}.stage();
+    Stager<kBlockN, kRelu>{me, tile, run, v}.stage();
     fence_proxy_async();
     if (!stores_bulk(a)) {
         me.sync();
@@ -657,7 +655,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
     mbarrier_arrive(me.shared.head.staged[1 - me.staged % 2] + me.warpgroup);    // counted already
 }
 
-template <int kBlockN>
+template <int kBlockN, bool kRelu>
 __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& shared) {
     Consumer me(a, shared);
     SharedHead& head = shared.head;
@@ -671,7 +669,7 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         else if (is_built(kBlockN, 32, true) && a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);
         else if (is_built(kBlockN, 64, true) && a.p.t.items > 1) multiply<kBlockN, 4, true>(me, tile, d);
         else multiply<kBlockN, 4, false>(me, tile, d);
-        finish<kBlockN>(me, tile, d);
+        finish<kBlockN, kRelu>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);
     }
