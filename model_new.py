@@ -3340,7 +3340,7 @@ struct Workspace {
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
     group_norm::Pair* group_sums;                  // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
     unsigned* group_tickets;                       // (N, num_groups): how many of them are done; start at zero
-    unsigned *stored, *ready, *pieces;             // conv_normalizer.cuh: (N), (N), (1); start at zero
+    unsigned *stored, *ready, *groups, *pieces;    // conv_normalizer.cuh: (N), (N), (1), (1); start at zero
 };
 
 // GroupNorm in the convolution's kernel (conv_normalizer.cuh).
@@ -3566,7 +3566,8 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
         const int64_t parts = parts_of_sample(p);
         w.counts = scratch.take_zeroed<float>(p.N * parts);
         w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
-        w.stored = scratch.take_zeroed<unsigned>(p.N), w.ready = scratch.take_zeroed<unsigned>(p.N), w.pieces = scratch.take_zeroed<unsigned>(1);
+        w.stored = scratch.take_zeroed<unsigned>(p.N), w.ready = scratch.take_zeroed<unsigned>(p.N);
+        w.groups = scratch.take_zeroed<unsigned>(1), w.pieces = scratch.take_zeroed<unsigned>(1);
         w.group_sums = scratch.take<group_norm::Pair>(p.N * p.C_out * kStatisticsBlocks);
         w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
     }
@@ -5176,10 +5177,11 @@ _SOURCES['conv_normalizer.cuh'] = r'''
 // multiply, which join them when there are no more tiles. Products leave memory idle; what a multiprocessor can read, its weights take.
 //
 //   a storer whose tile is in memory: stored[n] += 1
-//   a warpgroup of a normalizing block, when all of a sample's are: the statistics of a group, ready[n] += 1
-//   the other warps there, and the consumers behind their last tile, when all groups' are: pieces of channels
+//   the producers' warpgroup of a normalizing block, when all of a sample's are: the statistics of a group, ready[n] += 1
+//   the other warps there, when all groups' are: pieces of channels
 //
-// Blocks that only normalize are the grid's last, so that those which they wait for have begun.
+// Blocks that have no more tiles do both too. Whoever takes a tile, a group or a piece takes the next one that there is, and waits only for what others took before: so it
+// does not matter which blocks run at the same time (tests/test_protocol.py).
 #pragma once
 
 #include "conv_statistics.cuh"
@@ -5211,22 +5213,32 @@ __device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned
     while (load_acquire(counter) < count) __nanosleep(100);
 }
 
-// A warpgroup of normalizing block `block`: the statistics of every norm.blocks-th group. reports: of a sample. shared: four pairs.
-__device__ __forceinline__ void find_statistics(const Parameters& a, int block, unsigned reports, group_norm::Pair* shared, int barrier) {
+struct SharedStatistics {
+    group_norm::Pair sums[4];    // of the warps
+    int index;                   // of the group
+};
+
+// A warpgroup: takes groups, one after another, until there are no more. reports: of a sample.
+__device__ __forceinline__ void find_statistics(const Parameters& a, unsigned reports, SharedStatistics& shared, int barrier) {
+    wait_for_previous_kernel();
     const Normalization& norm = a.norm;
-    const int thread = threadIdx.x % 128, groups = int(norm.shape.num_groups);
-    for (int index = block; index < int(norm.shape.N) * groups; index += norm.blocks) {
-        const int n = index / groups;
-        if (thread == 0) wait_for_count(a.workspace.stored + n, reports);
+    const int thread = threadIdx.x % 128, groups = int(norm.shape.num_groups), all = int(norm.shape.N) * groups;
+    while (true) {
+        if (thread == 0) {
+            shared.index = int(atomicAdd(a.workspace.groups, 1u));
+            if (shared.index < all) wait_for_count(a.workspace.stored + shared.index / groups, reports);
+        }
         named_barrier(barrier, 128);
+        const int index = shared.index;
+        if (index >= all) return;
         group_norm::Pair sums = sum_moments<128>(a.p, a.workspace, norm.shape, index, thread, 0, 1);
         for (int step = 16; step > 0; step /= 2) sums.a += __shfl_xor_sync(~0u, sums.a, step), sums.b += __shfl_xor_sync(~0u, sums.b, step);
-        if (thread % 32 == 0) shared[thread / 32] = sums;
+        if (thread % 32 == 0) shared.sums[thread / 32] = sums;
         named_barrier(barrier, 128);
         if (thread > 0) continue;
-        for (int warp = 1; warp < 4; warp++) sums.a += shared[warp].a, sums.b += shared[warp].b;
+        for (int warp = 1; warp < 4; warp++) sums.a += shared.sums[warp].a, sums.b += shared.sums[warp].b;
         leave_statistics(norm.shape, norm.eps, sums, index, norm.mean, norm.rstd);
-        add_release(a.workspace.ready + n);
+        add_release(a.workspace.ready + index / groups);
     }
 }
 
@@ -5356,6 +5368,7 @@ struct SharedHead {
     int taps[kMaxStages];                  // of the weights' stages
     int item_rows[kMaxItems + 1];          // of a stage's items, where there are several
     Tile tiles[kTileSlots];
+    SharedStatistics statistics;
 };
 static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the head");
 
@@ -5377,7 +5390,8 @@ struct SharedParts {
 
 // ------------------------------------------------------------------------------------------------------ Producers
 
-// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone. A block's first tile is that of its own number.
+// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone. A block's first tile is that of its own number, unless blocks
+// wait for each other (conv_normalizer.cuh): then none is kept for a block that may not run yet.
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
@@ -5393,7 +5407,7 @@ struct Publisher {
         waited = true;
         const int queues = a.p.t.queues;
         for (next = -1; next < 0 && left > 0;) {
-            const unsigned first = (gridDim.x - a.norm.blocks - queue + queues - 1) / queues;    // these are the blocks'
+            const unsigned first = a.norm.blocks > 0 ? 0 : (gridDim.x - queue + queues - 1) / queues;    // these are the blocks'
             const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) + first : 0, 0);
             if (ticket * queues + queue < a.p.t.tiles) next = ticket * queues + queue;
             else queue = queue + 1 < queues ? queue + 1 : 0, left--;
@@ -5402,6 +5416,7 @@ struct Publisher {
 
     // False: there was no more, which everyone knows now.
     __device__ __forceinline__ bool publish() {
+        if (a.norm.blocks > 0 && !waited) take();
         Tile& tile = head.tiles[slot.stage];
         const bool more = next >= 0;
         mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
@@ -6030,24 +6045,23 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
     // A warp for each task beside the warpgroups that compute. The first tile is located while the kernel before this one ends: what reads memory waits for that.
     const bool normalizes = kRelu && a.norm.blocks > 0;
-    const int warp = threadIdx.x / 32, normalizer = normalizes ? int(blockIdx.x) - int(gridDim.x - a.norm.blocks) : -1;    // index among those that only normalize, if not negative
+    const bool multiplies = !normalizes || blockIdx.x < gridDim.x - a.norm.blocks;
+    const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
-        if (normalizer >= 0) {
-            wait_for_previous_kernel();
-            find_statistics(a, normalizer, Storer::reports_of_sample(a.p), reinterpret_cast<group_norm::Pair*>(shared.buffers), kStatisticsBarrier);
-        } else if (warp < t.weight_rings) {
+        if (multiplies && warp < t.weight_rings) {
             Loader{a, shared, &x_map, &w_map, warp}.run();
-        } else {
+        } else if (multiplies) {
             const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
             Publisher publisher(a, head);
             if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes, normalizes);
             else while (publisher.publish()) {}
         }
+        if (normalizes) find_statistics(a, Storer::reports_of_sample(a.p), head.statistics, kStatisticsBarrier);
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
         wait_for_previous_kernel();
-        if (normalizer < 0) consume<kBlockN, kRelu>(a, shared);
+        if (multiplies) consume<kBlockN, kRelu>(a, shared);
         if (normalizes) {
             named_barrier(kStagesFreeBarrier, 128 * kConsumers);
             PieceNormalizer(a, shared.input + (warp - 4) * kPieceStages * piece_floats(t) * 4, head.piece_full[warp - 4]).run();

@@ -17,7 +17,7 @@ struct Workspace {
     float* counts;                                 // (N, parts): how many values they are of; starts at zero
     group_norm::Pair* group_sums;                  // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
     unsigned* group_tickets;                       // (N, num_groups): how many of them are done; start at zero
-    unsigned *stored, *ready, *pieces;             // conv_normalizer.cuh: (N), (N), (1); start at zero
+    unsigned *stored, *ready, *groups, *pieces;    // conv_normalizer.cuh: (N), (N), (1), (1); start at zero
 };
 
 // GroupNorm in the convolution's kernel (conv_normalizer.cuh).

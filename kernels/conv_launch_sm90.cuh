@@ -37,24 +37,23 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 
     // A warp for each task beside the warpgroups that compute. The first tile is located while the kernel before this one ends: what reads memory waits for that.
     const bool normalizes = kRelu && a.norm.blocks > 0;
-    const int warp = threadIdx.x / 32, normalizer = normalizes ? int(blockIdx.x) - int(gridDim.x - a.norm.blocks) : -1;    // index among those that only normalize, if not negative
+    const bool multiplies = !normalizes || blockIdx.x < gridDim.x - a.norm.blocks;
+    const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
-        if (normalizer >= 0) {
-            wait_for_previous_kernel();
-            find_statistics(a, normalizer, Storer::reports_of_sample(a.p), reinterpret_cast<group_norm::Pair*>(shared.buffers), kStatisticsBarrier);
-        } else if (warp < t.weight_rings) {
+        if (multiplies && warp < t.weight_rings) {
             Loader{a, shared, &x_map, &w_map, warp}.run();
-        } else {
+        } else if (multiplies) {
             const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
             Publisher publisher(a, head);
             if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes, normalizes);
             else while (publisher.publish()) {}
         }
+        if (normalizes) find_statistics(a, Storer::reports_of_sample(a.p), head.statistics, kStatisticsBarrier);
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
         wait_for_previous_kernel();
-        if (normalizer < 0) consume<kBlockN, kRelu>(a, shared);
+        if (multiplies) consume<kBlockN, kRelu>(a, shared);
         if (normalizes) {
             named_barrier(kStagesFreeBarrier, 128 * kConsumers);
             PieceNormalizer(a, shared.input + (warp - 4) * kPieceStages * piece_floats(t) * 4, head.piece_full[warp - 4]).run();

@@ -2,10 +2,11 @@
 // multiply, which join them when there are no more tiles. Products leave memory idle; what a multiprocessor can read, its weights take.
 //
 //   a storer whose tile is in memory: stored[n] += 1
-//   a warpgroup of a normalizing block, when all of a sample's are: the statistics of a group, ready[n] += 1
-//   the other warps there, and the consumers behind their last tile, when all groups' are: pieces of channels
+//   the producers' warpgroup of a normalizing block, when all of a sample's are: the statistics of a group, ready[n] += 1
+//   the other warps there, when all groups' are: pieces of channels
 //
-// Blocks that only normalize are the grid's last, so that those which they wait for have begun.
+// Blocks that have no more tiles do both too. Whoever takes a tile, a group or a piece takes the next one that there is, and waits only for what others took before: so it
+// does not matter which blocks run at the same time (tests/test_protocol.py).
 #pragma once
 
 #include "conv_statistics.cuh"
@@ -37,22 +38,32 @@ __device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned
     while (load_acquire(counter) < count) __nanosleep(100);
 }
 
-// A warpgroup of normalizing block `block`: the statistics of every norm.blocks-th group. reports: of a sample. shared: four pairs.
-__device__ __forceinline__ void find_statistics(const Parameters& a, int block, unsigned reports, group_norm::Pair* shared, int barrier) {
+struct SharedStatistics {
+    group_norm::Pair sums[4];    // of the warps
+    int index;                   // of the group
+};
+
+// A warpgroup: takes groups, one after another, until there are no more. reports: of a sample.
+__device__ __forceinline__ void find_statistics(const Parameters& a, unsigned reports, SharedStatistics& shared, int barrier) {
+    wait_for_previous_kernel();
     const Normalization& norm = a.norm;
-    const int thread = threadIdx.x % 128, groups = int(norm.shape.num_groups);
-    for (int index = block; index < int(norm.shape.N) * groups; index += norm.blocks) {
-        const int n = index / groups;
-        if (thread == 0) wait_for_count(a.workspace.stored + n, reports);
+    const int thread = threadIdx.x % 128, groups = int(norm.shape.num_groups), all = int(norm.shape.N) * groups;
+    while (true) {
+        if (thread == 0) {
+            shared.index = int(atomicAdd(a.workspace.groups, 1u));
+            if (shared.index < all) wait_for_count(a.workspace.stored + shared.index / groups, reports);
+        }
         named_barrier(barrier, 128);
+        const int index = shared.index;
+        if (index >= all) return;
         group_norm::Pair sums = sum_moments<128>(a.p, a.workspace, norm.shape, index, thread, 0, 1);
         for (int step = 16; step > 0; step /= 2) sums.a += __shfl_xor_sync(~0u, sums.a, step), sums.b += __shfl_xor_sync(~0u, sums.b, step);
-        if (thread % 32 == 0) shared[thread / 32] = sums;
+        if (thread % 32 == 0) shared.sums[thread / 32] = sums;
         named_barrier(barrier, 128);
         if (thread > 0) continue;
-        for (int warp = 1; warp < 4; warp++) sums.a += shared[warp].a, sums.b += shared[warp].b;
+        for (int warp = 1; warp < 4; warp++) sums.a += shared.sums[warp].a, sums.b += shared.sums[warp].b;
         leave_statistics(norm.shape, norm.eps, sums, index, norm.mean, norm.rstd);
-        add_release(a.workspace.ready + n);
+        add_release(a.workspace.ready + index / groups);
     }
 }
 

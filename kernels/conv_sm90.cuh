@@ -46,6 +46,7 @@ struct SharedHead {
     int taps[kMaxStages];                  // of the weights' stages
     int item_rows[kMaxItems + 1];          // of a stage's items, where there are several
     Tile tiles[kTileSlots];
+    SharedStatistics statistics;
 };
 static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the head");
 
@@ -67,7 +68,8 @@ struct SharedParts {
 
 // ------------------------------------------------------------------------------------------------------ Producers
 
-// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone. A block's first tile is that of its own number.
+// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone. A block's first tile is that of its own number, unless blocks
+// wait for each other (conv_normalizer.cuh): then none is kept for a block that may not run yet.
 struct Publisher {
     const Parameters& a;
     SharedHead& head;
@@ -83,7 +85,7 @@ struct Publisher {
         waited = true;
         const int queues = a.p.t.queues;
         for (next = -1; next < 0 && left > 0;) {
-            const unsigned first = (gridDim.x - a.norm.blocks - queue + queues - 1) / queues;    // these are the blocks'
+            const unsigned first = a.norm.blocks > 0 ? 0 : (gridDim.x - queue + queues - 1) / queues;    // these are the blocks'
             const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) + first : 0, 0);
             if (ticket * queues + queue < a.p.t.tiles) next = ticket * queues + queue;
             else queue = queue + 1 < queues ? queue + 1 : 0, left--;
@@ -92,6 +94,7 @@ struct Publisher {
 
     // False: there was no more, which everyone knows now.
     __device__ __forceinline__ bool publish() {
+        if (a.norm.blocks > 0 && !waited) take();
         Tile& tile = head.tiles[slot.stage];
         const bool more = next >= 0;
         mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);

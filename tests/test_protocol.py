@@ -1,6 +1,7 @@
-"""A model of the barriers in a block of the Hopper convolution (kernels/conv_sm90.cuh), run in random orders: nobody waits
-forever, nobody overwrites what another still reads. A publisher, loaders, storers and consumer warpgroups, as they are there; a
-tile is a list of taps, True where a tap opens a new box. Keep it in step with Publisher, Loader, Storer, multiply and finish."""
+"""Models of who waits for whom, run in random orders. Of the barriers in a block of the Hopper convolution
+(kernels/conv_sm90.cuh): nobody waits forever, nobody overwrites what another still reads. A publisher, loaders, storers and consumer warpgroups, as they are there; a
+tile is a list of taps, True where a tap opens a new box. Keep it in step with Publisher, Loader, Storer, multiply and finish.
+And of the blocks that normalize beside those that multiply (kernels/conv_normalizer.cuh)."""
 
 import random
 
@@ -164,7 +165,10 @@ def waiting_for(passed):
 
 
 def run(block, order):
-    roles = [block.loader(0), block.loader(1) if block.rings == 2 else block.publishing_alone(), block.storer(0), block.storer(1), *(block.consumer(me) for me in range(block.consumers))]
+    carry_out([block.loader(0), block.loader(1) if block.rings == 2 else block.publishing_alone(), block.storer(0), block.storer(1), *(block.consumer(me) for me in range(block.consumers))], order)
+
+
+def carry_out(roles, order):
     waiting = {role: lambda: True for role in roles}
     speed = {role: 1.0 for role in waiting}
     while waiting:
@@ -191,3 +195,50 @@ def test_nobody_waits_forever(rings, weight_stages, consumers, buffers):
             boxes, most = order.choice([0, 1, 1, 2, 3, 5, 9]), order.choice([1, 1, 2, 3, 4, 9])
             tiles.append([i == 0 for _ in range(boxes) for i in range(order.randint(1, most))])
         run(Block(tiles, consumers, rings, weight_stages, buffers, 4 if rings == 2 else order.randint(1, max(1, weight_stages - 3))), order)
+
+
+class Grid:
+    """Blocks of which some only normalize, and of which so many run at a time."""
+
+    def __init__(self, multiplying, normalizing, running, samples, tiles, groups, pieces):
+        self.blocks, self.multiplying, self.running = multiplying + normalizing, multiplying, running
+        self.tiles, self.groups, self.pieces = ([(n, i) for n in range(samples) for i in range(count)] for count in (tiles, groups, pieces))
+        self.sizes = tiles, groups
+        self.stored, self.ready, self.normalized = [0] * samples, [0] * samples, []
+        self.ended = [0] * self.blocks           # warpgroups of a block
+        self.tiles_left = [block < multiplying for block in range(self.blocks)]
+
+    def begins(self, block):
+        return lambda: sum(ended < 2 for ended in self.ended[:block]) < self.running
+
+    def producers(self, me):
+        yield self.begins(me)
+        while self.tiles_left[me] and self.tiles:
+            sample, _ = self.tiles.pop(0)
+            yield lambda: True
+            self.stored[sample] += 1
+        self.tiles_left[me] = False
+        while self.groups:
+            sample, _ = self.groups.pop(0)
+            yield lambda: self.stored[sample] == self.sizes[0]
+            self.ready[sample] += 1
+        self.ended[me] += 1
+
+    def consumers(self, me):
+        yield self.begins(me)
+        yield lambda: not self.tiles_left[me]
+        while self.pieces:
+            sample, _ = piece = self.pieces.pop(0)
+            yield lambda: self.ready[sample] == self.sizes[1]
+            self.normalized.append(piece)
+        self.ended[me] += 1
+
+
+@pytest.mark.parametrize("running", [1, 2, 3, 5, 8])
+def test_blocks_wait_only_for_those_that_run(running):
+    order = random.Random(running)
+    for _ in range(300):
+        samples, tiles, groups, pieces = (order.randint(1, most) for most in (5, 7, 4, 6))
+        grid = Grid(order.randint(1, 5), order.randint(1, 3), running, samples, tiles, groups, pieces)
+        carry_out([role for block in range(grid.blocks) for role in (grid.producers(block), grid.consumers(block))], order)
+        assert sorted(grid.normalized) == [(n, i) for n in range(samples) for i in range(pieces)]
