@@ -5245,7 +5245,7 @@ __device__ __forceinline__ void find_statistics(const Parameters& a, unsigned re
 // A warp: takes pieces of channels, kPieces at a time, until there are no more. The copy engine brings them to stages of shared memory, which are the warp's own.
 struct PieceNormalizer {
     const Parameters& a;
-    const float* stages;
+    float* stages;
     uint64_t* full;
     int floats;                             // of a piece
     unsigned pieces, all;                   // of a channel; of all
@@ -5262,19 +5262,25 @@ struct PieceNormalizer {
         piece = __shfl_sync(~0u, more, 0);
         more = take();
     }
-    __device__ __forceinline__ int64_t origin_of(unsigned row, int first) const { return int64_t(row) * a.norm.shape.S + first; }
+    struct Span { unsigned row; int first, count; };    // floats of a row, a sample's channel
+    __device__ __forceinline__ Span span_of(unsigned piece) const {
+        const unsigned row = piece / pieces;
+        const int first = int(piece - row * pieces) * floats;
+        return {row, first, min(floats, int(a.norm.shape.S) - first)};
+    }
+    __device__ __forceinline__ int64_t origin_of(const Span& span) const { return int64_t(span.row) * a.norm.shape.S + span.first; }
 
     // Loads the next piece; returns which, `all` where there is none.
     __device__ __forceinline__ unsigned load(int stage) {
         const unsigned own = piece;
         if (own >= all) return all;
         if (++piece % kPieces == 0) next_pieces();
-        const unsigned row = own / pieces;
-        const int n = row / unsigned(a.norm.shape.C), first = int(own - row * pieces) * floats, bytes = min(floats, int(a.norm.shape.S) - first) * 4;
+        const Span span = span_of(own);
+        const int n = span.row / unsigned(a.norm.shape.C);
         if (threadIdx.x % 32 == 0) {
             if (n != ready) wait_for_count(a.workspace.ready + n, unsigned(a.norm.shape.num_groups)), fence_proxy_async_global();
-            mbarrier_arrive_expect_tx(full + stage, bytes);
-            bulk_load(const_cast<float*>(stages) + stage * floats, static_cast<const float*>(a.out) + origin_of(row, first), bytes, full + stage);
+            mbarrier_arrive_expect_tx(full + stage, span.count * 4);
+            bulk_load(stages + stage * floats, static_cast<const float*>(a.out) + origin_of(span), span.count * 4, full + stage);
         }
         ready = n;
         __syncwarp();
@@ -5283,7 +5289,7 @@ struct PieceNormalizer {
 
     __device__ __forceinline__ void run() {
         const Normalization& norm = a.norm;
-        unsigned loaded[kPieceStages], channel = all;    // pieces, the next one first; a row of the sample's channels
+        unsigned loaded[kPieceStages], known = all;    // pieces, the next one first; the row whose constants are known
         group_norm::ChannelNorm<float> normalized;
         RingPosition at;
         const auto load_behind = [&](int stage) {
@@ -5294,18 +5300,17 @@ struct PieceNormalizer {
 #pragma unroll 1
         for (int stage = 0; stage < kPieceStages; stage++) load_behind(stage);
         while (loaded[0] < all) {
-            const unsigned row = loaded[0] / pieces;
-            const int first = int(loaded[0] - row * pieces) * floats, vectors = min(floats, int(norm.shape.S) - first) / 4;
-            if (row != channel) {
-                const int c = row % unsigned(norm.shape.C), group = row / unsigned(norm.shape.group_channels());
+            const Span span = span_of(loaded[0]);
+            if (span.row != known) {
+                const int c = span.row % unsigned(norm.shape.C), group = span.row / unsigned(norm.shape.group_channels());
                 normalized = {__ldcg(norm.mean + group), __ldcg(norm.rstd + group), norm.gamma ? norm.gamma[c] : 1.0f, norm.beta ? norm.beta[c] : 0.0f};
-                channel = row;
+                known = span.row;
             }
             const float4* const values = reinterpret_cast<const float4*>(stages + at.stage * floats);
-            float4* const out = reinterpret_cast<float4*>(norm.y + origin_of(row, first));
+            float4* const out = reinterpret_cast<float4*>(norm.y + origin_of(span));
             mbarrier_wait(full + at.stage, at.phase);
 #pragma unroll 4
-            for (int i = threadIdx.x % 32; i < vectors; i += 32) {
+            for (int i = threadIdx.x % 32; i < span.count / 4; i += 32) {
                 const float4 v = values[i];
                 __stcs(out + i, make_float4(normalized(v.x), normalized(v.y), normalized(v.z), normalized(v.w)));
             }
@@ -5336,7 +5341,7 @@ _SOURCES['conv_sm90.cuh'] = r'''
 // tile's own, and helps with the others when it is empty.
 //
 // Fused: the epilogue also leaves, per run and row, the mean and the sum of squared deviations of relu(out), of which
-// conv_statistics.cuh makes the statistics.
+// conv_statistics.cuh makes the statistics, or blocks of this kernel that also normalize (conv_normalizer.cuh).
 #pragma once
 
 #include <type_traits>
@@ -5573,15 +5578,15 @@ struct Storer {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
         bool more = publishes && publisher.publish() && publisher.publish();
-        int before = -1;    // the sample of the tile before this one
+        int before = -1;    // the sample of the tile before this one, to be reported
         RingPosition slot;
         for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
             if (more) more = publisher.publish();
-            if (reports && before >= 0) report(before);
-            before = tile.n;
+            if (before >= 0) report(before);
+            if (reports) before = tile.n;
             for (; consumer < consumers; consumer += 2) {
                 mbarrier_wait(head.staged[tiles % 2] + consumer, tiles / 2 % 2);
                 store(tile, tile.run[consumer], shared.buffer(a.p.t, consumer));
@@ -5592,7 +5597,7 @@ struct Storer {
             slot.advance(kTileSlots);
         }
         bulk_wait_group<0>();
-        if (reports && before >= 0) report(before);
+        if (before >= 0) report(before);
     }
 };
 
@@ -6026,13 +6031,14 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const Tiling& t = a.p.t;
     const SharedParts shared(base, t);
     SharedHead& head = shared.head;
+    const bool normalizes = kRelu && a.norm.blocks > 0, multiplies = !normalizes || blockIdx.x < gridDim.x - a.norm.blocks;
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
         for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 4 * kConsumers);
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 4 * kConsumers);
         for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, kConsumers), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.weight_rings * 32);
-        for (int i = 0; i < 4 * kConsumers * kPieceStages; i++) mbarrier_init(head.piece_full[0] + i, 1);
+        for (int i = 0; normalizes && i < 4 * kConsumers * kPieceStages; i++) mbarrier_init(head.piece_full[0] + i, 1);
         for (int i = 0; i < kConsumers; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged[0] + i, 128), mbarrier_init(head.staged[1] + i, 128);
         fence_mbarrier_init();
     }
@@ -6044,8 +6050,6 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     __syncthreads();
 
     // A warp for each task beside the warpgroups that compute. The first tile is located while the kernel before this one ends: what reads memory waits for that.
-    const bool normalizes = kRelu && a.norm.blocks > 0;
-    const bool multiplies = !normalizes || blockIdx.x < gridDim.x - a.norm.blocks;
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();

@@ -70,7 +70,7 @@ __device__ __forceinline__ void find_statistics(const Parameters& a, unsigned re
 // A warp: takes pieces of channels, kPieces at a time, until there are no more. The copy engine brings them to stages of shared memory, which are the warp's own.
 struct PieceNormalizer {
     const Parameters& a;
-    const float* stages;
+    float* stages;
     uint64_t* full;
     int floats;                             // of a piece
     unsigned pieces, all;                   // of a channel; of all
@@ -87,19 +87,25 @@ struct PieceNormalizer {
         piece = __shfl_sync(~0u, more, 0);
         more = take();
     }
-    __device__ __forceinline__ int64_t origin_of(unsigned row, int first) const { return int64_t(row) * a.norm.shape.S + first; }
+    struct Span { unsigned row; int first, count; };    // floats of a row, a sample's channel
+    __device__ __forceinline__ Span span_of(unsigned piece) const {
+        const unsigned row = piece / pieces;
+        const int first = int(piece - row * pieces) * floats;
+        return {row, first, min(floats, int(a.norm.shape.S) - first)};
+    }
+    __device__ __forceinline__ int64_t origin_of(const Span& span) const { return int64_t(span.row) * a.norm.shape.S + span.first; }
 
     // Loads the next piece; returns which, `all` where there is none.
     __device__ __forceinline__ unsigned load(int stage) {
         const unsigned own = piece;
         if (own >= all) return all;
         if (++piece % kPieces == 0) next_pieces();
-        const unsigned row = own / pieces;
-        const int n = row / unsigned(a.norm.shape.C), first = int(own - row * pieces) * floats, bytes = min(floats, int(a.norm.shape.S) - first) * 4;
+        const Span span = span_of(own);
+        const int n = span.row / unsigned(a.norm.shape.C);
         if (threadIdx.x % 32 == 0) {
             if (n != ready) wait_for_count(a.workspace.ready + n, unsigned(a.norm.shape.num_groups)), fence_proxy_async_global();
-            mbarrier_arrive_expect_tx(full + stage, bytes);
-            bulk_load(const_cast<float*>(stages) + stage * floats, static_cast<const float*>(a.out) + origin_of(row, first), bytes, full + stage);
+            mbarrier_arrive_expect_tx(full + stage, span.count * 4);
+            bulk_load(stages + stage * floats, static_cast<const float*>(a.out) + origin_of(span), span.count * 4, full + stage);
         }
         ready = n;
         __syncwarp();
@@ -108,7 +114,7 @@ struct PieceNormalizer {
 
     __device__ __forceinline__ void run() {
         const Normalization& norm = a.norm;
-        unsigned loaded[kPieceStages], channel = all;    // pieces, the next one first; a row of the sample's channels
+        unsigned loaded[kPieceStages], known = all;    // pieces, the next one first; the row whose constants are known
         group_norm::ChannelNorm<float> normalized;
         RingPosition at;
         const auto load_behind = [&](int stage) {
@@ -119,18 +125,17 @@ struct PieceNormalizer {
 #pragma unroll 1
         for (int stage = 0; stage < kPieceStages; stage++) load_behind(stage);
         while (loaded[0] < all) {
-            const unsigned row = loaded[0] / pieces;
-            const int first = int(loaded[0] - row * pieces) * floats, vectors = min(floats, int(norm.shape.S) - first) / 4;
-            if (row != channel) {
-                const int c = row % unsigned(norm.shape.C), group = row / unsigned(norm.shape.group_channels());
+            const Span span = span_of(loaded[0]);
+            if (span.row != known) {
+                const int c = span.row % unsigned(norm.shape.C), group = span.row / unsigned(norm.shape.group_channels());
                 normalized = {__ldcg(norm.mean + group), __ldcg(norm.rstd + group), norm.gamma ? norm.gamma[c] : 1.0f, norm.beta ? norm.beta[c] : 0.0f};
-                channel = row;
+                known = span.row;
             }
             const float4* const values = reinterpret_cast<const float4*>(stages + at.stage * floats);
-            float4* const out = reinterpret_cast<float4*>(norm.y + origin_of(row, first));
+            float4* const out = reinterpret_cast<float4*>(norm.y + origin_of(span));
             mbarrier_wait(full + at.stage, at.phase);
 #pragma unroll 4
-            for (int i = threadIdx.x % 32; i < vectors; i += 32) {
+            for (int i = threadIdx.x % 32; i < span.count / 4; i += 32) {
                 const float4 v = values[i];
                 __stcs(out + i, make_float4(normalized(v.x), normalized(v.y), normalized(v.z), normalized(v.w)));
             }

@@ -14,7 +14,7 @@
 // tile's own, and helps with the others when it is empty.
 //
 // Fused: the epilogue also leaves, per run and row, the mean and the sum of squared deviations of relu(out), of which
-// conv_statistics.cuh makes the statistics.
+// conv_statistics.cuh makes the statistics, or blocks of this kernel that also normalize (conv_normalizer.cuh).
 #pragma once
 
 #include <type_traits>
@@ -251,15 +251,15 @@ struct Storer {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
         bool more = publishes && publisher.publish() && publisher.publish();
-        int before = -1;    // the sample of the tile before this one
+        int before = -1;    // the sample of the tile before this one, to be reported
         RingPosition slot;
         for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
             mbarrier_wait(head.tile_full + slot.stage, slot.phase);
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
             if (more) more = publisher.publish();
-            if (reports && before >= 0) report(before);
-            before = tile.n;
+            if (before >= 0) report(before);
+            if (reports) before = tile.n;
             for (; consumer < consumers; consumer += 2) {
                 mbarrier_wait(head.staged[tiles % 2] + consumer, tiles / 2 % 2);
                 store(tile, tile.run[consumer], shared.buffer(a.p.t, consumer));
@@ -270,7 +270,7 @@ struct Storer {
             slot.advance(kTileSlots);
         }
         bulk_wait_group<0>();
-        if (reports && before >= 0) report(before);
+        if (before >= 0) report(before);
     }
 };
 

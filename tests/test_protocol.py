@@ -201,7 +201,7 @@ class Grid:
     """Blocks of which some only normalize, and of which so many run at a time."""
 
     def __init__(self, multiplying, normalizing, running, samples, tiles, groups, pieces):
-        self.blocks, self.multiplying, self.running = multiplying + normalizing, multiplying, running
+        self.blocks, self.running = multiplying + normalizing, running
         self.tiles, self.groups, self.pieces = ([(n, i) for n in range(samples) for i in range(count)] for count in (tiles, groups, pieces))
         self.sizes = tiles, groups
         self.stored, self.ready, self.normalized = [0] * samples, [0] * samples, []
