@@ -2802,7 +2802,7 @@ struct Tiling {
     bool keeps_weights;                        // from tile to tile
     int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
-    float cycles;                              // estimated, of a multiprocessor
+    double cycles;                             // estimated, of a multiprocessor
     Divisor by_row_pairs, by_runs, by_strips, by_plane_groups, by_tile_w, by_pitch, by_channel_tiles;
     HOST_DEVICE int sample_places() const { return plane_groups * strips * runs; }    // of tiles, on the grid
     HOST_DEVICE int tile_runs() const { return split_m || planes > 1 ? 1 : warpgroups; }    // of a plane
@@ -5088,44 +5088,35 @@ inline bool lay_out_stages(Tiling& t, const Stencil& s) {
     return true;
 }
 
-// Estimated cycles of the busiest multiprocessor: a tile's products, or the traffic of its outputs and boxes where that is more.
+// Estimated cycles of the busiest multiprocessor. The numbers are fitted to the times of 170 layers (NOTES.md).
 inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_t channels, int multiprocessors) {
-    const bool many = t.item_taps > 1;
-    const int loaded_rings = t.keeps_weights ? 0 : t.weight_rings;
-    const double part = double(t.part_channels) / t.C_pad, steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part;
-    // A step of two warpgroups takes block_n cycles, or what their weights take at the 21 bytes a cycle that come from the L2
-    // cache; and longer where the stages that are not in use do not cover that one's latency.
-    const double weight_cycles = loaded_rings * kRows * 16 * 2 / 21.0 + 0.1 * t.block_n, step_cycles = t.warpgroups * t.block_n / 2 + (many || t.block_n > 128 ? 20 : 95);
-    const double step = step_cycles > weight_cycles ? step_cycles : weight_cycles;
-    const double lead = (t.weight_stages - (t.split_m ? 2 : many ? 1.5 : 3)) * step * t.chunk / 16 * t.items, latency = 1800;
-    const double box_bytes = t.box_bytes(), box_time = boxes * (latency + box_bytes / 25) / (t.input_stages - 1);    // loads in flight
-    double products = steps * step * (lead < latency && !t.keeps_weights ? latency / lead : 1.0) + boxes * (40 + 0.05 * t.planes * t.box_rows * t.pitch * t.chunk / 16);
-    products = products > box_time ? products : box_time;
-    // A consumer's instructions, each waiting for the one before: of the taps, the boxes, the epilogue.
-    const double instructions = steps / (t.chunk / 16) * (many ? 60 + 350.0 / t.items : 350) + boxes * 600 + t.block_n * (t.dense ? 15 : 20);
-    products = products > instructions ? products : instructions;
-    const double loads = (steps * loaded_rings * kRows * 16 * 2 + boxes * box_bytes) / 21;
-    products = products > loads ? products : loads;
-    const double out_bytes = 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
-    const double traffic = out_bytes / 17 + boxes * box_bytes / 40 + 300;
+    const double part = double(t.part_channels) / t.C_pad, steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part, stages = steps / (t.chunk / 16) / t.items;
+    const double box_rows = double(t.planes) * t.box_rows * t.pitch, chunk_steps = t.chunk / 16;
+    // The tensor cores: a step of all consumers, longer where the weights' stages that are not in use do not cover the latency of loads.
+    const double step = t.warpgroups * t.block_n / 2 + 20 / chunk_steps;
+    const double free_stages = t.weight_stages - (t.split_m ? 2 : t.item_taps > 1 ? 1.5 : 3), lead = free_stages * step * chunk_steps * t.items;
+    double products = steps * step * (t.keeps_weights || lead > 2050 ? 1 : lead < 100 ? 20.5 : 2050 / lead) + (t.warpgroups == 3 ? 300 * stages : 0) + 0.68 * boxes * box_rows * chunk_steps;
+    const auto at_least = [&](double cycles) { products = products > cycles ? products : cycles; };
+    at_least(boxes * (2150 + t.box_bytes() / 73) / (t.input_stages - 1));    // loads in flight
+    at_least(stages * (700 + 100 * t.items) + boxes * 400);                  // a consumer's instructions, each waiting for the one before
     // Two warps issue the copies of the runs' pieces one after another.
     const double pieces = t.warpgroups * (t.tensor_store ? 1.0 : t.region_channels * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)));
-    const double store_time = t.bulk ? pieces / 2 * 50 : 0;
-    if (products < store_time) products = store_time;
-    double tile = products > traffic ? products + 0.2 * traffic : traffic + 0.2 * products;
-    if (t.buffers == 1) tile += 0.05 * traffic;
-    if (!t.tensor_store && !t.whole_sectors) tile += t.contiguous ? 0.3 * traffic : t.bulk ? 0.4 * traffic + 0.5 * store_time : 1.5 * traffic;
-    if (t.warpgroups == 2 && !t.dense) tile += 25 * t.block_n;    // with three, one's epilogue is always beside the others' products
-    const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors + 0.5;
-    const double added_bytes = 4.0 * t.k_parts * samples * channels * s.axis[0].out * s.axis[1].out * s.axis[2].out;    // of the parts: written, and read once more
-    return waves * (tile + (t.keeps_weights ? 400 : 1200)) + (t.k_parts == 1 ? 0 : 6000 + 2 * added_bytes / 2500);
+    const double copies = t.bulk ? pieces * 28 : 0;
+    at_least(copies);
+    const double outputs = 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8 / 34;
+    double tile = products > outputs ? products + 0.1 * outputs : outputs + 0.1 * products;
+    if (t.buffers == 1) tile += 1.8 * outputs;
+    if (!t.tensor_store && !t.whole_sectors) tile += t.contiguous ? 0.58 * outputs : t.bulk ? 0.68 * copies : 9.5 * outputs;
+    if (t.warpgroups == 2 && !t.dense) tile += 9.6 * t.block_n;    // with three, one's epilogue is always beside the others' products
+    const double waves = t.tiles < 4 * multiprocessors ? double(ceil_div(t.tiles, multiprocessors)) : double(t.tiles) / multiprocessors;
+    const double added_bytes = 4.0 * t.k_parts * samples * channels * s.axis[0].out * s.axis[1].out * s.axis[2].out;    // of the parts
+    return waves * (tile + (t.keeps_weights ? 2450 : 1250)) + (t.k_parts == 1 ? 0 : 2400 + added_bytes / 4000);
 }
 
 // The tiling of least estimated time, or one of block_n 0 where none fits into shared memory. groups: of the split, or 1.
 inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     Tiling best = {};
-    double best_time = 0;
     for (int packing = 0; packing < 3; packing++)
     for (int warpgroups : {2, 3})
     for (int split_m = 0; split_m < 2; split_m++)
@@ -5163,7 +5154,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
             if (k_parts > 1 && (groups > 1 || s.source_phases() > 1 || t.tiles > 2 * k_parts * multiprocessors)) break;    // there are enough tiles
             if (!lay_out_stages(t, s)) continue;
             const double time = time_of(t, s, samples, channels, multiprocessors);
-            if (best.block_n == 0 || time < best_time) best = t, best_time = best.cycles = time;
+            if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;
         }
     }
     return with_divisors(best);
@@ -5191,7 +5182,7 @@ namespace conv {
 
 constexpr int kPieceStages = 2, kPieces = 2, kMostPieceFloats = 4096;    // kPieces: that a warp takes at a time
 constexpr double kMostSampleBytes = 24 << 20;    // with larger ones, passes of their own are faster
-constexpr double kNormalizedBytes = 21;          // that a multiprocessor normalizes in a cycle, reading and writing as many
+constexpr double kNormalizedBytes = 19;          // that a multiprocessor normalizes in a cycle, reading and writing as many
 
 // Floats of a channel that a warp normalizes at a time: the stages are where boxes and weights were.
 HOST_DEVICE int piece_floats(const Tiling& t) {

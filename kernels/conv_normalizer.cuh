@@ -16,7 +16,7 @@ namespace conv {
 
 constexpr int kPieceStages = 2, kPieces = 2, kMostPieceFloats = 4096;    // kPieces: that a warp takes at a time
 constexpr double kMostSampleBytes = 24 << 20;    // with larger ones, passes of their own are faster
-constexpr double kNormalizedBytes = 21;          // that a multiprocessor normalizes in a cycle, reading and writing as many
+constexpr double kNormalizedBytes = 19;          // that a multiprocessor normalizes in a cycle, reading and writing as many
 
 // Floats of a channel that a warp normalizes at a time: the stages are where boxes and weights were.
 HOST_DEVICE int piece_floats(const Tiling& t) {

@@ -67,7 +67,7 @@ struct Tiling {
     bool keeps_weights;                        // from tile to tile
     int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
-    float cycles;                              // estimated, of a multiprocessor
+    double cycles;                             // estimated, of a multiprocessor
     Divisor by_row_pairs, by_runs, by_strips, by_plane_groups, by_tile_w, by_pitch, by_channel_tiles;
     HOST_DEVICE int sample_places() const { return plane_groups * strips * runs; }    // of tiles, on the grid
     HOST_DEVICE int tile_runs() const { return split_m || planes > 1 ? 1 : warpgroups; }    // of a plane
