@@ -1622,7 +1622,7 @@ template <typename T, Direction kDirection> int64_t num_blocks(const Geometry& g
     return ceil_div(volume, kThreads * kPositionsOf<T>) * phases * ceil_div(channels_of(kDirection, g).dst, block_channels) * g.groups * g.N;
 }
 
-constexpr int64_t kRepairBlocks = 1024;    // where only some samples are wanted, mostly none
+constexpr int64_t kRepairBlocks = 264;    // where only some samples are wanted, mostly none
 
 template <typename T, Direction kDirection, int kChannels>
 int launch_direct(const Geometry& g, void* stream, Samples only, const void* src, const void* w, const void* bias, bool apply_relu, void* dst) {
@@ -2275,7 +2275,8 @@ _SOURCES['scaled_half.cuh'] = r'''
 // Weights have one scale per destination channel, from its maximum, with m = 15. Activations have one scale per sample,
 // so that they are read once: the maximum of a part of the sample is scaled to [2^8, 2^9), the copy finds the true maximum on
 // its way, and a sample that turns out to hold something 2^6 times larger is copied again, its maximum scaled to [2^14, 2^15).
-// The maxima live in device memory: nothing synchronises with the host.
+// The maxima live in device memory: nothing synchronises with the host. Those of parts, of a sample or of a channel's weights, are left by the blocks that looked, and put
+// together by all that need them: nothing has to be zeroed before the look.
 #pragma once
 
 #include "group_norm_backward.cuh"
@@ -2285,7 +2286,7 @@ namespace scaled_half {
 
 constexpr int kThreads = 256;
 constexpr int kLookElements = 4096;        // that one block looks at
-constexpr int kLookColumns = 4 * kThreads, kLookRows = 8;    // of a weight, likewise, where the destination's kernels are neighbours
+constexpr int kLookColumns = 4 * kThreads, kLookRows = 8;    // at most, of a weight, where the destination's kernels are neighbours
 constexpr int kWeightColumns = 64, kWeightChannels = 64;    // elements of destination channels' kernels, and source channels, that one block copies
 constexpr int kMaxShift = 120;             // keeps the scale and its inverse normal float32 numbers
 
@@ -2299,10 +2300,10 @@ __device__ __forceinline__ int shift_of(unsigned max_bits) { return max_bits == 
 // values that are not finite.
 struct SampleMax { unsigned part, all, non_finite; };
 
-__device__ __forceinline__ int first_shift_of(SampleMax m) { return m.part == 0 ? 0 : clamp_shift(8 - exponent_of(m.part)); }
+__device__ __forceinline__ int first_shift_of(unsigned part) { return part == 0 ? 0 : clamp_shift(8 - exponent_of(part)); }
 // Whether the first copy holds: nothing overflowed, and there was something to look at.
-__device__ __forceinline__ bool first_copy_holds(SampleMax m) { return m.part != 0 ? exponent_of(m.all) + first_shift_of(m) <= 14 : m.all == 0; }
-__device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m) ? first_shift_of(m) : shift_of(m.all); }
+__device__ __forceinline__ bool first_copy_holds(SampleMax m) { return m.part != 0 ? exponent_of(m.all) + first_shift_of(m.part) <= 14 : m.all == 0; }
+__device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m) ? first_shift_of(m.part) : shift_of(m.all); }
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
@@ -2336,7 +2337,8 @@ struct Activation {
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
-    SampleMax* max;                                // (N), starts at zero
+    SampleMax* max;                                // (N)
+    unsigned* part_max;                            // (N, look_blocks)
     bool vectors;                                  // rows and the address are multiples of four elements
     NormGradient norm;
     HOST_DEVICE int64_t sample() const { return C * axis[0].size * axis[1].size * axis[2].size; }
@@ -2348,7 +2350,7 @@ struct Activation {
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split) {
-    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false, {}};
+    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, nullptr, false, {}};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
@@ -2365,7 +2367,8 @@ struct Weight {
     bool forward;                                  // the destination is the layer's output
     const void* w;                                 // (C_in, C_out / groups, kernel)
     __half* copy;
-    unsigned* max;                                 // (channels), starts at zero
+    unsigned* max;                                 // (channels)
+    unsigned* part_max;                            // (channels, look_parts)
     // What w has for a destination channel: kernels of `count` source channels from `first` on, those of its group, at `begin` + stride * i.
     struct Kernels { int first, count; int64_t begin; int stride; };
     HOST_DEVICE Kernels kernels_of(int destination) const {
@@ -2375,12 +2378,12 @@ struct Weight {
         return {group * out, out, int64_t(destination) * out * volume, volume};
     }
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
-    // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, its columns, group) or (row, columns).
+    // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, whole channels, group) or (row, columns).
     HOST_DEVICE int64_t row_elements() const { return group_C_out * kernel_volume(stencil); }
-    HOST_DEVICE int64_t look_blocks() const {    // none where a weight for dx has no channels: not wanted
-        if (forward) return ceil_div(row_elements(), kLookColumns) * ceil_div(C / groups, kLookRows) * groups;
-        return channels * ceil_div(row_elements(), kLookElements);
-    }
+    HOST_DEVICE int look_channels() const { return kLookColumns / kernel_volume(stencil); }
+    HOST_DEVICE int look_parts() const { return int(forward ? ceil_div(int(C) / int(groups), kLookRows) : ceil_div(row_elements(), kLookElements)); }    // of a destination channel
+    HOST_DEVICE int look_tiles() const { return (int(group_C_out) + look_channels() - 1) / look_channels(); }
+    HOST_DEVICE int64_t look_blocks() const { return look_parts() * (forward ? look_tiles() * groups : channels); }    // none where a weight for dx has no channels: not wanted
 };
 
 constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
@@ -2420,19 +2423,19 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
 template <typename T> __device__ void look_at_weight(const Weight& p, int block) {
     const int volume = kernel_volume(p.stencil), elements = int(p.row_elements());
     if (!p.forward) {
-        const int parts = int(ceil_div(elements, kLookElements)), channel = block / parts, begin = block % parts * kLookElements, end = min(begin + kLookElements, elements);
+        const int parts = p.look_parts(), channel = block / parts, part = block % parts, begin = part * kLookElements, end = min(begin + kLookElements, elements);
         const T* row = static_cast<const T*>(p.w) + int64_t(channel) * elements;
         unsigned max = 0;
 #pragma unroll 8
         for (int i = begin + threadIdx.x; i < end; i += kThreads) max = umax(max, finite_magnitude(to_acc(row[i])));
         max = block_max(max);
-        if (threadIdx.x == 0) atomicMax(p.max + channel, max);
+        if (threadIdx.x == 0) p.part_max[channel * parts + part] = max;
         return;
     }
-    __shared__ unsigned maxima[kLookColumns + 1];
-    const int tiles = int(ceil_div(elements, kLookColumns)), group_rows = int(p.C / p.groups), parts = int(ceil_div(group_rows, kLookRows));
-    const int begin = block % tiles * kLookColumns, first_row = block / tiles % parts * kLookRows, group = block / tiles / parts, rows = min(kLookRows, group_rows - first_row);
-    const int first_channel = begin / volume, count = (min(begin + kLookColumns, elements) - 1) / volume - first_channel + 1;
+    __shared__ unsigned maxima[kLookColumns];
+    const int tiles = p.look_tiles(), group_rows = int(p.C) / int(p.groups), parts = p.look_parts();
+    const int first_channel = block % tiles * p.look_channels(), part = block / tiles % parts, group = block / tiles / parts;
+    const int count = min(p.look_channels(), int(p.group_C_out) - first_channel), begin = first_channel * volume, first_row = part * kLookRows, rows = min(kLookRows, group_rows - first_row);
     const T* row = static_cast<const T*>(p.w) + (int64_t(group) * group_rows + first_row) * elements;
     for (int i = threadIdx.x; i < count; i += kThreads) maxima[i] = 0;
     __syncthreads();
@@ -2449,12 +2452,20 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
         for (int i = 0; i < kColumns; i++) max[i] = umax(max[i], finite_magnitude(values[r][i]));
 #pragma unroll
     for (int i = 0; i < kColumns; i++) {
-        const int column = begin + i * kThreads + threadIdx.x;
-        if (column < elements) atomicMax(maxima + column / volume - first_channel, max[i]);
+        const int column = i * kThreads + threadIdx.x;
+        if (column < count * volume) atomicMax(maxima + column / volume, max[i]);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < count; i += kThreads) atomicMax(p.max + group * int(p.group_C_out) + first_channel + i, maxima[i]);
+    for (int i = threadIdx.x; i < count; i += kThreads) p.part_max[(group * p.group_C_out + first_channel + i) * parts + part] = maxima[i];
 }
+
+// A warp: the maximum of those that a look left.
+__device__ __forceinline__ unsigned max_of_parts(const unsigned* parts, int count) {
+    unsigned max = 0;
+    for (int i = threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
+    return __reduce_max_sync(~0u, max);
+}
+__device__ __forceinline__ unsigned max_of_channel(const Weight& p, int channel) { return max_of_parts(p.part_max + int64_t(channel) * p.look_parts(), p.look_parts()); }
 
 // kWeightColumns columns, each an element of a destination channel's kernel, of kWeightChannels source channels, transposed through shared memory; and, beside a
 // channel's first element, the rows that no element belongs to.
@@ -2475,7 +2486,16 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         const int c = c0 + own_c + i * kSteps - kernels.first;
         v[i] = unsigned(c) < unsigned(kernels.count) ? to_acc(w[int64_t(c) * kernels.stride]) : 0.0f;
     }
-    const float scale = power_of_two(shift_of(p.max[channel]));
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = first / volume, channels = min(first + kWeightColumns - 1, columns - 1) / volume - first_channel + 1;
+    __shared__ unsigned maxima[kWeightColumns];    // of the tile's channels
+    for (int i = warp; i < channels; i += kThreads / 32) {
+        const unsigned max = max_of_channel(p, first_channel + i);
+        if (lane == 0) maxima[i] = max;
+    }
+    __syncthreads();
+    const unsigned max = maxima[channel - first_channel];
+    if (c0 == 0 && own_c == 0 && k == 0) p.max[channel] = max;
+    const float scale = power_of_two(shift_of(max));
 #pragma unroll
     for (int i = 0; i < kEach; i++) values[own][own_c + i * kSteps] = __float2half_rn(v[i] * scale);
     if (own_c == 0) {
@@ -2483,7 +2503,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         rows[own] = row_of(channel, place.tap, place.phase);
     }
     __syncthreads();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pairs = min(kWeightChannels, int(p.phase_channels) - c0) / 2;
+    const int pairs = min(kWeightChannels, int(p.phase_channels) - c0) / 2;
     const auto write = [&](int row, __half2 v) {
         if (lane < pairs) reinterpret_cast<__half2*>(p.copy + row * p.phase_channels + c0)[lane] = v;
     };
@@ -2502,7 +2522,9 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
 
 // One destination channel, split.
 template <typename T> __device__ void copy_split_weight(const Weight& p, int channel) {
-    const float scale = power_of_two(shift_of(p.max[channel]));
+    const unsigned max = max_of_channel(p, channel);
+    if (threadIdx.x == 0) p.max[channel] = max;
+    const float scale = power_of_two(shift_of(max));
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin;
     const int taps = p.stencil.taps(), columns = 4 * p.split;
@@ -2515,12 +2537,24 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
     }
 }
 
-// The maxima of the weight's channels, and of parts of every sample, evenly spread.
-template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
+// Memory that kernels behind the look want to be zero.
+struct Zeroed {
+    uint4* memory;
+    int64_t count;
+};
+
+// Blocks for the maxima of parts of the weight's channels, of parts of every sample, evenly spread, and for zeros.
+template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p, Zeroed zeroed) {
     wait_for_previous_kernel();
-    const int64_t weight_blocks = p.look_blocks(), blocks = look_blocks(a), elements = a.sample();
+    const int64_t elements = a.sample();
+    const int weight_blocks = int(p.look_blocks()), blocks = int(look_blocks(a));
     if (blockIdx.x < weight_blocks) return look_at_weight<T>(p, blockIdx.x);
-    const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
+    const int n = (int(blockIdx.x) - weight_blocks) / blocks, block = int(blockIdx.x) - weight_blocks - n * blocks;
+    if (n >= a.N) {
+        const int64_t i = (blockIdx.x - weight_blocks - a.N * blocks) * kThreads + threadIdx.x;
+        if (i < zeroed.count) zeroed.memory[i] = make_uint4(0, 0, 0, 0);
+        return;
+    }
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
     const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
     const T* part = static_cast<const T*>(a.x) + n * elements + begin;
@@ -2550,7 +2584,9 @@ template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) lo
 #pragma unroll
     for (int i = 0; i < kEach; i++) max = umax(max, finite_magnitude(values[i]));
     max = block_max(max);
-    if (threadIdx.x == 0) atomicMax(&a.max[n].part, max);
+    if (threadIdx.x > 0) return;
+    a.part_max[n * blocks + block] = max;
+    if (block == 0) a.max[n] = {};    // for the copy
 }
 
 template <typename T> using Four = Vector<T, 4>;
@@ -2593,8 +2629,9 @@ template <bool kVectors, bool kAll, typename T> __device__ __forceinline__ void 
     }
 }
 
-// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes.
-template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(const Activation& a, int64_t n, unsigned index, float scale) {
+// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes. scale_of(): what to scale by, asked for while the loads are
+// under way.
+template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes copy_tile(const Activation& a, int64_t n, unsigned index, F scale_of) {
     constexpr int kOctets = kChannels / 8, kPositions = kTileElements / kChannels;
     constexpr bool kSplit = kKind == Kind::kSplit, kNorm = kKind == Kind::kNorm;
     const unsigned channel_tiles = ceil_div(a.channels(), kChannels);
@@ -2620,11 +2657,11 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
         else if (a.vectors) load_octet<true, true>(channel, volume, channels, from, eight);
         else load_octet<false, true>(channel, volume, channels, from, eight);
     };
-    Four<T> values[8];
+    Four<T> values[8], activations[kNorm ? 8 : 1];
     load(a.x, values);
+    if constexpr (kNorm) load(a.norm.r, activations);
+    const float scale = scale_of();
     if constexpr (kNorm) {
-        Four<T> activations[8];
-        load(a.norm.r, activations);
         __shared__ group_norm::ChannelGradient<float> gradients[kChannels];    // taken while those loads are under way
         if (threadIdx.x < kChannels) gradients[threadIdx.x] = a.norm.channel(n, min(c0 + int(threadIdx.x), int(a.C) - 1));
         __syncthreads();
@@ -2677,7 +2714,12 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
     wait_for_previous_kernel();
     if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
-    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block - n * sample_tiles, power_of_two(first_shift_of(a.max[n])));
+    const unsigned tile = block - n * sample_tiles;
+    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, tile, [&] {
+        const unsigned part = max_of_parts(a.part_max + n * look_blocks(a), int(look_blocks(a)));
+        if (threadIdx.x == 0 && tile == 0) a.max[n].part = part;
+        return power_of_two(first_shift_of(part));
+    });
     const unsigned max = block_max(extremes.finite);
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
@@ -2690,7 +2732,7 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
         for (unsigned tile = blockIdx.x; tile < sample_tiles; tile += gridDim.x) {
-            copy_tile<T, kChannels, kKind>(a, n, tile, scale);
+            copy_tile<T, kChannels, kKind>(a, n, tile, [&] { return scale; });
             __syncthreads();
         }
     }
@@ -2698,33 +2740,33 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
-template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p));
+template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, Zeroed zeroed, int multiprocessors, void* stream) {
+    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a) + ceil_div(zeroed.count, kThreads), kThreads, stream, a, p, zeroed));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
     RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
     if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
     return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a, unsigned(sample_tiles));
 }
 
-template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
+template <typename T> int pack(Activation a, const Weight& p, Zeroed zeroed, int multiprocessors, void* stream) {
     const auto& w = a.axis[2];
     const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
     a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && holds<Four<T>>(a.x) && holds<Four<T>>(a.norm.r);
     const bool narrow = tile_channels(a) == 32;
     if constexpr (sizeof(T) == 4) {
-        if (a.split) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
-        if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, multiprocessors, stream);
+        if (a.split) return copy<T, 32, Kind::kSplit>(a, p, zeroed, multiprocessors, stream);
+        if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, zeroed, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, zeroed, multiprocessors, stream);
     }
     if (a.split || a.norm.r) return cudaErrorNotSupported;
-    return narrow ? copy<T, 32, Kind::kPlain>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, multiprocessors, stream);
+    return narrow ? copy<T, 32, Kind::kPlain>(a, p, zeroed, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, zeroed, multiprocessors, stream);
 }
 
-// Copies an activation, and a weight unless it has no channels.
-inline int pack(const Activation& a, const Weight& p, int dtype, int multiprocessors, void* stream) {
+// Copies an activation, and a weight unless it has no channels; zeroes what is to be zero, before.
+inline int pack(const Activation& a, const Weight& p, Zeroed zeroed, int dtype, int multiprocessors, void* stream) {
     switch (dtype) {
-        case kFloat32: return pack<float>(a, p, multiprocessors, stream);
-        case kFloat16: return pack<__half>(a, p, multiprocessors, stream);
-        case kBFloat16: return pack<__nv_bfloat16>(a, p, multiprocessors, stream);
+        case kFloat32: return pack<float>(a, p, zeroed, multiprocessors, stream);
+        case kFloat16: return pack<__half>(a, p, zeroed, multiprocessors, stream);
+        case kBFloat16: return pack<__nv_bfloat16>(a, p, zeroed, multiprocessors, stream);
     }
     return cudaErrorInvalidValue;
 }
@@ -3530,13 +3572,6 @@ template <typename Path> static const Plan& plan_of(const Geometry& g, Direction
 
 // -------------------------------------------------------------------------------------------------- Scratch memory
 
-// A kernel of its own: one behind a memset would not be brought to the multiprocessors before that ends.
-__global__ void __launch_bounds__(256) zero_kernel(uint4* memory, int64_t count) {
-    wait_for_previous_kernel();
-    const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
-    if (i < count) memory[i] = make_uint4(0, 0, 0, 0);
-}
-
 // Takes pieces of the memory from `base` on (null where only their sizes are wanted), those that start at zero first.
 class Scratch {
 public:
@@ -3552,7 +3587,7 @@ public:
         return p;
     }
     int64_t bytes() const { return bytes_; }
-    int zero(cudaStream_t stream) const { return launch(zero_kernel, ceil_div(zeroed_ / 16, 256), 256, stream, reinterpret_cast<uint4*>(base_), zeroed_ / 16); }
+    scaled_half::Zeroed zeroed() const { return {reinterpret_cast<uint4*>(base_), zeroed_ / 16}; }
 
 private:
     uint8_t* base_;
@@ -3576,16 +3611,17 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
 }
 
 // These take the memory of the copies of an activation and of a weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, const void* x) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
-    a.x = x, a.max = max;
+    a.x = x, a.max = scratch.take<scaled_half::SampleMax>(N), a.part_max = scratch.take<unsigned>(N * scaled_half::look_blocks(a));
     a.copy = scratch.take<__half>(a.copied());
     return a;
 }
 
-inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, unsigned* max, const void* w) {
+inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, max};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w};
+    weight.max = scratch.take<unsigned>(p.C_out), weight.part_max = scratch.take<unsigned>(weight.look_parts() * p.C_out);
     weight.copy = scratch.take<__half>(weight.copied());
     return weight;
 }
@@ -3639,11 +3675,9 @@ struct ForwardMemory {
     scaled_half::Weight weight;
     ForwardMemory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
         const Problem& p = plan.problem;
-        auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
-        auto* weight_max = scratch.take_zeroed<unsigned>(p.C_out);
         workspace = take_workspace(scratch, p, fused);
-        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
-        weight = take_weight(scratch, plan, g, weight_max, w);
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, x);
+        weight = take_weight(scratch, plan, g, w);
     }
 };
 
@@ -3656,8 +3690,7 @@ template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused
 
 template <typename Path>
 int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out, const Normalization& norm) {
-    RETURN_IF_ERROR(memory.scratch.zero(stream));
-    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, memory.scratch.zeroed(), dtype, plan.multiprocessors, stream));
     return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, norm, stream);
 }
 
@@ -4013,12 +4046,10 @@ struct GradientsMemory {
     scaled_half::Weight weight;
     float* partial;
     GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
-        auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
-        auto* weight_max = scratch.take_zeroed<unsigned>(plan.problem.C_out);
         workspace = take_workspace(scratch, plan.problem, false);
-        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
-        weight = take_weight(scratch, plan, g, weight_max, w);
-        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_data);
+        weight = take_weight(scratch, plan, g, w);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_data);
         partial = scratch.take<float>(dweight::partial_count(dweight.t));
     }
 };
@@ -4030,14 +4061,13 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
     GradientsMemory memory(g, plan, dweight_plan, workspace, dout, x, w);
     memory.dout.norm = norm;
-    RETURN_IF_ERROR(memory.scratch.zero(stream));
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
-    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, memory.scratch.zeroed(), dtype, plan.multiprocessors, stream));
     if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, {}, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
-    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, {}, dtype, plan.multiprocessors, stream));
     const dweight::Parameters a = {dweight_plan, memory.x.max, memory.dout.max, memory.partial};
     return Path::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
 }
@@ -5165,7 +5195,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
 
 _SOURCES['conv_normalizer.cuh'] = r'''
 // GroupNorm in the convolution's kernel on Hopper: some blocks, on multiprocessors of their own, normalize the samples that are complete while the others
-// multiply, which join them when there are no more tiles. Products leave memory idle; what a multiprocessor can read, its weights take.
+// multiply, which join them when there are no more tiles. Before there is anything to normalize, they take kFirstTiles tiles each. Products leave memory idle; what a multiprocessor can read, its weights take.
 //
 //   a storer whose tile is in memory: stored[n] += 1
 //   the producers' warpgroup of a normalizing block, when all of a sample's are: the statistics of a group, ready[n] += 1
@@ -5180,9 +5210,10 @@ _SOURCES['conv_normalizer.cuh'] = r'''
 
 namespace conv {
 
+constexpr int kFirstTiles = 2;
 constexpr int kPieceStages = 2, kPieces = 2, kMostPieceFloats = 4096;    // kPieces: that a warp takes at a time
 constexpr double kMostSampleBytes = 24 << 20;    // with larger ones, passes of their own are faster
-constexpr double kNormalizedBytes = 19;          // that a multiprocessor normalizes in a cycle, reading and writing as many
+constexpr double kNormalizedBytes = 20;          // that a multiprocessor normalizes in a cycle, reading and writing as many
 
 // Floats of a channel that a warp normalizes at a time: the stages are where boxes and weights were.
 HOST_DEVICE int piece_floats(const Tiling& t) {
@@ -5392,16 +5423,18 @@ struct Publisher {
     const Parameters& a;
     SharedHead& head;
     int queue, left;                        // where it takes tiles; queues that were not empty yet
+    int most;                               // tiles that it takes
     int next;                               // tile, or -1: no more
     bool waited = false;                    // for the kernel before this one: others than the first tile are not taken earlier
     RingPosition slot;                      // to fill next
 
-    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head), queue(blockIdx.x % a.p.t.queues), left(a.p.t.queues), next(blockIdx.x) {}
+    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head), queue(blockIdx.x % a.p.t.queues), left(a.p.t.queues), most(blockIdx.x < gridDim.x - a.norm.blocks ? a.p.t.tiles : kFirstTiles), next(blockIdx.x) {}
 
     __device__ __forceinline__ void take() {
         if (!waited) wait_for_previous_kernel();
         waited = true;
         const int queues = a.p.t.queues;
+        if (most-- == 0) left = 0;
         for (next = -1; next < 0 && left > 0;) {
             const unsigned first = a.norm.blocks > 0 ? 0 : (gridDim.x - queue + queues - 1) / queues;    // these are the blocks'
             const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) + first : 0, 0);
@@ -6022,7 +6055,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const Tiling& t = a.p.t;
     const SharedParts shared(base, t);
     SharedHead& head = shared.head;
-    const bool normalizes = kRelu && a.norm.blocks > 0, multiplies = !normalizes || blockIdx.x < gridDim.x - a.norm.blocks;
+    const bool normalizes = kRelu && a.norm.blocks > 0;
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
@@ -6044,9 +6077,9 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
-        if (multiplies && warp < t.weight_rings) {
+        if (warp < t.weight_rings) {
             Loader{a, shared, &x_map, &w_map, warp}.run();
-        } else if (multiplies) {
+        } else {
             const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
             Publisher publisher(a, head);
             if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes, normalizes);
@@ -6056,7 +6089,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
         wait_for_previous_kernel();
-        if (multiplies) consume<kBlockN, kRelu>(a, shared);
+        consume<kBlockN, kRelu>(a, shared);
         if (normalizes) {
             named_barrier(kStagesFreeBarrier, 128 * kConsumers);
             PieceNormalizer(a, shared.input + (warp - 4) * kPieceStages * piece_floats(t) * 4, head.piece_full[warp - 4]).run();

@@ -18,7 +18,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const Tiling& t = a.p.t;
     const SharedParts shared(base, t);
     SharedHead& head = shared.head;
-    const bool normalizes = kRelu && a.norm.blocks > 0, multiplies = !normalizes || blockIdx.x < gridDim.x - a.norm.blocks;
+    const bool normalizes = kRelu && a.norm.blocks > 0;
 
     // Prologue: barriers, and zeros behind each box, where the last row's halo looks.
     if (threadIdx.x == 0) {
@@ -40,9 +40,9 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
-        if (multiplies && warp < t.weight_rings) {
+        if (warp < t.weight_rings) {
             Loader{a, shared, &x_map, &w_map, warp}.run();
-        } else if (multiplies) {
+        } else {
             const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
             Publisher publisher(a, head);
             if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes, normalizes);
@@ -52,7 +52,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     } else {
         setmaxnreg_inc<consumer_registers(kConsumers)>();
         wait_for_previous_kernel();
-        if (multiplies) consume<kBlockN, kRelu>(a, shared);
+        consume<kBlockN, kRelu>(a, shared);
         if (normalizes) {
             named_barrier(kStagesFreeBarrier, 128 * kConsumers);
             PieceNormalizer(a, shared.input + (warp - 4) * kPieceStages * piece_floats(t) * 4, head.piece_full[warp - 4]).run();

@@ -1,5 +1,5 @@
 // GroupNorm in the convolution's kernel on Hopper: some blocks, on multiprocessors of their own, normalize the samples that are complete while the others
-// multiply, which join them when there are no more tiles. Products leave memory idle; what a multiprocessor can read, its weights take.
+// multiply, which join them when there are no more tiles. Before there is anything to normalize, they take kFirstTiles tiles each. Products leave memory idle; what a multiprocessor can read, its weights take.
 //
 //   a storer whose tile is in memory: stored[n] += 1
 //   the producers' warpgroup of a normalizing block, when all of a sample's are: the statistics of a group, ready[n] += 1
@@ -14,9 +14,10 @@
 
 namespace conv {
 
+constexpr int kFirstTiles = 2;
 constexpr int kPieceStages = 2, kPieces = 2, kMostPieceFloats = 4096;    // kPieces: that a warp takes at a time
 constexpr double kMostSampleBytes = 24 << 20;    // with larger ones, passes of their own are faster
-constexpr double kNormalizedBytes = 19;          // that a multiprocessor normalizes in a cycle, reading and writing as many
+constexpr double kNormalizedBytes = 20;          // that a multiprocessor normalizes in a cycle, reading and writing as many
 
 // Floats of a channel that a warp normalizes at a time: the stages are where boxes and weights were.
 HOST_DEVICE int piece_floats(const Tiling& t) {

@@ -74,16 +74,18 @@ struct Publisher {
     const Parameters& a;
     SharedHead& head;
     int queue, left;                        // where it takes tiles; queues that were not empty yet
+    int most;                               // tiles that it takes
     int next;                               // tile, or -1: no more
     bool waited = false;                    // for the kernel before this one: others than the first tile are not taken earlier
     RingPosition slot;                      // to fill next
 
-    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head), queue(blockIdx.x % a.p.t.queues), left(a.p.t.queues), next(blockIdx.x) {}
+    __device__ __forceinline__ Publisher(const Parameters& a, SharedHead& head) : a(a), head(head), queue(blockIdx.x % a.p.t.queues), left(a.p.t.queues), most(blockIdx.x < gridDim.x - a.norm.blocks ? a.p.t.tiles : kFirstTiles), next(blockIdx.x) {}
 
     __device__ __forceinline__ void take() {
         if (!waited) wait_for_previous_kernel();
         waited = true;
         const int queues = a.p.t.queues;
+        if (most-- == 0) left = 0;
         for (next = -1; next < 0 && left > 0;) {
             const unsigned first = a.norm.blocks > 0 ? 0 : (gridDim.x - queue + queues - 1) / queues;    // these are the blocks'
             const unsigned ticket = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.tile_tickets + queue, 1u) + first : 0, 0);

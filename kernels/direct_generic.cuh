@@ -216,7 +216,7 @@ template <typename T, Direction kDirection> int64_t num_blocks(const Geometry& g
     return ceil_div(volume, kThreads * kPositionsOf<T>) * phases * ceil_div(channels_of(kDirection, g).dst, block_channels) * g.groups * g.N;
 }
 
-constexpr int64_t kRepairBlocks = 1024;    // where only some samples are wanted, mostly none
+constexpr int64_t kRepairBlocks = 264;    // where only some samples are wanted, mostly none
 
 template <typename T, Direction kDirection, int kChannels>
 int launch_direct(const Geometry& g, void* stream, Samples only, const void* src, const void* w, const void* bias, bool apply_relu, void* dst) {

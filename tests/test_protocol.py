@@ -198,7 +198,7 @@ def test_nobody_waits_forever(rings, weight_stages, consumers, buffers):
 
 
 class Grid:
-    """Blocks of which some only normalize, and of which so many run at a time."""
+    """Blocks of which some take a tile and then normalize, and of which so many run at a time."""
 
     def __init__(self, multiplying, normalizing, running, samples, tiles, groups, pieces):
         self.blocks, self.running = multiplying + normalizing, running
@@ -206,14 +206,16 @@ class Grid:
         self.sizes = tiles, groups
         self.stored, self.ready, self.normalized = [0] * samples, [0] * samples, []
         self.ended = [0] * self.blocks           # warpgroups of a block
-        self.tiles_left = [block < multiplying for block in range(self.blocks)]
+        self.most = [len(self.tiles) if block < multiplying else 1 for block in range(self.blocks)]
+        self.tiles_left = [True] * self.blocks
 
     def begins(self, block):
         return lambda: sum(ended < 2 for ended in self.ended[:block]) < self.running
 
     def producers(self, me):
         yield self.begins(me)
-        while self.tiles_left[me] and self.tiles:
+        while self.most[me] > 0 and self.tiles:
+            self.most[me] -= 1
             sample, _ = self.tiles.pop(0)
             yield lambda: True
             self.stored[sample] += 1
