@@ -2970,8 +2970,9 @@ inline bool set_channels(Tiling& t, const Stencil& s, int64_t source_channels, i
     return true;
 }
 
-// Cuts GEMM_K into `parts` of whole stages. False where it is so short that some would be empty.
-inline bool cut_channels(Tiling& t, int parts) {
+// Cuts GEMM_K into `parts` of whole stages, and of whole phases of the source where it has several. False where that does not go.
+inline bool cut_channels(Tiling& t, const Stencil& s, int parts) {
+    if (parts > 1 && s.source_phases() > 1 && s.source_phases() % parts != 0) return false;
     t.k_parts = parts, t.part_channels = int(ceil_div(t.C_pad / t.chunk, parts)) * t.chunk;
     return int64_t(t.part_channels) * (parts - 1) < t.C_pad;
 }
@@ -2990,6 +2991,25 @@ inline Tiling with_divisors(Tiling t) {
     t.by_row_pairs = make_divisor(t.row_pairs), t.by_runs = make_divisor(t.runs), t.by_strips = make_divisor(t.strips), t.by_plane_groups = make_divisor(t.plane_groups);
     t.by_tile_w = make_divisor(t.tile_w), t.by_pitch = make_divisor(t.pitch), t.by_channel_tiles = make_divisor(t.rows.channel_tiles);
     return t;
+}
+
+// How much of a tile's steps its largest part has.
+inline double largest_part(const Tiling& t, const Stencil& s) {
+    if (s.source_phases() == 1 || t.k_parts == 1) return double(t.part_channels) / t.C_pad;
+    const auto taps_of = [&](int axis, int phase) {
+        int taps = 0;
+        for (int k = 0; k < s.axis[axis].taps; k++) taps += s.axis[axis].live[phase] >> k & 1;
+        return taps;
+    };
+    int all = 0, largest = 0, part = 0, phase = 0;
+    for (int d = 0; d < s.axis[0].source_phases; d++)
+    for (int h = 0; h < s.axis[1].source_phases; h++)
+    for (int w = 0; w < s.axis[2].source_phases; w++) {
+        const int taps = taps_of(0, d) * taps_of(1, h) * taps_of(2, w);
+        part = phase++ % (s.source_phases() / t.k_parts) == 0 ? taps : part + taps;
+        all += taps, largest = part > largest ? part : largest;
+    }
+    return double(largest) / all;
 }
 
 // What a tile has on average: steps of 16 source channels at a tap, and boxes.
@@ -3081,6 +3101,23 @@ HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgro
     return (int64_t(tile.n) * t.sample_places() + tile.part) * t.tile_parts() + (t.split_m ? 0 : warpgroup);
 }
 
+// A phase of the source, of each axis.
+struct SourcePhase {
+    int d = 0, h = 0, w = 0;
+    HOST_DEVICE void advance(const Stencil& s) {
+        if (++w == s.axis[2].source_phases) w = 0, h++;
+        if (h == s.axis[1].source_phases) h = 0, d++;
+    }
+};
+
+// Where the source has phases, a part of GEMM_K is so many of them, from this one on.
+HOST_DEVICE int phases_of_part(const Problem& p) { return p.t.k_parts == 1 ? p.s.source_phases() : p.s.source_phases() / p.t.k_parts; }
+HOST_DEVICE SourcePhase first_phase_of(const Problem& p, int part_k) {
+    const int phases_h = p.s.axis[1].source_phases, phases_w = p.s.axis[2].source_phases;
+    const int first = part_k * phases_of_part(p), dh = divide_by_phases(first, phases_w), d = divide_by_phases(dh, phases_h);
+    return {d, dh - d * phases_h, first - dh * phases_w};
+}
+
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
@@ -3105,22 +3142,21 @@ struct Cursor {
     int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d), from bit 16 on the part of GEMM_K: tiles of the same one have the same steps
     int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
     int td, first, c;                   // tap (d), first tap (h), channel of GEMM_K
-    int phase_c = 0, phase_d = 0, phase_h = 0, phase_w = 0;    // of the source, and c within it: counted, since a division takes a warp 100 cycles
+    int phase_c = 0;                    // c within the phase of the source: counted, since a division takes a warp 100 cycles
+    SourcePhase phase, first_phase;
 
     // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
         : p(&p), d(tile.d), h0(tile.h0), c_begin(tile.part_k * p.t.part_channels), c_end(min_of(p.t.C_pad, c_begin + p.t.part_channels)), tile_live(tile.live_h | tile.live_d << 8 | tile.part_k << 16),
-          td(-1), first(p.s.axis[1].taps), c(c_end) {}
+          td(-1), first(p.s.axis[1].taps), c(c_end) {
+        if (tile.part_k > 0 && p.t.phase_channels < p.t.C_pad) first_phase = first_phase_of(p, tile.part_k);
+    }
     // Whether there is another box with live taps, which it then is at.
     HOST_DEVICE bool next_box() {
         const StencilAxis &ad = p->s.axis[0], &ah = p->s.axis[1], &aw = p->s.axis[2];
         while (true) {
             c += p->t.chunk, phase_c += p->t.chunk;
-            if (phase_c == p->t.phase_channels) {
-                phase_c = 0;
-                if (++phase_w == aw.source_phases) phase_w = 0, phase_h++;
-                if (phase_h == ah.source_phases) phase_h = 0, phase_d++;
-            }
+            if (phase_c == p->t.phase_channels) phase_c = 0, phase.advance(p->s);
             if (c >= c_end) {
                 first += p->t.taps_per_box;
                 if (first >= ah.taps) {
@@ -3129,12 +3165,12 @@ struct Cursor {
                     } while (!(tile_live >> (8 + td) & 1));
                     first = 0;
                 }
-                c = phase_c = c_begin, phase_d = phase_h = phase_w = 0;    // parts are of one phase
+                c = c_begin, phase_c = p->t.phase_channels < p->t.C_pad ? 0 : c_begin, phase = first_phase;    // parts are whole phases, or of the only one
             }
             live_h = tile_live & ((1 << p->t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p->t.phase_channels < p->t.C_pad) {
-                if (!(ad.live[phase_d] >> td & 1)) continue;
-                live_h &= ah.live[phase_h], live_w = aw.live[phase_w];
+                if (!(ad.live[phase.d] >> td & 1)) continue;
+                live_h &= ah.live[phase.h], live_w = aw.live[phase.w];
             }
             if (live_h == 0 || live_w == 0) continue;
             if (p->t.item_taps > 1) live_w = 1;             // all taps w are one stage,
@@ -3202,6 +3238,12 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
         if (plane + t.planes <= 0 || plane >= ad.sources) place.live_d &= ~(1 << td);
     }
     place.empty = place.live_d == 0 || place.live_h == 0;
+    if (t.k_parts > 1 && t.phase_channels < t.C_pad) {    // the part's phases may have no weights at those taps
+        SourcePhase phase = first_phase_of(p, place.part_k);
+        bool live = false;
+        for (int i = 0; i < phases_of_part(p); i++, phase.advance(p.s)) live |= (ad.live[phase.d] & place.live_d) && (ah.live[phase.h] & place.live_h) && aw.live[phase.w];
+        place.empty = !live;
+    }
     return place;
 }
 
@@ -3620,7 +3662,7 @@ inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& 
 
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr, nullptr};
     weight.max = scratch.take<unsigned>(p.C_out), weight.part_max = scratch.take<unsigned>(weight.look_parts() * p.C_out);
     weight.copy = scratch.take<__half>(weight.copied());
     return weight;
@@ -5120,7 +5162,7 @@ inline bool lay_out_stages(Tiling& t, const Stencil& s) {
 
 // Estimated cycles of the busiest multiprocessor. The numbers are fitted to the times of 170 layers (NOTES.md).
 inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_t channels, int multiprocessors) {
-    const double part = double(t.part_channels) / t.C_pad, steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part, stages = steps / (t.chunk / 16) / t.items;
+    const double part = largest_part(t, s), steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part, stages = steps / (t.chunk / 16) / t.items;
     const double box_rows = double(t.planes) * t.box_rows * t.pitch, chunk_steps = t.chunk / 16;
     // The tensor cores: a step of all consumers, longer where the weights' stages that are not in use do not cover the latency of loads.
     const double step = t.warpgroups * t.block_n / 2 + 20 / chunk_steps;
@@ -5179,9 +5221,9 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (t.pitch > 256 || !cut_runs(t, s, true)) continue;
         if (planes > 1 && t.runs > 1) continue;    // whole planes only: neighbouring runs share more of their boxes
         lay_out_regions(t, s, channels, true);
-        for (int k_parts : {1, 2, 3, 4, 5, 6, 8}) {    // of one phase, so that a part is a range of channels
-            if (!cut_channels(t, k_parts) || !count_tiles(t, s, samples)) continue;
-            if (k_parts > 1 && (groups > 1 || s.source_phases() > 1 || t.tiles > 2 * k_parts * multiprocessors)) break;    // there are enough tiles
+        for (int k_parts : {1, 2, 3, 4, 5, 6, 8}) {
+            if (!cut_channels(t, s, k_parts) || !count_tiles(t, s, samples)) continue;
+            if (k_parts > 1 && (groups > 1 || t.tiles > 2 * k_parts * multiprocessors)) break;    // there are enough tiles
             if (!lay_out_stages(t, s)) continue;
             const double time = time_of(t, s, samples, channels, multiprocessors);
             if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;

@@ -118,7 +118,7 @@ inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& 
 
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr, nullptr};
     weight.max = scratch.take<unsigned>(p.C_out), weight.part_max = scratch.take<unsigned>(weight.look_parts() * p.C_out);
     weight.copy = scratch.take<__half>(weight.copied());
     return weight;

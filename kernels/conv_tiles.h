@@ -71,6 +71,23 @@ HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgro
     return (int64_t(tile.n) * t.sample_places() + tile.part) * t.tile_parts() + (t.split_m ? 0 : warpgroup);
 }
 
+// A phase of the source, of each axis.
+struct SourcePhase {
+    int d = 0, h = 0, w = 0;
+    HOST_DEVICE void advance(const Stencil& s) {
+        if (++w == s.axis[2].source_phases) w = 0, h++;
+        if (h == s.axis[1].source_phases) h = 0, d++;
+    }
+};
+
+// Where the source has phases, a part of GEMM_K is so many of them, from this one on.
+HOST_DEVICE int phases_of_part(const Problem& p) { return p.t.k_parts == 1 ? p.s.source_phases() : p.s.source_phases() / p.t.k_parts; }
+HOST_DEVICE SourcePhase first_phase_of(const Problem& p, int part_k) {
+    const int phases_h = p.s.axis[1].source_phases, phases_w = p.s.axis[2].source_phases;
+    const int first = part_k * phases_of_part(p), dh = divide_by_phases(first, phases_w), d = divide_by_phases(dh, phases_h);
+    return {d, dh - d * phases_h, first - dh * phases_w};
+}
+
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
@@ -95,22 +112,21 @@ struct Cursor {
     int tile_live;                      // bits: taps (h) with weights, from bit 8 on taps (d), from bit 16 on the part of GEMM_K: tiles of the same one have the same steps
     int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
     int td, first, c;                   // tap (d), first tap (h), channel of GEMM_K
-    int phase_c = 0, phase_d = 0, phase_h = 0, phase_w = 0;    // of the source, and c within it: counted, since a division takes a warp 100 cycles
+    int phase_c = 0;                    // c within the phase of the source: counted, since a division takes a warp 100 cycles
+    SourcePhase phase, first_phase;
 
     // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
         : p(&p), d(tile.d), h0(tile.h0), c_begin(tile.part_k * p.t.part_channels), c_end(min_of(p.t.C_pad, c_begin + p.t.part_channels)), tile_live(tile.live_h | tile.live_d << 8 | tile.part_k << 16),
-          td(-1), first(p.s.axis[1].taps), c(c_end) {}
+          td(-1), first(p.s.axis[1].taps), c(c_end) {
+        if (tile.part_k > 0 && p.t.phase_channels < p.t.C_pad) first_phase = first_phase_of(p, tile.part_k);
+    }
     // Whether there is another box with live taps, which it then is at.
     HOST_DEVICE bool next_box() {
         const StencilAxis &ad = p->s.axis[0], &ah = p->s.axis[1], &aw = p->s.axis[2];
         while (true) {
             c += p->t.chunk, phase_c += p->t.chunk;
-            if (phase_c == p->t.phase_channels) {
-                phase_c = 0;
-                if (++phase_w == aw.source_phases) phase_w = 0, phase_h++;
-                if (phase_h == ah.source_phases) phase_h = 0, phase_d++;
-            }
+            if (phase_c == p->t.phase_channels) phase_c = 0, phase.advance(p->s);
             if (c >= c_end) {
                 first += p->t.taps_per_box;
                 if (first >= ah.taps) {
@@ -119,12 +135,12 @@ struct Cursor {
                     } while (!(tile_live >> (8 + td) & 1));
                     first = 0;
                 }
-                c = phase_c = c_begin, phase_d = phase_h = phase_w = 0;    // parts are of one phase
+                c = c_begin, phase_c = p->t.phase_channels < p->t.C_pad ? 0 : c_begin, phase = first_phase;    // parts are whole phases, or of the only one
             }
             live_h = tile_live & ((1 << p->t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p->t.phase_channels < p->t.C_pad) {
-                if (!(ad.live[phase_d] >> td & 1)) continue;
-                live_h &= ah.live[phase_h], live_w = aw.live[phase_w];
+                if (!(ad.live[phase.d] >> td & 1)) continue;
+                live_h &= ah.live[phase.h], live_w = aw.live[phase.w];
             }
             if (live_h == 0 || live_w == 0) continue;
             if (p->t.item_taps > 1) live_w = 1;             // all taps w are one stage,
@@ -192,6 +208,12 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
         if (plane + t.planes <= 0 || plane >= ad.sources) place.live_d &= ~(1 << td);
     }
     place.empty = place.live_d == 0 || place.live_h == 0;
+    if (t.k_parts > 1 && t.phase_channels < t.C_pad) {    // the part's phases may have no weights at those taps
+        SourcePhase phase = first_phase_of(p, place.part_k);
+        bool live = false;
+        for (int i = 0; i < phases_of_part(p); i++, phase.advance(p.s)) live |= (ad.live[phase.d] & place.live_d) && (ah.live[phase.h] & place.live_h) && aw.live[phase.w];
+        place.empty = !live;
+    }
     return place;
 }
 

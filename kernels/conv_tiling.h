@@ -193,8 +193,9 @@ inline bool set_channels(Tiling& t, const Stencil& s, int64_t source_channels, i
     return true;
 }
 
-// Cuts GEMM_K into `parts` of whole stages. False where it is so short that some would be empty.
-inline bool cut_channels(Tiling& t, int parts) {
+// Cuts GEMM_K into `parts` of whole stages, and of whole phases of the source where it has several. False where that does not go.
+inline bool cut_channels(Tiling& t, const Stencil& s, int parts) {
+    if (parts > 1 && s.source_phases() > 1 && s.source_phases() % parts != 0) return false;
     t.k_parts = parts, t.part_channels = int(ceil_div(t.C_pad / t.chunk, parts)) * t.chunk;
     return int64_t(t.part_channels) * (parts - 1) < t.C_pad;
 }
@@ -213,6 +214,25 @@ inline Tiling with_divisors(Tiling t) {
     t.by_row_pairs = make_divisor(t.row_pairs), t.by_runs = make_divisor(t.runs), t.by_strips = make_divisor(t.strips), t.by_plane_groups = make_divisor(t.plane_groups);
     t.by_tile_w = make_divisor(t.tile_w), t.by_pitch = make_divisor(t.pitch), t.by_channel_tiles = make_divisor(t.rows.channel_tiles);
     return t;
+}
+
+// How much of a tile's steps its largest part has.
+inline double largest_part(const Tiling& t, const Stencil& s) {
+    if (s.source_phases() == 1 || t.k_parts == 1) return double(t.part_channels) / t.C_pad;
+    const auto taps_of = [&](int axis, int phase) {
+        int taps = 0;
+        for (int k = 0; k < s.axis[axis].taps; k++) taps += s.axis[axis].live[phase] >> k & 1;
+        return taps;
+    };
+    int all = 0, largest = 0, part = 0, phase = 0;
+    for (int d = 0; d < s.axis[0].source_phases; d++)
+    for (int h = 0; h < s.axis[1].source_phases; h++)
+    for (int w = 0; w < s.axis[2].source_phases; w++) {
+        const int taps = taps_of(0, d) * taps_of(1, h) * taps_of(2, w);
+        part = phase++ % (s.source_phases() / t.k_parts) == 0 ? taps : part + taps;
+        all += taps, largest = part > largest ? part : largest;
+    }
+    return double(largest) / all;
 }
 
 // What a tile has on average: steps of 16 source channels at a tap, and boxes.

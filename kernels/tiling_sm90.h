@@ -55,7 +55,7 @@ inline bool lay_out_stages(Tiling& t, const Stencil& s) {
 
 // Estimated cycles of the busiest multiprocessor. The numbers are fitted to the times of 170 layers (NOTES.md).
 inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_t channels, int multiprocessors) {
-    const double part = double(t.part_channels) / t.C_pad, steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part, stages = steps / (t.chunk / 16) / t.items;
+    const double part = largest_part(t, s), steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part, stages = steps / (t.chunk / 16) / t.items;
     const double box_rows = double(t.planes) * t.box_rows * t.pitch, chunk_steps = t.chunk / 16;
     // The tensor cores: a step of all consumers, longer where the weights' stages that are not in use do not cover the latency of loads.
     const double step = t.warpgroups * t.block_n / 2 + 20 / chunk_steps;
@@ -114,9 +114,9 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (t.pitch > 256 || !cut_runs(t, s, true)) continue;
         if (planes > 1 && t.runs > 1) continue;    // whole planes only: neighbouring runs share more of their boxes
         lay_out_regions(t, s, channels, true);
-        for (int k_parts : {1, 2, 3, 4, 5, 6, 8}) {    // of one phase, so that a part is a range of channels
-            if (!cut_channels(t, k_parts) || !count_tiles(t, s, samples)) continue;
-            if (k_parts > 1 && (groups > 1 || s.source_phases() > 1 || t.tiles > 2 * k_parts * multiprocessors)) break;    // there are enough tiles
+        for (int k_parts : {1, 2, 3, 4, 5, 6, 8}) {
+            if (!cut_channels(t, s, k_parts) || !count_tiles(t, s, samples)) continue;
+            if (k_parts > 1 && (groups > 1 || t.tiles > 2 * k_parts * multiprocessors)) break;    // there are enough tiles
             if (!lay_out_stages(t, s)) continue;
             const double time = time_of(t, s, samples, channels, multiprocessors);
             if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;

@@ -95,6 +95,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
         const Run& run = tile.run[warpgroup];
         std::vector<float> sums(size_t(kRows) * t.block_n, 0), source(C), buffer(t.buffer_bytes / 4, -12345.0f);
         Cursor at(p, tile);
+        REQUIRE(tile.empty == !Cursor(at).next_box());    // consumers wait for the boxes of a tile that is not
         while (at.next_box()) for (int i = 0; i < BoxTaps(at).count; i++) {
             const BoxTaps::Tap tap = BoxTaps(at)[i];
             if (at.c % t.phase_channels != chunk) continue;
