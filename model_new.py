@@ -2459,13 +2459,20 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
     for (int i = threadIdx.x; i < count; i += kThreads) p.part_max[(group * p.group_C_out + first_channel + i) * parts + part] = maxima[i];
 }
 
-// A warp: the maximum of those that a look left.
-__device__ __forceinline__ unsigned max_of_parts(const unsigned* parts, int count) {
-    unsigned max = 0;
-    for (int i = threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
-    return __reduce_max_sync(~0u, max);
-}
-__device__ __forceinline__ unsigned max_of_channel(const Weight& p, int channel) { return max_of_parts(p.part_max + int64_t(channel) * p.look_parts(), p.look_parts()); }
+// A warp: the maximum of those that a look left. The first 32 are loaded when it is made, so that other loads can be on their way before it is asked for.
+struct MaxOfParts {
+    const unsigned* parts;
+    int count;
+    unsigned own;
+    __device__ __forceinline__ MaxOfParts(const unsigned* parts, int count) : parts(parts), count(count), own(int(threadIdx.x % 32) < count ? parts[threadIdx.x % 32] : 0) {}
+    __device__ __forceinline__ MaxOfParts(const Weight& p, int channel) : MaxOfParts(p.part_max + int64_t(channel) * p.look_parts(), p.look_parts()) {}
+    __device__ __forceinline__ unsigned value() const {
+        unsigned max = own;
+#pragma unroll 1
+        for (int i = 32 + threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
+        return __reduce_max_sync(~0u, max);
+    }
+};
 
 // kWeightColumns columns, each an element of a destination channel's kernel, of kWeightChannels source channels, transposed through shared memory; and, beside a
 // channel's first element, the rows that no element belongs to.
@@ -2479,6 +2486,8 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     const int column = min(first + own, columns - 1), channel = column / volume, k = column - channel * volume;
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin + k;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = first / volume, last_channel = min(first + kWeightColumns - 1, columns - 1) / volume;
+    const MaxOfParts first_max(p, min(first_channel + warp, last_channel));
     constexpr int kSteps = kThreads / kWeightColumns, kEach = kWeightChannels / kSteps;
     float v[kEach];
 #pragma unroll
@@ -2486,10 +2495,9 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         const int c = c0 + own_c + i * kSteps - kernels.first;
         v[i] = unsigned(c) < unsigned(kernels.count) ? to_acc(w[int64_t(c) * kernels.stride]) : 0.0f;
     }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = first / volume, channels = min(first + kWeightColumns - 1, columns - 1) / volume - first_channel + 1;
     __shared__ unsigned maxima[kWeightColumns];    // of the tile's channels
-    for (int i = warp; i < channels; i += kThreads / 32) {
-        const unsigned max = max_of_channel(p, first_channel + i);
+    for (int i = warp; first_channel + i <= last_channel; i += kThreads / 32) {
+        const unsigned max = i == warp ? first_max.value() : MaxOfParts(p, first_channel + i).value();
         if (lane == 0) maxima[i] = max;
     }
     __syncthreads();
@@ -2522,7 +2530,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
 
 // One destination channel, split.
 template <typename T> __device__ void copy_split_weight(const Weight& p, int channel) {
-    const unsigned max = max_of_channel(p, channel);
+    const unsigned max = MaxOfParts(p, channel).value();
     if (threadIdx.x == 0) p.max[channel] = max;
     const float scale = power_of_two(shift_of(max));
     const Weight::Kernels kernels = p.kernels_of(channel);
@@ -2629,8 +2637,8 @@ template <bool kVectors, bool kAll, typename T> __device__ __forceinline__ void 
     }
 }
 
-// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes. scale_of(): what to scale by, asked for while the loads are
-// under way.
+// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes. scale_of(): what to scale by, asked for
+// behind the loads.
 template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes copy_tile(const Activation& a, int64_t n, unsigned index, F scale_of) {
     constexpr int kOctets = kChannels / 8, kPositions = kTileElements / kChannels;
     constexpr bool kSplit = kKind == Kind::kSplit, kNorm = kKind == Kind::kNorm;
@@ -2660,7 +2668,6 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
     Four<T> values[8], activations[kNorm ? 8 : 1];
     load(a.x, values);
     if constexpr (kNorm) load(a.norm.r, activations);
-    const float scale = scale_of();
     if constexpr (kNorm) {
         __shared__ group_norm::ChannelGradient<float> gradients[kChannels];    // taken while those loads are under way
         if (threadIdx.x < kChannels) gradients[threadIdx.x] = a.norm.channel(n, min(c0 + int(threadIdx.x), int(a.C) - 1));
@@ -2672,6 +2679,7 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
             for (int e = 0; e < 4; e++) values[i].v[e] = gradient.dz(values[i].v[e], activations[i].v[e]);    // zero where r is zero: outside too
         }
     }
+    const float scale = scale_of();
     unsigned any = 0;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -2709,14 +2717,15 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
     return max;
 }
 
-// The weight, and every sample: so many blocks each.
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles) {
+// The weight, and every sample: so many blocks each. looked: that looked at a sample.
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles, unsigned looked) {
     wait_for_previous_kernel();
     if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
     const unsigned tile = block - n * sample_tiles;
+    const MaxOfParts part_max(a.part_max + n * looked, int(looked));
     const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, tile, [&] {
-        const unsigned part = max_of_parts(a.part_max + n * look_blocks(a), int(look_blocks(a)));
+        const unsigned part = part_max.value();
         if (threadIdx.x == 0 && tile == 0) a.max[n].part = part;
         return power_of_two(first_shift_of(part));
     });
@@ -2743,7 +2752,7 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, Zeroed zeroed, int multiprocessors, void* stream) {
     RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a) + ceil_div(zeroed.count, kThreads), kThreads, stream, a, p, zeroed));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
-    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles), unsigned(look_blocks(a))));
     if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
     return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a, unsigned(sample_tiles));
 }
@@ -5108,6 +5117,7 @@ _SOURCES['tiling_sm90.h'] = r'''
 // The Hopper convolution's choice among the ways to cut its work.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "conv_tiling.h"
@@ -5162,13 +5172,12 @@ inline bool lay_out_stages(Tiling& t, const Stencil& s) {
 
 // Estimated cycles of the busiest multiprocessor. The numbers are fitted to the times of 170 layers (NOTES.md).
 inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_t channels, int multiprocessors) {
-    const double part = largest_part(t, s), steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part, stages = steps / (t.chunk / 16) / t.items;
-    const double box_rows = double(t.planes) * t.box_rows * t.pitch, chunk_steps = t.chunk / 16;
+    const double chunk_steps = t.chunk / 16, part = largest_part(t, s), steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part, stages = steps / chunk_steps / t.items;
     // The tensor cores: a step of all consumers, longer where the weights' stages that are not in use do not cover the latency of loads.
-    const double step = t.warpgroups * t.block_n / 2 + 20 / chunk_steps;
-    const double free_stages = t.weight_stages - (t.split_m ? 2 : t.item_taps > 1 ? 1.5 : 3), lead = free_stages * step * chunk_steps * t.items;
-    double products = steps * step * (t.keeps_weights || lead > 2050 ? 1 : lead < 100 ? 20.5 : 2050 / lead) + (t.warpgroups == 3 ? 300 * stages : 0) + 0.68 * boxes * box_rows * chunk_steps;
-    const auto at_least = [&](double cycles) { products = products > cycles ? products : cycles; };
+    const double step = t.warpgroups * t.block_n / 2 + 20 / chunk_steps, latency = 2050;
+    const double free_stages = t.weight_stages - (t.split_m ? 2 : t.item_taps > 1 ? 1.5 : 3), lead = std::max(100.0, free_stages * step * chunk_steps * t.items);
+    double products = steps * step * (t.keeps_weights ? 1 : std::max(1.0, latency / lead)) + (t.warpgroups == 3 ? 300 * stages : 0) + 0.68 * boxes * t.planes * t.box_rows * t.pitch * chunk_steps;
+    const auto at_least = [&](double cycles) { products = std::max(products, cycles); };
     at_least(boxes * (2150 + t.box_bytes() / 73) / (t.input_stages - 1));    // loads in flight
     at_least(stages * (700 + 100 * t.items) + boxes * 400);                  // a consumer's instructions, each waiting for the one before
     // Two warps issue the copies of the runs' pieces one after another.
@@ -5176,7 +5185,7 @@ inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_
     const double copies = t.bulk ? pieces * 28 : 0;
     at_least(copies);
     const double outputs = 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8 / 34;
-    double tile = products > outputs ? products + 0.1 * outputs : outputs + 0.1 * products;
+    double tile = std::max(products, outputs) + 0.1 * std::min(products, outputs);
     if (t.buffers == 1) tile += 1.8 * outputs;
     if (!t.tensor_store && !t.whole_sectors) tile += t.contiguous ? 0.58 * outputs : t.bulk ? 0.68 * copies : 9.5 * outputs;
     if (t.warpgroups == 2 && !t.dense) tile += 9.6 * t.block_n;    // with three, one's epilogue is always beside the others' products

@@ -191,13 +191,20 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
     for (int i = threadIdx.x; i < count; i += kThreads) p.part_max[(group * p.group_C_out + first_channel + i) * parts + part] = maxima[i];
 }
 
-// A warp: the maximum of those that a look left.
-__device__ __forceinline__ unsigned max_of_parts(const unsigned* parts, int count) {
-    unsigned max = 0;
-    for (int i = threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
-    return __reduce_max_sync(~0u, max);
-}
-__device__ __forceinline__ unsigned max_of_channel(const Weight& p, int channel) { return max_of_parts(p.part_max + int64_t(channel) * p.look_parts(), p.look_parts()); }
+// A warp: the maximum of those that a look left. The first 32 are loaded when it is made, so that other loads can be on their way before it is asked for.
+struct MaxOfParts {
+    const unsigned* parts;
+    int count;
+    unsigned own;
+    __device__ __forceinline__ MaxOfParts(const unsigned* parts, int count) : parts(parts), count(count), own(int(threadIdx.x % 32) < count ? parts[threadIdx.x % 32] : 0) {}
+    __device__ __forceinline__ MaxOfParts(const Weight& p, int channel) : MaxOfParts(p.part_max + int64_t(channel) * p.look_parts(), p.look_parts()) {}
+    __device__ __forceinline__ unsigned value() const {
+        unsigned max = own;
+#pragma unroll 1
+        for (int i = 32 + threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
+        return __reduce_max_sync(~0u, max);
+    }
+};
 
 // kWeightColumns columns, each an element of a destination channel's kernel, of kWeightChannels source channels, transposed through shared memory; and, beside a
 // channel's first element, the rows that no element belongs to.
@@ -211,6 +218,8 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     const int column = min(first + own, columns - 1), channel = column / volume, k = column - channel * volume;
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin + k;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = first / volume, last_channel = min(first + kWeightColumns - 1, columns - 1) / volume;
+    const MaxOfParts first_max(p, min(first_channel + warp, last_channel));
     constexpr int kSteps = kThreads / kWeightColumns, kEach = kWeightChannels / kSteps;
     float v[kEach];
 #pragma unroll
@@ -218,10 +227,9 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         const int c = c0 + own_c + i * kSteps - kernels.first;
         v[i] = unsigned(c) < unsigned(kernels.count) ? to_acc(w[int64_t(c) * kernels.stride]) : 0.0f;
     }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = first / volume, channels = min(first + kWeightColumns - 1, columns - 1) / volume - first_channel + 1;
     __shared__ unsigned maxima[kWeightColumns];    // of the tile's channels
-    for (int i = warp; i < channels; i += kThreads / 32) {
-        const unsigned max = max_of_channel(p, first_channel + i);
+    for (int i = warp; first_channel + i <= last_channel; i += kThreads / 32) {
+        const unsigned max = i == warp ? first_max.value() : MaxOfParts(p, first_channel + i).value();
         if (lane == 0) maxima[i] = max;
     }
     __syncthreads();
@@ -254,7 +262,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
 
 // One destination channel, split.
 template <typename T> __device__ void copy_split_weight(const Weight& p, int channel) {
-    const unsigned max = max_of_channel(p, channel);
+    const unsigned max = MaxOfParts(p, channel).value();
     if (threadIdx.x == 0) p.max[channel] = max;
     const float scale = power_of_two(shift_of(max));
     const Weight::Kernels kernels = p.kernels_of(channel);
@@ -361,8 +369,8 @@ template <bool kVectors, bool kAll, typename T> __device__ __forceinline__ void 
     }
 }
 
-// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes. scale_of(): what to scale by, asked for while the loads are
-// under way.
+// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes. scale_of(): what to scale by, asked for
+// behind the loads.
 template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes copy_tile(const Activation& a, int64_t n, unsigned index, F scale_of) {
     constexpr int kOctets = kChannels / 8, kPositions = kTileElements / kChannels;
     constexpr bool kSplit = kKind == Kind::kSplit, kNorm = kKind == Kind::kNorm;
@@ -392,7 +400,6 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
     Four<T> values[8], activations[kNorm ? 8 : 1];
     load(a.x, values);
     if constexpr (kNorm) load(a.norm.r, activations);
-    const float scale = scale_of();
     if constexpr (kNorm) {
         __shared__ group_norm::ChannelGradient<float> gradients[kChannels];    // taken while those loads are under way
         if (threadIdx.x < kChannels) gradients[threadIdx.x] = a.norm.channel(n, min(c0 + int(threadIdx.x), int(a.C) - 1));
@@ -404,6 +411,7 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
             for (int e = 0; e < 4; e++) values[i].v[e] = gradient.dz(values[i].v[e], activations[i].v[e]);    // zero where r is zero: outside too
         }
     }
+    const float scale = scale_of();
     unsigned any = 0;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -441,14 +449,15 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
     return max;
 }
 
-// The weight, and every sample: so many blocks each.
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles) {
+// The weight, and every sample: so many blocks each. looked: that looked at a sample.
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles, unsigned looked) {
     wait_for_previous_kernel();
     if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
     const unsigned tile = block - n * sample_tiles;
+    const MaxOfParts part_max(a.part_max + n * looked, int(looked));
     const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, tile, [&] {
-        const unsigned part = max_of_parts(a.part_max + n * look_blocks(a), int(look_blocks(a)));
+        const unsigned part = part_max.value();
         if (threadIdx.x == 0 && tile == 0) a.max[n].part = part;
         return power_of_two(first_shift_of(part));
     });
@@ -475,7 +484,7 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, Zeroed zeroed, int multiprocessors, void* stream) {
     RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a) + ceil_div(zeroed.count, kThreads), kThreads, stream, a, p, zeroed));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
-    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles), unsigned(look_blocks(a))));
     if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
     return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a, unsigned(sample_tiles));
 }

@@ -1,6 +1,7 @@
 // The Hopper convolution's choice among the ways to cut its work.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "conv_tiling.h"
@@ -55,13 +56,12 @@ inline bool lay_out_stages(Tiling& t, const Stencil& s) {
 
 // Estimated cycles of the busiest multiprocessor. The numbers are fitted to the times of 170 layers (NOTES.md).
 inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_t channels, int multiprocessors) {
-    const double part = largest_part(t, s), steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part, stages = steps / (t.chunk / 16) / t.items;
-    const double box_rows = double(t.planes) * t.box_rows * t.pitch, chunk_steps = t.chunk / 16;
+    const double chunk_steps = t.chunk / 16, part = largest_part(t, s), steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part, stages = steps / chunk_steps / t.items;
     // The tensor cores: a step of all consumers, longer where the weights' stages that are not in use do not cover the latency of loads.
-    const double step = t.warpgroups * t.block_n / 2 + 20 / chunk_steps;
-    const double free_stages = t.weight_stages - (t.split_m ? 2 : t.item_taps > 1 ? 1.5 : 3), lead = free_stages * step * chunk_steps * t.items;
-    double products = steps * step * (t.keeps_weights || lead > 2050 ? 1 : lead < 100 ? 20.5 : 2050 / lead) + (t.warpgroups == 3 ? 300 * stages : 0) + 0.68 * boxes * box_rows * chunk_steps;
-    const auto at_least = [&](double cycles) { products = products > cycles ? products : cycles; };
+    const double step = t.warpgroups * t.block_n / 2 + 20 / chunk_steps, latency = 2050;
+    const double free_stages = t.weight_stages - (t.split_m ? 2 : t.item_taps > 1 ? 1.5 : 3), lead = std::max(100.0, free_stages * step * chunk_steps * t.items);
+    double products = steps * step * (t.keeps_weights ? 1 : std::max(1.0, latency / lead)) + (t.warpgroups == 3 ? 300 * stages : 0) + 0.68 * boxes * t.planes * t.box_rows * t.pitch * chunk_steps;
+    const auto at_least = [&](double cycles) { products = std::max(products, cycles); };
     at_least(boxes * (2150 + t.box_bytes() / 73) / (t.input_stages - 1));    // loads in flight
     at_least(stages * (700 + 100 * t.items) + boxes * 400);                  // a consumer's instructions, each waiting for the one before
     // Two warps issue the copies of the runs' pieces one after another.
@@ -69,7 +69,7 @@ inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_
     const double copies = t.bulk ? pieces * 28 : 0;
     at_least(copies);
     const double outputs = 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8 / 34;
-    double tile = products > outputs ? products + 0.1 * outputs : outputs + 0.1 * products;
+    double tile = std::max(products, outputs) + 0.1 * std::min(products, outputs);
     if (t.buffers == 1) tile += 1.8 * outputs;
     if (!t.tensor_store && !t.whole_sectors) tile += t.contiguous ? 0.58 * outputs : t.bulk ? 0.68 * copies : 9.5 * outputs;
     if (t.warpgroups == 2 && !t.dense) tile += 9.6 * t.block_n;    // with three, one's epilogue is always beside the others' products
