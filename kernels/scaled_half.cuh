@@ -397,10 +397,11 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
         else if (a.vectors) load_octet<true, true>(channel, volume, channels, from, eight);
         else load_octet<false, true>(channel, volume, channels, from, eight);
     };
-    Four<T> values[8], activations[kNorm ? 8 : 1];
+    Four<T> values[8];
     load(a.x, values);
-    if constexpr (kNorm) load(a.norm.r, activations);
     if constexpr (kNorm) {
+        Four<T> activations[8];
+        load(a.norm.r, activations);
         __shared__ group_norm::ChannelGradient<float> gradients[kChannels];    // taken while those loads are under way
         if (threadIdx.x < kChannels) gradients[threadIdx.x] = a.norm.channel(n, min(c0 + int(threadIdx.x), int(a.C) - 1));
         __syncthreads();
@@ -453,8 +454,7 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
 template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles, unsigned looked) {
     wait_for_previous_kernel();
     if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
-    const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
-    const unsigned tile = block - n * sample_tiles;
+    const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles, tile = block - n * sample_tiles;
     const MaxOfParts part_max(a.part_max + n * looked, int(looked));
     const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, tile, [&] {
         const unsigned part = part_max.value();
