@@ -1270,6 +1270,15 @@ constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
 
 struct Pair { double a, b; };
 
+// Of `count` values, given their sum and that of their squares.
+struct Statistics {
+    double mean, rstd;
+    __device__ __forceinline__ Statistics(Pair sums, double count, double eps) : mean(sums.a / count) {
+        const double variance = sums.b / count - mean * mean;
+        rstd = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+    }
+};
+
 // The sum over the block, in a fixed order, in every thread.
 template <int kBlock = kThreads> __device__ __forceinline__ Pair block_sum(Pair v) {
     static_assert((kBlock & (kBlock - 1)) == 0, "halved again and again");
@@ -2186,10 +2195,9 @@ finish_statistics_kernel(Shape s, int64_t splits, double eps, const T* __restric
     }
     sum = block_sum(sum);
     if (threadIdx.x > 0) return;
-    const double count = s.group_count(), shifted_mean = sum.a / count;
-    const double variance = sum.b / count - shifted_mean * shifted_mean;
-    mean[blockIdx.x] = to_acc(r[blockIdx.x * s.group_count()]) + shifted_mean;
-    rstd[blockIdx.x] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+    const Statistics shifted(sum, double(s.group_count()), eps);
+    mean[blockIdx.x] = to_acc(r[blockIdx.x * s.group_count()]) + shifted.mean;
+    rstd[blockIdx.x] = shifted.rstd;
 }
 
 // ----------------------------------------------------------------------------------------------------- Backward
@@ -3002,32 +3010,47 @@ inline Tiling with_divisors(Tiling t) {
     return t;
 }
 
+HOST_DEVICE int count_bits(int bits) {
+#ifdef __CUDA_ARCH__
+    return __popc(bits);
+#else
+    return __builtin_popcount(bits);
+#endif
+}
+
+// A phase of the source, of each axis.
+struct SourcePhase {
+    int d = 0, h = 0, w = 0;
+    HOST_DEVICE void advance(const Stencil& s) {
+        if (++w == s.axis[2].source_phases) w = 0, h++;
+        if (h == s.axis[1].source_phases) h = 0, d++;
+    }
+};
+
+// Where the source has phases, a part of GEMM_K is so many of them.
+HOST_DEVICE int phases_of_part(const Tiling& t, const Stencil& s) { return t.k_parts == 1 ? s.source_phases() : s.source_phases() / t.k_parts; }
+
 // How much of a tile's steps its largest part has.
 inline double largest_part(const Tiling& t, const Stencil& s) {
     if (s.source_phases() == 1 || t.k_parts == 1) return double(t.part_channels) / t.C_pad;
-    const auto taps_of = [&](int axis, int phase) {
+    SourcePhase phase;
+    int all = 0, largest = 0;
+    for (int part = 0; part < t.k_parts; part++) {
         int taps = 0;
-        for (int k = 0; k < s.axis[axis].taps; k++) taps += s.axis[axis].live[phase] >> k & 1;
-        return taps;
-    };
-    int all = 0, largest = 0, part = 0, phase = 0;
-    for (int d = 0; d < s.axis[0].source_phases; d++)
-    for (int h = 0; h < s.axis[1].source_phases; h++)
-    for (int w = 0; w < s.axis[2].source_phases; w++) {
-        const int taps = taps_of(0, d) * taps_of(1, h) * taps_of(2, w);
-        part = phase++ % (s.source_phases() / t.k_parts) == 0 ? taps : part + taps;
-        all += taps, largest = part > largest ? part : largest;
+        for (int i = 0; i < phases_of_part(t, s); i++, phase.advance(s)) taps += count_bits(s.axis[0].live[phase.d]) * count_bits(s.axis[1].live[phase.h]) * count_bits(s.axis[2].live[phase.w]);
+        all += taps, largest = taps > largest ? taps : largest;
     }
     return double(largest) / all;
 }
 
-// What a tile has on average: steps of 16 source channels at a tap, and boxes.
+// What a tile has on average: steps of 16 source channels at a tap, bytes of outputs, and boxes.
 inline double steps_of(const Tiling& t, const Stencil& s) {
     int kernel_taps = 1;    // with a weight, of all source phases
     for (const StencilAxis& a : s.axis) kernel_taps *= a.source_phases > 1 ? a.kernel : a.taps;
     const int phases_d = s.axis[0].phases;
     return double(kernel_taps) * t.products * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (phases_d + 1.0) / (2.0 * phases_d)) * (t.packed[1] || s.axis[1].phases == 1 ? 1.0 : 0.75);
 }
+inline double out_bytes_of(const Tiling& t) { return 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8; }
 inline double boxes_of(const Tiling& t, const Stencil& s) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     return double(t.phase_channels / t.chunk) * (t.taps_per_box == 1 ? h.taps : 1) * w.source_phases * h.source_phases * (d.source_phases > 1 ? d.kernel : d.taps);
@@ -3110,33 +3133,15 @@ HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgro
     return (int64_t(tile.n) * t.sample_places() + tile.part) * t.tile_parts() + (t.split_m ? 0 : warpgroup);
 }
 
-// A phase of the source, of each axis.
-struct SourcePhase {
-    int d = 0, h = 0, w = 0;
-    HOST_DEVICE void advance(const Stencil& s) {
-        if (++w == s.axis[2].source_phases) w = 0, h++;
-        if (h == s.axis[1].source_phases) h = 0, d++;
-    }
-};
-
-// Where the source has phases, a part of GEMM_K is so many of them, from this one on.
-HOST_DEVICE int phases_of_part(const Problem& p) { return p.t.k_parts == 1 ? p.s.source_phases() : p.s.source_phases() / p.t.k_parts; }
+// Where the source has phases: the first one of a part of GEMM_K.
 HOST_DEVICE SourcePhase first_phase_of(const Problem& p, int part_k) {
     const int phases_h = p.s.axis[1].source_phases, phases_w = p.s.axis[2].source_phases;
-    const int first = part_k * phases_of_part(p), dh = divide_by_phases(first, phases_w), d = divide_by_phases(dh, phases_h);
+    const int first = part_k * phases_of_part(p.t, p.s), dh = divide_by_phases(first, phases_w), d = divide_by_phases(dh, phases_h);
     return {d, dh - d * phases_h, first - dh * phases_w};
 }
 
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
-
-HOST_DEVICE int count_bits(int bits) {
-#ifdef __CUDA_ARCH__
-    return __popc(bits);
-#else
-    return __builtin_popcount(bits);
-#endif
-}
 
 // The place of the bit that has `rank` lower ones.
 HOST_DEVICE int place_of_bit(int bits, int rank) {
@@ -3250,7 +3255,7 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
     if (t.k_parts > 1 && t.phase_channels < t.C_pad) {    // the part's phases may have no weights at those taps
         SourcePhase phase = first_phase_of(p, place.part_k);
         bool live = false;
-        for (int i = 0; i < phases_of_part(p); i++, phase.advance(p.s)) live |= (ad.live[phase.d] & place.live_d) && (ah.live[phase.h] & place.live_h) && aw.live[phase.w];
+        for (int i = 0; i < phases_of_part(t, p.s); i++, phase.advance(p.s)) live |= (ad.live[phase.d] & place.live_d) && (ah.live[phase.h] & place.live_h) && aw.live[phase.w];
         place.empty = !live;
     }
     return place;
@@ -3438,7 +3443,7 @@ struct Workspace {
 
 // GroupNorm in the convolution's kernel (conv_normalizer.cuh).
 struct Normalization {
-    int blocks;                                    // that do nothing else; 0: another kernel normalizes
+    int blocks;                                    // that do hardly anything else; 0: another kernel normalizes
     group_norm::Shape shape;
     double eps;
     const float *gamma, *beta;                     // (C_out), or null
@@ -3526,8 +3531,8 @@ __device__ __forceinline__ group_norm::Pair sum_moments(const Problem& p, const 
 }
 
 __device__ __forceinline__ void leave_statistics(const group_norm::Shape& shape, double eps, group_norm::Pair sums, int index, double* mean, double* rstd) {
-    const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
-    mean[index] = mean_of_all, rstd[index] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+    const group_norm::Statistics statistics(sums, double(shape.group_count()), eps);
+    mean[index] = statistics.mean, rstd[index] = statistics.rstd;
 }
 
 // mean, rstd (N, num_groups): some blocks for each. Sums are added in a fixed order, those of the blocks by the last one that is done.
@@ -4200,7 +4205,6 @@ inline int64_t shared_bytes(const Tiling& t) {
 inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int64_t most_shared) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     Tiling best = {};
-    double best_time = 0;
     for (int packing = 0; packing < 3; packing++)
     for (int split_m = 0; split_m < 2; split_m++)
     for (int block_n : {256, 128})
@@ -4243,7 +4247,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp
         // stores piece after piece; or what it loads, at 20 bytes a cycle.
         const double taps = steps_of(t, s) / (chunk / 16), boxes = boxes_of(t, s), wide = blocks == 1;
-        const double out_bytes = 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double out_bytes = out_bytes_of(t);
         const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), values = out_bytes / 8 / pieces;
         const double pipeline = taps * (wide ? 700 + 300 * chunk / 16 : 350 + 200 * chunk / 16) + boxes * (t.box_bytes() / (wide ? 9 : 12) + (input_stages > 1 ? 0 : wide ? 3000 + t.box_bytes() / 20 : 500));
         const double epilogue = 0.2 * out_bytes + pieces / kColumnWarps / blocks * (150 + values / (t.bulk ? 128 : 32) * 50) + 2000;
@@ -4251,7 +4255,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int64_t at_once = int64_t(multiprocessors) * blocks;
         const double waves = t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) * blocks : double(t.tiles) / multiprocessors + 0.5;
         const double time = waves * ((pipeline > loads ? pipeline : loads) + epilogue);
-        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+        if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;
     }
     return with_divisors(best);
 }
@@ -5184,7 +5188,7 @@ inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_
     const double pieces = t.warpgroups * (t.tensor_store ? 1.0 : t.region_channels * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)));
     const double copies = t.bulk ? pieces * 28 : 0;
     at_least(copies);
-    const double outputs = 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8 / 34;
+    const double outputs = out_bytes_of(t) / 34;
     double tile = std::max(products, outputs) + 0.1 * std::min(products, outputs);
     if (t.buffers == 1) tile += 1.8 * outputs;
     if (!t.tensor_store && !t.whole_sectors) tile += t.contiguous ? 0.58 * outputs : t.bulk ? 0.68 * copies : 9.5 * outputs;
@@ -5246,7 +5250,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
 
 _SOURCES['conv_normalizer.cuh'] = r'''
 // GroupNorm in the convolution's kernel on Hopper: some blocks, on multiprocessors of their own, normalize the samples that are complete while the others
-// multiply, which join them when there are no more tiles. Before there is anything to normalize, they take kFirstTiles tiles each. Products leave memory idle; what a multiprocessor can read, its weights take.
+// multiply, which join them when there are no more tiles. Before there is anything to normalize, they take kFirstTiles tiles each. Products
+// leave memory idle; what a multiprocessor can read, its weights take.
 //
 //   a storer whose tile is in memory: stored[n] += 1
 //   the producers' warpgroup of a normalizing block, when all of a sample's are: the statistics of a group, ready[n] += 1
@@ -6096,7 +6101,7 @@ namespace conv_sm90 {
 
 // --------------------------------------------------------------------------------------------------------- Kernel
 
-// kRelu: a.apply_relu. Each of the two is a kernel of its own, since their code is long.
+// kRelu: a.apply_relu. Each of the two is a kernel of its own: much of a short call is code that is brought for the first time.
 template <int kBlockN, int kConsumers, bool kRelu>
 __global__ void __launch_bounds__(threads_of(kConsumers), 1)
 conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map,
@@ -6154,7 +6159,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 template <int kBlockN, int kConsumers = 2>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;    // those that only normalize included
+    const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;    // those that normalize beside the others included
     return launch_with_shared(a.apply_relu ? conv_kernel<kBlockN, kConsumers, true> : conv_kernel<kBlockN, kConsumers, false>, blocks, threads_of(kConsumers), shared_bytes(t), stream, x_map, w_map, out_map, a);
 }
 

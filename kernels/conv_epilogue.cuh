@@ -22,7 +22,7 @@ struct Workspace {
 
 // GroupNorm in the convolution's kernel (conv_normalizer.cuh).
 struct Normalization {
-    int blocks;                                    // that do nothing else; 0: another kernel normalizes
+    int blocks;                                    // that do hardly anything else; 0: another kernel normalizes
     group_norm::Shape shape;
     double eps;
     const float *gamma, *beta;                     // (C_out), or null

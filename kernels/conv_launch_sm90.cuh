@@ -8,7 +8,7 @@ namespace conv_sm90 {
 
 // --------------------------------------------------------------------------------------------------------- Kernel
 
-// kRelu: a.apply_relu. Each of the two is a kernel of its own, since their code is long.
+// kRelu: a.apply_relu. Each of the two is a kernel of its own: much of a short call is code that is brought for the first time.
 template <int kBlockN, int kConsumers, bool kRelu>
 __global__ void __launch_bounds__(threads_of(kConsumers), 1)
 conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map,
@@ -66,7 +66,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
 template <int kBlockN, int kConsumers = 2>
 int launch_conv(const CUtensorMap& x_map, const CUtensorMap& w_map, const CUtensorMap& out_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
     const Tiling& t = a.p.t;
-    const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;    // those that only normalize included
+    const int64_t blocks = t.tiles < multiprocessors ? t.tiles : multiprocessors;    // those that normalize beside the others included
     return launch_with_shared(a.apply_relu ? conv_kernel<kBlockN, kConsumers, true> : conv_kernel<kBlockN, kConsumers, false>, blocks, threads_of(kConsumers), shared_bytes(t), stream, x_map, w_map, out_map, a);
 }
 

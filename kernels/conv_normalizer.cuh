@@ -1,5 +1,6 @@
 // GroupNorm in the convolution's kernel on Hopper: some blocks, on multiprocessors of their own, normalize the samples that are complete while the others
-// multiply, which join them when there are no more tiles. Before there is anything to normalize, they take kFirstTiles tiles each. Products leave memory idle; what a multiprocessor can read, its weights take.
+// multiply, which join them when there are no more tiles. Before there is anything to normalize, they take kFirstTiles tiles each. Products
+// leave memory idle; what a multiprocessor can read, its weights take.
 //
 //   a storer whose tile is in memory: stored[n] += 1
 //   the producers' warpgroup of a normalizing block, when all of a sample's are: the statistics of a group, ready[n] += 1

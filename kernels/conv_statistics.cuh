@@ -37,8 +37,8 @@ __device__ __forceinline__ group_norm::Pair sum_moments(const Problem& p, const 
 }
 
 __device__ __forceinline__ void leave_statistics(const group_norm::Shape& shape, double eps, group_norm::Pair sums, int index, double* mean, double* rstd) {
-    const double mean_of_all = sums.a / double(shape.group_count()), variance = sums.b / double(shape.group_count()) - mean_of_all * mean_of_all;
-    mean[index] = mean_of_all, rstd[index] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+    const group_norm::Statistics statistics(sums, double(shape.group_count()), eps);
+    mean[index] = statistics.mean, rstd[index] = statistics.rstd;
 }
 
 // mean, rstd (N, num_groups): some blocks for each. Sums are added in a fixed order, those of the blocks by the last one that is done.

@@ -71,33 +71,15 @@ HOST_DEVICE int64_t index_of_run(const Problem& p, const Tile& tile, int warpgro
     return (int64_t(tile.n) * t.sample_places() + tile.part) * t.tile_parts() + (t.split_m ? 0 : warpgroup);
 }
 
-// A phase of the source, of each axis.
-struct SourcePhase {
-    int d = 0, h = 0, w = 0;
-    HOST_DEVICE void advance(const Stencil& s) {
-        if (++w == s.axis[2].source_phases) w = 0, h++;
-        if (h == s.axis[1].source_phases) h = 0, d++;
-    }
-};
-
-// Where the source has phases, a part of GEMM_K is so many of them, from this one on.
-HOST_DEVICE int phases_of_part(const Problem& p) { return p.t.k_parts == 1 ? p.s.source_phases() : p.s.source_phases() / p.t.k_parts; }
+// Where the source has phases: the first one of a part of GEMM_K.
 HOST_DEVICE SourcePhase first_phase_of(const Problem& p, int part_k) {
     const int phases_h = p.s.axis[1].source_phases, phases_w = p.s.axis[2].source_phases;
-    const int first = part_k * phases_of_part(p), dh = divide_by_phases(first, phases_w), d = divide_by_phases(dh, phases_h);
+    const int first = part_k * phases_of_part(p.t, p.s), dh = divide_by_phases(first, phases_w), d = divide_by_phases(dh, phases_h);
     return {d, dh - d * phases_h, first - dh * phases_w};
 }
 
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
-
-HOST_DEVICE int count_bits(int bits) {
-#ifdef __CUDA_ARCH__
-    return __popc(bits);
-#else
-    return __builtin_popcount(bits);
-#endif
-}
 
 // The place of the bit that has `rank` lower ones.
 HOST_DEVICE int place_of_bit(int bits, int rank) {
@@ -211,7 +193,7 @@ HOST_DEVICE Place place_of(const Problem& p, int index) {
     if (t.k_parts > 1 && t.phase_channels < t.C_pad) {    // the part's phases may have no weights at those taps
         SourcePhase phase = first_phase_of(p, place.part_k);
         bool live = false;
-        for (int i = 0; i < phases_of_part(p); i++, phase.advance(p.s)) live |= (ad.live[phase.d] & place.live_d) && (ah.live[phase.h] & place.live_h) && aw.live[phase.w];
+        for (int i = 0; i < phases_of_part(t, p.s); i++, phase.advance(p.s)) live |= (ad.live[phase.d] & place.live_d) && (ah.live[phase.h] & place.live_h) && aw.live[phase.w];
         place.empty = !live;
     }
     return place;

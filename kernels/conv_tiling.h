@@ -216,32 +216,47 @@ inline Tiling with_divisors(Tiling t) {
     return t;
 }
 
+HOST_DEVICE int count_bits(int bits) {
+#ifdef __CUDA_ARCH__
+    return __popc(bits);
+#else
+    return __builtin_popcount(bits);
+#endif
+}
+
+// A phase of the source, of each axis.
+struct SourcePhase {
+    int d = 0, h = 0, w = 0;
+    HOST_DEVICE void advance(const Stencil& s) {
+        if (++w == s.axis[2].source_phases) w = 0, h++;
+        if (h == s.axis[1].source_phases) h = 0, d++;
+    }
+};
+
+// Where the source has phases, a part of GEMM_K is so many of them.
+HOST_DEVICE int phases_of_part(const Tiling& t, const Stencil& s) { return t.k_parts == 1 ? s.source_phases() : s.source_phases() / t.k_parts; }
+
 // How much of a tile's steps its largest part has.
 inline double largest_part(const Tiling& t, const Stencil& s) {
     if (s.source_phases() == 1 || t.k_parts == 1) return double(t.part_channels) / t.C_pad;
-    const auto taps_of = [&](int axis, int phase) {
+    SourcePhase phase;
+    int all = 0, largest = 0;
+    for (int part = 0; part < t.k_parts; part++) {
         int taps = 0;
-        for (int k = 0; k < s.axis[axis].taps; k++) taps += s.axis[axis].live[phase] >> k & 1;
-        return taps;
-    };
-    int all = 0, largest = 0, part = 0, phase = 0;
-    for (int d = 0; d < s.axis[0].source_phases; d++)
-    for (int h = 0; h < s.axis[1].source_phases; h++)
-    for (int w = 0; w < s.axis[2].source_phases; w++) {
-        const int taps = taps_of(0, d) * taps_of(1, h) * taps_of(2, w);
-        part = phase++ % (s.source_phases() / t.k_parts) == 0 ? taps : part + taps;
-        all += taps, largest = part > largest ? part : largest;
+        for (int i = 0; i < phases_of_part(t, s); i++, phase.advance(s)) taps += count_bits(s.axis[0].live[phase.d]) * count_bits(s.axis[1].live[phase.h]) * count_bits(s.axis[2].live[phase.w]);
+        all += taps, largest = taps > largest ? taps : largest;
     }
     return double(largest) / all;
 }
 
-// What a tile has on average: steps of 16 source channels at a tap, and boxes.
+// What a tile has on average: steps of 16 source channels at a tap, bytes of outputs, and boxes.
 inline double steps_of(const Tiling& t, const Stencil& s) {
     int kernel_taps = 1;    // with a weight, of all source phases
     for (const StencilAxis& a : s.axis) kernel_taps *= a.source_phases > 1 ? a.kernel : a.taps;
     const int phases_d = s.axis[0].phases;
     return double(kernel_taps) * t.products * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (phases_d + 1.0) / (2.0 * phases_d)) * (t.packed[1] || s.axis[1].phases == 1 ? 1.0 : 0.75);
 }
+inline double out_bytes_of(const Tiling& t) { return 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8; }
 inline double boxes_of(const Tiling& t, const Stencil& s) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     return double(t.phase_channels / t.chunk) * (t.taps_per_box == 1 ? h.taps : 1) * w.source_phases * h.source_phases * (d.source_phases > 1 ? d.kernel : d.taps);

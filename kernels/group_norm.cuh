@@ -36,6 +36,15 @@ constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
 
 struct Pair { double a, b; };
 
+// Of `count` values, given their sum and that of their squares.
+struct Statistics {
+    double mean, rstd;
+    __device__ __forceinline__ Statistics(Pair sums, double count, double eps) : mean(sums.a / count) {
+        const double variance = sums.b / count - mean * mean;
+        rstd = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+    }
+};
+
 // The sum over the block, in a fixed order, in every thread.
 template <int kBlock = kThreads> __device__ __forceinline__ Pair block_sum(Pair v) {
     static_assert((kBlock & (kBlock - 1)) == 0, "halved again and again");

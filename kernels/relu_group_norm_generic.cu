@@ -46,10 +46,9 @@ finish_statistics_kernel(Shape s, int64_t splits, double eps, const T* __restric
     }
     sum = block_sum(sum);
     if (threadIdx.x > 0) return;
-    const double count = s.group_count(), shifted_mean = sum.a / count;
-    const double variance = sum.b / count - shifted_mean * shifted_mean;
-    mean[blockIdx.x] = to_acc(r[blockIdx.x * s.group_count()]) + shifted_mean;
-    rstd[blockIdx.x] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+    const Statistics shifted(sum, double(s.group_count()), eps);
+    mean[blockIdx.x] = to_acc(r[blockIdx.x * s.group_count()]) + shifted.mean;
+    rstd[blockIdx.x] = shifted.rstd;
 }
 
 // ----------------------------------------------------------------------------------------------------- Backward

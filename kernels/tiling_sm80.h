@@ -29,7 +29,6 @@ inline int64_t shared_bytes(const Tiling& t) {
 inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int64_t most_shared) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     Tiling best = {};
-    double best_time = 0;
     for (int packing = 0; packing < 3; packing++)
     for (int split_m = 0; split_m < 2; split_m++)
     for (int block_n : {256, 128})
@@ -72,7 +71,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp
         // stores piece after piece; or what it loads, at 20 bytes a cycle.
         const double taps = steps_of(t, s) / (chunk / 16), boxes = boxes_of(t, s), wide = blocks == 1;
-        const double out_bytes = 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8;
+        const double out_bytes = out_bytes_of(t);
         const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), values = out_bytes / 8 / pieces;
         const double pipeline = taps * (wide ? 700 + 300 * chunk / 16 : 350 + 200 * chunk / 16) + boxes * (t.box_bytes() / (wide ? 9 : 12) + (input_stages > 1 ? 0 : wide ? 3000 + t.box_bytes() / 20 : 500));
         const double epilogue = 0.2 * out_bytes + pieces / kColumnWarps / blocks * (150 + values / (t.bulk ? 128 : 32) * 50) + 2000;
@@ -80,7 +79,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int64_t at_once = int64_t(multiprocessors) * blocks;
         const double waves = t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) * blocks : double(t.tiles) / multiprocessors + 0.5;
         const double time = waves * ((pipeline > loads ? pipeline : loads) + epilogue);
-        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+        if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;
     }
     return with_divisors(best);
 }

@@ -68,7 +68,7 @@ inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_
     const double pieces = t.warpgroups * (t.tensor_store ? 1.0 : t.region_channels * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)));
     const double copies = t.bulk ? pieces * 28 : 0;
     at_least(copies);
-    const double outputs = 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8 / 34;
+    const double outputs = out_bytes_of(t) / 34;
     double tile = std::max(products, outputs) + 0.1 * std::min(products, outputs);
     if (t.buffers == 1) tile += 1.8 * outputs;
     if (!t.tensor_store && !t.whole_sectors) tile += t.contiguous ? 0.58 * outputs : t.bulk ? 0.68 * copies : 9.5 * outputs;

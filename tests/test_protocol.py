@@ -198,7 +198,7 @@ def test_nobody_waits_forever(rings, weight_stages, consumers, buffers):
 
 
 class Grid:
-    """Blocks of which some take a tile and then normalize, and of which so many run at a time."""
+    """Blocks of which some take two tiles and then normalize, and of which so many run at a time."""
 
     def __init__(self, multiplying, normalizing, running, samples, tiles, groups, pieces):
         self.blocks, self.running = multiplying + normalizing, running
@@ -206,7 +206,7 @@ class Grid:
         self.sizes = tiles, groups
         self.stored, self.ready, self.normalized = [0] * samples, [0] * samples, []
         self.ended = [0] * self.blocks           # warpgroups of a block
-        self.most = [len(self.tiles) if block < multiplying else 1 for block in range(self.blocks)]
+        self.most = [len(self.tiles) if block < multiplying else 2 for block in range(self.blocks)]
         self.tiles_left = [True] * self.blocks
 
     def begins(self, block):
