@@ -2396,6 +2396,7 @@ struct Weight {
 
 constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
 constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 20;
+static_assert(kSmallSample / kLookElements <= kThreads && kLargeLook / kLookElements <= kThreads, "a block of the copy has a thread for each block that looked at a sample");
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
 HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
@@ -2467,17 +2468,20 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
     for (int i = threadIdx.x; i < count; i += kThreads) p.part_max[(group * p.group_C_out + first_channel + i) * parts + part] = maxima[i];
 }
 
-// A warp: the maximum of those that a look left. The first 32 are loaded when it is made, so that other loads can be on their way before it is asked for.
-struct MaxOfParts {
+// A warp: the maximum of a destination channel's parts. The first of them are loaded when it is made, so that other loads can be on their way before it is asked for.
+struct ChannelMax {
+    static constexpr int kFirst = 4;    // for each lane
     const unsigned* parts;
     int count;
-    unsigned own;
-    __device__ __forceinline__ MaxOfParts(const unsigned* parts, int count) : parts(parts), count(count), own(int(threadIdx.x % 32) < count ? parts[threadIdx.x % 32] : 0) {}
-    __device__ __forceinline__ MaxOfParts(const Weight& p, int channel) : MaxOfParts(p.part_max + int64_t(channel) * p.look_parts(), p.look_parts()) {}
+    unsigned first[kFirst];
+    __device__ __forceinline__ ChannelMax(const Weight& p, int channel) : parts(p.part_max + int64_t(channel) * p.look_parts()), count(p.look_parts()) {
+#pragma unroll
+        for (int i = 0; i < kFirst; i++) first[i] = i * 32 + int(threadIdx.x % 32) < count ? parts[i * 32 + threadIdx.x % 32] : 0;
+    }
     __device__ __forceinline__ unsigned value() const {
-        unsigned max = own;
+        unsigned max = umax(umax(first[0], first[1]), umax(first[2], first[3]));
 #pragma unroll 1
-        for (int i = 32 + threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
+        for (int i = kFirst * 32 + threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
         return __reduce_max_sync(~0u, max);
     }
 };
@@ -2495,7 +2499,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin + k;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = first / volume, last_channel = min(first + kWeightColumns - 1, columns - 1) / volume;
-    const MaxOfParts first_max(p, min(first_channel + warp, last_channel));
+    const ChannelMax first_max(p, min(first_channel + warp, last_channel));
     constexpr int kSteps = kThreads / kWeightColumns, kEach = kWeightChannels / kSteps;
     float v[kEach];
 #pragma unroll
@@ -2505,7 +2509,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     }
     __shared__ unsigned maxima[kWeightColumns];    // of the tile's channels
     for (int i = warp; first_channel + i <= last_channel; i += kThreads / 32) {
-        const unsigned max = i == warp ? first_max.value() : MaxOfParts(p, first_channel + i).value();
+        const unsigned max = i == warp ? first_max.value() : ChannelMax(p, first_channel + i).value();
         if (lane == 0) maxima[i] = max;
     }
     __syncthreads();
@@ -2538,7 +2542,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
 
 // One destination channel, split.
 template <typename T> __device__ void copy_split_weight(const Weight& p, int channel) {
-    const unsigned max = MaxOfParts(p, channel).value();
+    const unsigned max = ChannelMax(p, channel).value();
     if (threadIdx.x == 0) p.max[channel] = max;
     const float scale = power_of_two(shift_of(max));
     const Weight::Kernels kernels = p.kernels_of(channel);
@@ -2731,9 +2735,9 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
     wait_for_previous_kernel();
     if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles, tile = block - n * sample_tiles;
-    const MaxOfParts part_max(a.part_max + n * looked, int(looked));
+    const unsigned own_part = threadIdx.x < looked ? a.part_max[n * looked + threadIdx.x] : 0;
     const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, tile, [&] {
-        const unsigned part = part_max.value();
+        const unsigned part = block_max(own_part);
         if (threadIdx.x == 0 && tile == 0) a.max[n].part = part;
         return power_of_two(first_shift_of(part));
     });
@@ -3018,6 +3022,12 @@ HOST_DEVICE int count_bits(int bits) {
 #endif
 }
 
+// The place of the bit that has `rank` lower ones.
+HOST_DEVICE int place_of_bit(int bits, int rank) {
+    for (; rank > 0; rank--) bits &= bits - 1;
+    return count_bits((bits & -bits) - 1);
+}
+
 // A phase of the source, of each axis.
 struct SourcePhase {
     int d = 0, h = 0, w = 0;
@@ -3142,12 +3152,6 @@ HOST_DEVICE SourcePhase first_phase_of(const Problem& p, int part_k) {
 
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
-
-// The place of the bit that has `rank` lower ones.
-HOST_DEVICE int place_of_bit(int bits, int rank) {
-    for (; rank > 0; rank--) bits &= bits - 1;
-    return count_bits((bits & -bits) - 1);
-}
 
 // A tile's boxes, in the order in which everyone takes them: of every tap d, some taps h, and a chunk of GEMM_K.
 struct Cursor {
@@ -3800,12 +3804,15 @@ _SOURCES['dweight_tiles.h'] = r'''
 // How the tensor cores' kernels for dweight cut their work, and which element is where: for host and device. dweight.cuh tells the method.
 #pragma once
 
+#include <initializer_list>
+
 #include "conv_tiling.h"
 
 namespace dweight {
 
 constexpr int kConsumers = 3;
 constexpr int kRows = 64;              // GEMM_M of a consumer
+constexpr int kMaxItems = 3;
 constexpr int kMaxStages = 6;
 constexpr int kHeadBytes = 1024;
 
@@ -3814,7 +3821,10 @@ constexpr int kHeadBytes = 1024;
 struct Tiling {
     int block_n;                       // GEMM_N: 64, 128 or 192
     int chunk, blocks;                 // channels of x in a row of shared memory, and how many such columns of GEMM_N are used
-    bool n_over_taps, m_over_taps;     // what GEMM_N and the consumers have neighbours of
+    bool n_over_taps, m_over_taps;     // what GEMM_N and the consumers have neighbours of; or
+    bool joint;                        // a block has all row blocks and taps (d, h), whose jobs the consumers take in turns:
+    int live_jobs;                     // bit (row block, d, h): it has weights
+    int items;                         // sums of kRows x block_n that a consumer has: 1 or kMaxItems
     int row_blocks, chunks;            // of GEMM_M, of 64 rows; of x
     int tile_w, strips, rows, row_groups, pitch;    // a stage has `rows` rows of a strip
     int steps, box_rows;               // of 16 positions; rows of x
@@ -3838,82 +3848,122 @@ struct Group {
         n = take(t.groups_n) * (t.n_over_taps ? 1 : t.blocks);
         tw = take(t.groups_w) * t.blocks * (t.n_over_taps ? 1 : 0);
         th = take(t.groups_h) * (t.m_over_taps ? kConsumers : 1);
-        td = take(s.axis[0].taps);
+        td = t.joint ? 0 : take(s.axis[0].taps);
     }
 };
 
-// What a consumer of a group has.
-HOST_DEVICE int row_block(const Tiling& t, const Group& g, int consumer) { return g.m + (t.m_over_taps ? 0 : consumer); }
-HOST_DEVICE int tap_h(const Tiling& t, const Group& g, int consumer) { return g.th + (t.m_over_taps ? consumer : 0); }
-// The last tap w of a group is its first block of columns, so that the next blocks are further on in x.
-HOST_DEVICE int last_tap_w(const Tiling& t, const Stencil& s, const Group& g) {
-    const int last = g.tw + (t.n_over_taps ? t.blocks : 1) - 1;
-    return last < s.axis[2].taps ? last : s.axis[2].taps - 1;
-}
+// What a consumer has sums of, beside the group's taps w and channels of x.
+struct Job { int row_block, td, th; };
 
-// Whether some row of the consumer's block has a weight at its taps (d, h).
-HOST_DEVICE bool is_live(const Problem& a, const Group& g, int consumer) {
+// Whether some row of the job's block has a weight at its taps (d, h).
+HOST_DEVICE bool is_live(const Problem& a, Job job) {
     const StencilAxis &ad = a.s.axis[0], &ah = a.s.axis[1], &aw = a.s.axis[2];
-    const int th = tap_h(a.t, g, consumer), block = row_block(a.t, g, consumer);
-    if (th >= ah.taps || block >= a.t.row_blocks) return false;
-    for (int64_t c = int64_t(block) * kRows; c < int64_t(block + 1) * kRows; c += a.dout_phase_channels - c % a.dout_phase_channels) {
-        const int phase = int(c / a.dout_phase_channels);
-        if (phase < a.s.phases() && ad.live[phase / aw.phases / ah.phases] >> g.td & 1 && ah.live[phase / aw.phases % ah.phases] >> th & 1) return true;
+    if (job.th >= ah.taps || job.row_block >= a.t.row_blocks) return false;
+    const int channels = int(a.dout_phase_channels);
+    for (int c = job.row_block * kRows; c < (job.row_block + 1) * kRows; c += channels - c % channels) {
+        const int phase = c / channels;
+        if (phase < a.s.phases() && ad.live[phase / aw.phases / ah.phases] >> job.td & 1 && ah.live[phase / aw.phases % ah.phases] >> job.th & 1) return true;
     }
     return false;
+}
+
+HOST_DEVICE Job job_of(const Problem& a, const Group& g, int consumer, int item) {
+    const Tiling& t = a.t;
+    if (!t.joint) return {g.m + (t.m_over_taps ? 0 : consumer), g.td, g.th + (t.m_over_taps ? consumer : 0)};
+    const int job = conv::place_of_bit(t.live_jobs, item * kConsumers + consumer), taps_h = a.s.axis[1].taps, row_tap = job / taps_h;
+    return {row_tap / a.s.axis[0].taps, row_tap % a.s.axis[0].taps, job % taps_h};
+}
+
+// How many jobs a consumer has.
+HOST_DEVICE int items_of(const Problem& a, const Group& g, int consumer) {
+    return a.t.joint ? (conv::count_bits(a.t.live_jobs) + kConsumers - 1 - consumer) / kConsumers : is_live(a, job_of(a, g, consumer, 0));
 }
 HOST_DEVICE bool is_live(const Problem& a, const Group& g) {
     for (int consumer = 0; consumer < kConsumers; consumer++)
-        if (is_live(a, g, consumer)) return true;
+        if (items_of(a, g, consumer) > 0) return true;
     return false;
 }
 
-// The boxes of GEMM_K: (sample, plane, strip, rows), for the planes of dout that a tap d connects with one of x.
+// The last taps of a group.
+HOST_DEVICE int last_tap_h(const Problem& a, const Group& g) {
+    const int taps = a.s.axis[1].taps, last = a.t.joint ? taps - 1 : g.th + (a.t.m_over_taps ? kConsumers : 1) - 1;
+    return last < taps ? last : taps - 1;
+}
+// That tap w is the first block of columns, so that the next blocks are further on in x.
+HOST_DEVICE int last_tap_w(const Tiling& t, const Stencil& s, int first) {
+    const int last = first + (t.n_over_taps ? t.blocks : 1) - 1;
+    return last < s.axis[2].taps ? last : s.axis[2].taps - 1;
+}
+
+// Boxes of a stage that a group loads.
+HOST_DEVICE int dout_boxes_of(const Tiling& t, const Group& g) { return t.dout_boxes < t.row_blocks - g.m ? t.dout_boxes : t.row_blocks - g.m; }
+HOST_DEVICE int x_boxes_of(const Tiling& t, const Group& g) { return t.joint ? t.x_boxes : t.n_over_taps ? 1 : t.blocks < t.chunks - g.n ? t.blocks : t.chunks - g.n; }
+
+// The boxes of GEMM_K: (sample, plane, strip, rows), for the planes of dout that the tap d connects with one of x, or for all.
 struct Boxes {
     int begin_d, planes;
     int count;
-    HOST_DEVICE Boxes(const Problem& a, int td) {
+    HOST_DEVICE Boxes(const Problem& a, const Group& g) {
         const StencilAxis& ad = a.s.axis[0];
-        const int offset = ad.shift[td] - ad.first, end = ad.sources + offset < ad.positions ? ad.sources + offset : ad.positions;
+        const int offset = ad.shift[g.td] - ad.first, end = ad.sources + offset < ad.positions ? ad.sources + offset : ad.positions;
         begin_d = offset > 0 ? offset : 0;
         planes = end > begin_d ? end - begin_d : 0;
+        if (a.t.joint) begin_d = 0, planes = ad.positions;
         count = int(a.N) * planes * a.t.strips * a.t.row_groups;    // each has many positions
     }
+    HOST_DEVICE int begin_of(const Tiling& t, int split) const { return int(int64_t(count) * split / t.splits); }
 };
 
 // Rows of x from one block of columns to the next, where they are taps.
 HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
 
-// The tiling of least estimated time; block_n 0 where none fits.
-inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, int multiprocessors, int shared_bytes) {
-    const Stencil& s = problem.s;
-    const StencilAxis &h = s.axis[1], &w = s.axis[2];
-    Tiling best = {};
-    double best_time = 0;
-    const int halo_w = w.shift[w.taps - 1];
-    for (int t = 1; t < w.taps; t++)
-        if (w.shift[t] - w.shift[t - 1] != step_w(s)) return best;
-    Tiling t = {};
+// How GEMM_M, GEMM_N and the taps are shared out. False where a joint one does not fit.
+inline bool cut_products(Problem& p, int64_t phase_channels_x, bool joint) {
+    const Stencil& s = p.s;
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    Tiling& t = p.t = {};
     t.chunk = phase_channels_x % 64 == 0 ? 64 : int(phase_channels_x);
     t.chunks = int(phase_channels_x / t.chunk);
-    t.row_blocks = int(ceil_div(problem.dout_phase_channels * s.phases(), kRows));
-    t.n_over_taps = w.taps > 1, t.m_over_taps = h.taps > 1;
+    t.row_blocks = int(ceil_div(p.dout_phase_channels * s.phases(), kRows));
+    t.n_over_taps = w.taps > 1, t.m_over_taps = !joint && h.taps > 1, t.joint = joint;
     const int columns = t.n_over_taps ? w.taps : t.chunks, most = 192 / t.chunk;
     t.blocks = int(ceil_div(columns, ceil_div(columns, most)));
     t.block_n = t.blocks * t.chunk <= 64 ? 64 : t.blocks * t.chunk <= 128 ? 128 : 192;
-    t.groups_m = int(t.m_over_taps ? t.row_blocks : ceil_div(t.row_blocks, kConsumers));
+    t.groups_m = int(joint ? 1 : t.m_over_taps ? t.row_blocks : ceil_div(t.row_blocks, kConsumers));
     t.groups_n = int(t.n_over_taps ? t.chunks : ceil_div(t.chunks, t.blocks));
-    t.groups_h = int(t.m_over_taps ? ceil_div(h.taps, kConsumers) : h.taps);
+    t.groups_h = int(joint ? 1 : t.m_over_taps ? ceil_div(h.taps, kConsumers) : h.taps);
     t.groups_w = int(t.n_over_taps ? ceil_div(w.taps, t.blocks) : 1);
-    t.groups = s.axis[0].taps * t.groups_h * t.groups_w * t.groups_n * t.groups_m;
-    t.dout_boxes = t.m_over_taps ? 1 : kConsumers < t.row_blocks ? kConsumers : t.row_blocks;
-    t.x_boxes = t.n_over_taps ? 1 : t.block_n / t.chunk;
+    t.groups = (joint ? 1 : d.taps) * t.groups_h * t.groups_w * t.groups_n * t.groups_m;
+    t.dout_boxes = t.m_over_taps ? 1 : joint || t.row_blocks < kConsumers ? t.row_blocks : kConsumers;
+    t.x_boxes = joint ? d.taps : t.n_over_taps ? 1 : t.block_n / t.chunk;
+    t.items = 1;
+    if (!joint) return true;
+    const int jobs = t.row_blocks * d.taps * h.taps;
+    if (t.block_n * kMaxItems > 192 || jobs > 31) return false;
+    for (int job = 0; job < jobs; job++) t.live_jobs |= int(is_live(p, {job / h.taps / d.taps, job / h.taps % d.taps, job % h.taps})) << job;
+    t.items = kMaxItems;
+    return conv::count_bits(t.live_jobs) > kConsumers && conv::count_bits(t.live_jobs) <= kConsumers * kMaxItems;
+}
+
+// The boxes of least estimated time. False where none fit.
+inline bool cut_boxes(Problem& p, int shared_bytes) {
+    const Stencil& s = p.s;
+    const StencilAxis &h = s.axis[1], &w = s.axis[2];
+    Tiling& t = p.t;
+    const int halo_w = w.shift[w.taps - 1];
     int halo_h = 0;
-    for (int th = 0; t.m_over_taps && th < h.taps; th += kConsumers) {
-        const int last = th + kConsumers <= h.taps ? th + kConsumers - 1 : h.taps - 1, halo = h.shift[last] - h.shift[th];
+    for (int i = 0; i < t.groups_h; i++) {
+        Group g(t, s, 0);
+        g.th = i * kConsumers;
+        const int halo = t.m_over_taps || t.joint ? h.shift[last_tap_h(p, g)] - h.shift[g.th] : 0;
         halo_h = halo > halo_h ? halo : halo_h;
     }
     const int row_bytes = t.chunk * 2;
+    // Jobs of a block, and the cycles of one: bound by the tensor cores or by shared memory.
+    const int jobs = t.joint ? conv::count_bits(t.live_jobs) : t.m_over_taps ? (h.taps < kConsumers ? h.taps : kConsumers) : t.dout_boxes;
+    const double product = t.block_n / 2.0, operands = (kRows * 32 + t.block_n * 32) / 128.0;
+    Tiling best = {};
+    double best_time = 0;
     for (int strips = 1; strips <= 16 && strips <= w.positions; strips++)
     for (int rows = 1; rows <= h.positions && rows <= 64; rows++) {
         t.strips = strips, t.rows = rows;
@@ -3928,33 +3978,46 @@ inline Tiling choose_tiling(const Problem& problem, int64_t phase_channels_x, in
         const int64_t stage = t.dout_boxes * dout_bytes + t.x_boxes * x_bytes, stages = (shared_bytes - kHeadBytes) / stage;
         if (stages < 2) break;
         t.dout_bytes = int(dout_bytes), t.x_bytes = int(x_bytes), t.stage_bytes = int(stage), t.stages = int(stages < kMaxStages ? stages : kMaxStages);
-        // Cycles of a stage: the products, bound by the tensor cores or by shared memory, or the loads, at 18 bytes a cycle.
-        const int live = t.m_over_taps ? (h.taps < kConsumers ? h.taps : kConsumers) : t.dout_boxes;
-        const double product = t.block_n / 2.0, operands = (kRows * 32 + t.block_n * 32) / 128.0;
-        const double products = t.steps * live * (product > operands ? product : operands);
-        const double loads = (t.dout_boxes * double(rows) * t.tile_w * 128 + double(t.n_over_taps ? 1 : t.blocks) * box * row_bytes) / 18;
+        // Cycles of a stage: the products, or the loads, at 18 bytes a cycle.
+        const double products = t.steps * jobs * (product > operands ? product : operands);
+        const double loads = (t.dout_boxes * double(rows) * t.tile_w * 128 + double(x_boxes_of(t, Group(t, s, 0))) * box * row_bytes) / 18;
         const double time = ((products > loads ? products : loads) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
     }
-    if (best.block_n == 0) return best;
-    // Parts of GEMM_K that make full waves of blocks, as few as that takes.
-    Problem a = problem;
-    a.t = best;
+    t = best;
+    return t.block_n > 0;
+}
+
+// Parts of GEMM_K that make full waves of blocks, as few as that takes.
+inline int splits_of(const Problem& p, int multiprocessors) {
     int64_t live = 0, boxes = 0;
-    for (int group = 0; group < best.groups; group++) {
-        const Group g(best, s, group);
-        const int64_t count = Boxes(a, g.td).count;
-        if (is_live(a, g)) live++, boxes = count > boxes ? count : boxes;
+    for (int group = 0; group < p.t.groups; group++) {
+        const Group g(p.t, p.s, group);
+        const int64_t count = Boxes(p, g).count;
+        if (is_live(p, g)) live++, boxes = count > boxes ? count : boxes;
     }
     double best_waste = 1e30;
-    best.splits = 1;
+    int best = 1;
     for (int waves = 1; waves <= 4 && live > 0; waves++) {
         int64_t splits = int64_t(waves) * multiprocessors / live;
         splits = splits < 1 ? 1 : splits > boxes && boxes > 0 ? boxes : splits;
         const double waste = double(ceil_div(splits * live, multiprocessors)) / splits * (1 + 0.02 * waves);
-        if (waste < best_waste) best_waste = waste, best.splits = int(splits);
+        if (waste < best_waste) best_waste = waste, best = int(splits);
     }
     return best;
+}
+
+// The tiling; block_n 0 where none fits. A joint one, where there is one, reads least.
+inline Tiling choose_tiling(Problem p, int64_t phase_channels_x, int multiprocessors, int shared_bytes) {
+    const StencilAxis& w = p.s.axis[2];
+    for (int t = 1; t < w.taps; t++)
+        if (w.shift[t] - w.shift[t - 1] != step_w(p.s)) return {};
+    for (bool joint : {true, false}) {
+        if (!cut_products(p, phase_channels_x, joint) || !cut_boxes(p, shared_bytes)) continue;
+        p.t.splits = splits_of(p, multiprocessors);
+        return p.t;
+    }
+    return {};
 }
 
 // --------------------------------------------------------------------------------------------------------- Places
@@ -3969,27 +4032,57 @@ HOST_DEVICE Box box_of(const Problem& a, const Boxes& boxes, int index) {
     return b;
 }
 
-HOST_DEVICE int last_tap_h(const Problem& a, const Group& g) {    // of the group
-    const int last = tap_h(a.t, g, kConsumers - 1);
-    return last < a.s.axis[1].taps ? last : a.s.axis[1].taps - 1;
-}
-// Row and column of x that the first row of a group's box has, and the row of the box that a consumer's first block of columns begins with.
+// Row and column of x that the first row of a group's box has, and the row of the box that the first block of columns of a job begins with.
 HOST_DEVICE int first_row(const Problem& a, const Group& g) { return a.s.axis[1].first - a.s.axis[1].shift[last_tap_h(a, g)]; }
 HOST_DEVICE int first_column(const Problem& a) { return a.s.axis[2].first - a.s.axis[2].shift[a.s.axis[2].taps - 1]; }
-HOST_DEVICE int first_shift(const Problem& a, const Group& g, int consumer) {
+HOST_DEVICE int first_shift(const Problem& a, const Group& g, Job job) {
     const StencilAxis &ah = a.s.axis[1], &aw = a.s.axis[2];
-    return (ah.shift[last_tap_h(a, g)] - ah.shift[tap_h(a.t, g, consumer)]) * a.t.pitch + aw.shift[aw.taps - 1] - aw.shift[last_tap_w(a.t, a.s, g)];
+    return (ah.shift[last_tap_h(a, g)] - ah.shift[job.th]) * a.t.pitch + aw.shift[aw.taps - 1] - aw.shift[last_tap_w(a.t, a.s, g.tw)];
+}
+// Which boxes of a stage a job reads, of dout and the first of x; and what the latter has.
+HOST_DEVICE int dout_box_of(const Tiling& t, Job job, int consumer) { return t.joint ? job.row_block : t.m_over_taps ? 0 : consumer; }
+HOST_DEVICE int x_box_of(const Tiling& t, Job job) { return t.joint ? job.td : 0; }
+struct BoxOfX { int chunk, td; };
+HOST_DEVICE BoxOfX box_of_x(const Tiling& t, const Group& g, int box) { return t.joint ? BoxOfX{g.n, box} : BoxOfX{g.n + box, g.td}; }
+// From one block of columns to the next, where the joint's one block may be half of GEMM_N.
+HOST_DEVICE int block_bytes(const Tiling& t, const Stencil& s) { return t.n_over_taps ? step_w(s) * t.chunk * 2 : t.joint ? 0 : t.x_bytes; }
+
+// Where the sum for an element k of the kernel's volume is, whatever the channels: the first of the groups that have its taps; among the jobs of a row block, or the
+// consumer; block of columns; first row of GEMM_M.
+struct SumOfTap { int group, job, block, first_row; };
+HOST_DEVICE SumOfTap sum_of_tap(const Problem& a, int k) {
+    const Tiling& t = a.t;
+    const StencilAxis &ah = a.s.axis[1], &aw = a.s.axis[2];
+    const TapPhase place = place_of_kernel(a.s, k);
+    const int tw = place.tap % aw.taps, dh = place.tap / aw.taps, th = dh % ah.taps, td = dh / ah.taps;
+    const int group_w = t.n_over_taps ? tw / t.blocks : 0, group_h = t.joint ? 0 : t.m_over_taps ? th / kConsumers : th;
+    return {(((t.joint ? 0 : td) * t.groups_h + group_h) * t.groups_w + group_w) * t.groups_n * t.groups_m, t.joint ? dh : th % kConsumers,
+            t.n_over_taps ? last_tap_w(t, a.s, group_w * t.blocks) - tw : 0, place.phase * int(a.dout_phase_channels)};
 }
 
-// The element of dweight (C_in, C_out / groups, kernel) that a row and a column of a consumer have the sum of, or -1.
-HOST_DEVICE int64_t element_of(const Problem& a, const Group& g, int consumer, int row, int column) {
+// The same of an input channel, whatever the taps: what it adds to the group; block of columns; column.
+struct SumOfInput { int group, block, column; };
+HOST_DEVICE SumOfInput sum_of_input(const Problem& a, int ci) {
     const Tiling& t = a.t;
-    const int m = row_block(t, g, consumer) * kRows + row, phase = m / int(a.dout_phase_channels), co = m % int(a.dout_phase_channels), block = column / t.chunk;
-    const int tw = t.n_over_taps ? last_tap_w(t, a.s, g) - block : 0, ci = (g.n + (t.n_over_taps ? 0 : block)) * t.chunk + column % t.chunk;
-    if (phase >= a.s.phases() || co >= a.C_out || ci >= a.C_in || tw < g.tw || block >= t.blocks) return -1;
-    const int k = kernel_index(a.s, (g.td * a.s.axis[1].taps + tap_h(t, g, consumer)) * a.s.axis[2].taps + tw, phase);
-    const int group_in = int(a.C_in / a.groups), group_out = int(a.C_out / a.groups);
-    return k >= 0 && ci / group_in == co / group_out ? (int64_t(ci) * group_out + co % group_out) * kernel_volume(a.s) + k : -1;
+    const int chunk = ci / t.chunk, n = t.n_over_taps ? chunk : chunk / t.blocks;
+    return {n * t.groups_m, t.n_over_taps ? 0 : chunk - n * t.blocks, ci - chunk * t.chunk};
+}
+
+// Of which group, consumer and item, in which row and column the sum for an output channel is.
+struct Sum { int group, consumer, item, row, column; };
+HOST_DEVICE Sum sum_of(const Problem& a, const SumOfTap& tap, const SumOfInput& input, int co) {
+    const Tiling& t = a.t;
+    const int m = tap.first_row + co, row_block = m / kRows;
+    Sum sum = {tap.group + input.group, 0, 0, m % kRows, (tap.block + input.block) * t.chunk + input.column};
+    if (t.joint) {
+        const int job = row_block * a.s.axis[0].taps * a.s.axis[1].taps + tap.job, live = conv::count_bits(t.live_jobs & ((1 << job) - 1));
+        sum.consumer = live % kConsumers, sum.item = live / kConsumers;
+    } else if (t.m_over_taps) {
+        sum.group += row_block, sum.consumer = tap.job;
+    } else {
+        sum.group += row_block / kConsumers, sum.consumer = row_block % kConsumers;
+    }
+    return sum;
 }
 
 }  // namespace dweight
@@ -4018,10 +4111,18 @@ constexpr int kChain = 32768;
 struct Parameters {
     Problem p;
     const scaled_half::SampleMax *x_max, *dout_max;    // (N)
-    float* partial;                    // (splits, groups, kConsumers, block_n / 8, 128, 4): a thread's sums, four by four
+    float* partial;                    // (splits, groups, kConsumers, items, block_n / 8, 128, 4): a thread's sums, four by four
 };
 
-inline int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * kConsumers * kRows * t.block_n; }
+HOST_DEVICE int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * kConsumers * t.items * kRows * t.block_n; }
+
+// A thread has rows r and r + 8, two neighbours of every eight columns: sums 4i and 4i + 1 the first row's, 4i + 2 and 4i + 3 the second's. Vector v of scratch memory has
+// four sums of one row, which are in two columns' eights, the first at sum_at(v), so that neighbours have 16 columns of a row.
+HOST_DEVICE constexpr int sum_at(int v) { return v / 2 * 8 + v % 2 * 2; }
+HOST_DEVICE int place_in_partial(const Tiling& t, const Sum& s) {
+    const int item = (s.group * kConsumers + s.consumer) * t.items + s.item, vector = s.column / 16 * 2 + s.row / 8 % 2, thread = s.row / 16 * 32 + s.row % 8 * 4 + s.column % 8 / 2;
+    return ((item * (t.block_n / 8) + vector) * 128 + thread) * 4 + s.column / 8 % 2 * 2 + s.column % 2;
+}
 
 // Scales a sum back by 2^-shift_a and 2^-shift_b, in an order in which nothing overflows.
 struct ScaleBack {
@@ -4030,36 +4131,78 @@ struct ScaleBack {
     __device__ __forceinline__ float operator()(float sum) const { return sum * small * large; }
 };
 
-// dweight (C_in, C_out / groups, kernel) from the parts' sums. A thread has the four that one of the kernel above had.
-template <typename T> __global__ void __launch_bounds__(128) add_parts_kernel(const __grid_constant__ Parameters a, T* __restrict__ dweight) {
-    wait_for_previous_kernel();
-    const Tiling& t = a.p.t;
-    const int quads = t.block_n / 8, quad = blockIdx.x % quads, consumer = blockIdx.x / quads % kConsumers, index = blockIdx.x / quads / kConsumers;
-    const Group g(t, a.p.s, index);
-    if (!is_live(a.p, g, consumer)) return;
-    const float4* partial = reinterpret_cast<const float4*>(a.partial) + ((int64_t(index) * kConsumers + consumer) * quads + quad) * 128 + threadIdx.x;
-    const int64_t stride = int64_t(t.groups) * kConsumers * quads * 128;
-    double sums[4] = {};
-#pragma unroll 4
-    for (int split = 0; split < t.splits; split++) {
-        const float4 v = partial[split * stride];
-        sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
-    }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// Adds a vector's sums to those before, if there are any.
+__device__ __forceinline__ void add_sums(float4& sums, bool first, const ScaleBack& back, const float* d) {
+    const float4 before = first ? make_float4(0, 0, 0, 0) : sums;
+    sums = make_float4(before.x + back(d[0]), before.y + back(d[1]), before.z + back(d[4]), before.w + back(d[5]));
+}
+
+constexpr int kAddThreads = 256, kAddInputs = 16, kAddFloats = 8192, kAddBlocks = 256;    // kAddBlocks: fewer would leave multiprocessors idle
+constexpr int kMostVolume = kMaxTaps * kMaxTaps * kMaxTaps;
+
+// 2^added_outputs output channels of a block. Neighbouring rows of shared memory begin in different banks.
+HOST_DEVICE int added_row(int outputs, int volume) { return (volume << outputs) | 1; }
+inline int added_outputs(const Problem& p) {
+    const int64_t inputs = ceil_div(p.C_in, kAddInputs), group_out = p.C_out / p.groups;
+    int outputs = 6;
+    while (outputs > 0 && (added_row(outputs, kernel_volume(p.s)) * kAddInputs > kAddFloats || inputs * ceil_div(group_out, 1 << outputs) < kAddBlocks)) outputs--;
+    return outputs;
+}
+
+// A thread's share of a block's sums over the parts, kEach elements at a time, for each of them kParts parts at a time: so much is under way.
+template <int kEach, int kParts, typename F, typename G> __device__ __forceinline__ void gather(const Parameters& a, int count, F from, G to) {
+    const int64_t stride = partial_count(a.p.t) / a.p.t.splits;
+    for (int first = threadIdx.x; first < count; first += kEach * kAddThreads) {
+        const float* partial[kEach];
+        double sums[kEach] = {};
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-        const int64_t element = element_of(a.p, g, consumer, warp * 16 + lane / 4 + e / 2 * 8, quad * 8 + lane % 4 * 2 + e % 2);
-        if (element >= 0) dweight[element] = from_acc<T>(float(sums[e]));
+        for (int e = 0; e < kEach; e++) partial[e] = a.partial + from(first + e * kAddThreads);
+#pragma unroll kParts
+        for (int split = 0; split < a.p.t.splits; split++)
+#pragma unroll
+            for (int e = 0; e < kEach; e++) sums[e] += partial[e][split * stride];
+#pragma unroll
+        for (int e = 0; e < kEach; e++) to(first + e * kAddThreads, float(sums[e]));
     }
 }
 
+// dweight (C_in, C_out / groups, kernel) from the parts' sums. A block has kAddInputs input channels and 2^outputs output channels with their whole kernels, which
+// are neighbours in memory; threads gather sums, neighbouring ones of neighbouring input channels, and put them together in shared memory.
+template <typename T> __global__ void __launch_bounds__(kAddThreads) add_parts_kernel(const __grid_constant__ Parameters a, int outputs, T* __restrict__ dweight) {
+    __shared__ SumOfTap taps[kMostVolume];
+    __shared__ float values[kAddFloats];
+    const int volume = kernel_volume(a.p.s), group_in = int(a.p.C_in / a.p.groups), group_out = int(a.p.C_out / a.p.groups), output_tiles = (group_out + (1 << outputs) - 1) >> outputs;
+    const int ci0 = blockIdx.x / output_tiles * kAddInputs, co0 = blockIdx.x % output_tiles << outputs, row = added_row(outputs, volume);
+    const int inputs = min(kAddInputs, int(a.p.C_in) - ci0), last_output = min(1 << outputs, group_out - co0) - 1, count = volume * kAddInputs << outputs;
+    for (int k = threadIdx.x; k < volume; k += kAddThreads) taps[k] = sum_of_tap(a.p, k);
+    wait_for_previous_kernel();
+    __syncthreads();
+    // Element i: input channel, the thread's own; output channel; k. Where there is none: one of the others.
+    const int input = threadIdx.x % kAddInputs, ci = ci0 + min(input, inputs - 1), co = ci / group_in * group_out + co0;
+    const SumOfInput sum_input = sum_of_input(a.p, ci);
+    const auto from = [&](int i) {
+        const int at = i / kAddInputs, k = at >> outputs, output = at - (k << outputs);
+        return place_in_partial(a.p.t, sum_of(a.p, taps[min(k, volume - 1)], sum_input, co + min(output, last_output)));
+    };
+    const auto to = [&](int i, float sum) {
+        const int at = i / kAddInputs, k = at >> outputs, output = at - (k << outputs);
+        if (k < volume) values[input * row + output * volume + k] = sum;
+    };
+    if (a.p.t.splits > 8) gather<1, 16>(a, count, from, to);
+    else gather<8, 2>(a, count, from, to);
+    __syncthreads();
+    const int floats = (last_output + 1) * volume;
+    for (int input = threadIdx.x / 32; input < inputs; input += kAddThreads / 32)
+        for (int i = threadIdx.x % 32; i < floats; i += 32) dweight[(int64_t(ci0 + input) * group_out + co0) * volume + i] = from_acc<T>(values[input * row + i]);
+}
+
 inline int add_parts(const Parameters& a, int dtype, void* dweight, cudaStream_t stream) {
-    const Tiling& t = a.p.t;
-    const int64_t blocks = int64_t(t.groups) * kConsumers * (t.block_n / 8);
+    const int outputs = added_outputs(a.p);
+    const int64_t blocks = ceil_div(a.p.C_in, kAddInputs) * ceil_div(a.p.C_out / a.p.groups, 1 << outputs);
     switch (dtype) {
-        case kFloat32: return launch(add_parts_kernel<float>, blocks, 128, stream, a, static_cast<float*>(dweight));
-        case kFloat16: return launch(add_parts_kernel<__half>, blocks, 128, stream, a, static_cast<__half*>(dweight));
-        case kBFloat16: return launch(add_parts_kernel<__nv_bfloat16>, blocks, 128, stream, a, static_cast<__nv_bfloat16*>(dweight));
+        case kFloat32: return launch(add_parts_kernel<float>, blocks, kAddThreads, stream, a, outputs, static_cast<float*>(dweight));
+        case kFloat16: return launch(add_parts_kernel<__half>, blocks, kAddThreads, stream, a, outputs, static_cast<__half*>(dweight));
+        case kBFloat16: return launch(add_parts_kernel<__nv_bfloat16>, blocks, kAddThreads, stream, a, outputs, static_cast<__nv_bfloat16*>(dweight));
     }
     return cudaErrorInvalidValue;
 }
@@ -4725,8 +4868,7 @@ FORWARD_LAUNCHERS(sm80, conv_sm80::Path)
 _SOURCES['dweight_sm80.cuh'] = r'''
 // dweight.cuh by mma.sync, from sm_80 up.
 //
-// A block is 3 warpgroups, which share x and dout and have neighbouring taps h, or, where there is one tap h, neighbouring 64 rows of
-// GEMM_M. Each of a warpgroup's four warps has all of its 64 rows and a quarter of GEMM_N. A block of the grid is one group of taps and
+// A block is 3 warpgroups, which share x and dout and the work as in dweight_sm90.cuh. Each of a warpgroup's four warps has all of its 64 rows and a quarter of GEMM_N. A block of the grid is one group of taps and
 // channels and one part of GEMM_K. All threads load, by cp.async through a ring of stages; dout has zeros between its rows and behind
 // them, where x has its halo or what was there before.
 #pragma once
@@ -4768,13 +4910,16 @@ __device__ __forceinline__ void load_stage(const Operands& o, const Group& g, co
     const Problem& p = o.a.p;
     const Tiling& t = p.t;
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int dout_boxes = min(t.dout_boxes, t.row_blocks - g.m), x_boxes = t.n_over_taps ? 1 : min(t.blocks, t.chunks - g.n);
-    const __half* x = o.x + (int64_t(b.n) * ad.sources + ad.first + b.d - ad.shift[g.td]) * ah.sources * aw.sources * o.x_pitch;
-    for (int j = 0; j < x_boxes; j++)
-        load_rows(stage + t.dout_boxes * t.dout_bytes + j * t.x_bytes, {x + (g.n + j) * t.chunk, o.x_pitch, ah.sources, aw.sources, t.chunk},
+    for (int j = 0; j < x_boxes_of(t, g); j++) {
+        const BoxOfX box = box_of_x(t, g, j);
+        const int d = ad.first + b.d - ad.shift[box.td];    // outside of x, with a joint group: zeros
+        const bool inside = d >= 0 && d < ad.sources;
+        const __half* x = o.x + (int64_t(b.n) * ad.sources + (inside ? d : 0)) * ah.sources * aw.sources * o.x_pitch + box.chunk * t.chunk;
+        load_rows(stage + t.dout_boxes * t.dout_bytes + j * t.x_bytes, {x, o.x_pitch, inside ? ah.sources : 0, aw.sources, t.chunk},
                   first_row(p, g) + b.h0, first_column(p) + b.w0, t.box_rows * t.pitch, t.pitch, t.pitch, t.chunk * 2);
+    }
     const __half* dout = o.dout + (int64_t(b.n) * ad.positions + b.d) * ah.positions * aw.positions * o.dout_pitch;
-    for (int j = 0; j < dout_boxes; j++)
+    for (int j = 0; j < dout_boxes_of(t, g); j++)
         load_rows(stage + j * t.dout_bytes, {dout + (g.m + j) * kRows, o.dout_pitch, min(ah.positions, b.h0 + t.rows), aw.positions, o.dout_pitch - (g.m + j) * kRows},
                   b.h0, b.w0, t.steps * 16, t.tile_w, t.pitch, kRows * 2);
 }
@@ -4782,7 +4927,7 @@ __device__ __forceinline__ void load_stage(const Operands& o, const Group& g, co
 // --------------------------------------------------------------------------------------------------------- Kernel
 
 // Grid: (group, split), groups fastest, so that the blocks which read the same boxes run together.
-template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_kernel(const __grid_constant__ Operands o) {
+template <int kBlockN, int kItems> __global__ void __launch_bounds__(kThreads, 1) dweight_kernel(const __grid_constant__ Operands o) {
     wait_for_previous_kernel();
     extern __shared__ __align__(1024) uint8_t stages[];
     const Parameters& a = o.a;
@@ -4793,40 +4938,49 @@ template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_ke
     for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);
     __syncthreads();
 
-    const Boxes boxes(a.p, g.td);
-    const int begin = int(int64_t(boxes.count) * split / t.splits), end = int(int64_t(boxes.count) * (split + 1) / t.splits);
+    const Boxes boxes(a.p, g);
+    const int begin = boxes.begin_of(t, split), end = boxes.begin_of(t, split + 1);
     const int consumer = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const bool live = is_live(a.p, g, consumer);
+    const int items = items_of(a.p, g, consumer);
 
     // Where this lane's rows of 8 x 8 matrices begin in a stage: 8 positions, 8 rows of GEMM_M or columns of GEMM_N.
     constexpr int kColumns = kBlockN / kColumnWarps;
     const int row_bytes = t.chunk * 2, matrix = lane / 8;
-    uint32_t dout_at[4], x_at[kColumns / 16];
+    uint32_t dout_at[kItems][4], x_at[kItems][kColumns / 16];
 #pragma unroll
-    for (int m = 0; m < 4; m++) dout_at[m] = (t.m_over_taps ? 0 : consumer) * t.dout_bytes + swizzled(matrix / 2 * 8 + lane % 8, m * 2 + matrix % 2, kRows * 2);
+    for (int i = 0; i < kItems; i++) {
+        const Job job = job_of(a.p, g, consumer, min(i, max(items - 1, 0)));
 #pragma unroll
-    for (int j = 0; j < kColumns / 16; j++) {
-        const int column = warp * kColumns + j * 16, block = column / t.chunk, piece = column % t.chunk / 8 + matrix / 2;
-        const int row = (live ? first_shift(a.p, g, consumer) : 0) + (t.n_over_taps ? block * step_w(a.p.s) : 0) + matrix % 2 * 8 + lane % 8;
-        x_at[j] = t.dout_boxes * t.dout_bytes + (t.n_over_taps ? 0 : block * t.x_bytes) + swizzled(row, piece, row_bytes);
+        for (int m = 0; m < 4; m++) dout_at[i][m] = dout_box_of(t, job, consumer) * t.dout_bytes + swizzled(matrix / 2 * 8 + lane % 8, m * 2 + matrix % 2, kRows * 2);
+#pragma unroll
+        for (int j = 0; j < kColumns / 16; j++) {
+            const int column = warp * kColumns + j * 16, block = column / t.chunk, piece = column % t.chunk / 8 + matrix / 2;
+            const int row = (items > 0 ? first_shift(a.p, g, job) : 0) + (t.n_over_taps ? block * step_w(a.p.s) : 0) + matrix % 2 * 8 + lane % 8;
+            x_at[i][j] = t.dout_boxes * t.dout_bytes + x_box_of(t, job) * t.x_bytes + (t.n_over_taps ? 0 : block * block_bytes(t, a.p.s)) + swizzled(row, piece, row_bytes);
+        }
     }
 
-    float d[4][kColumns / 8][4] = {};
-    float4* partial = reinterpret_cast<float4*>(a.partial) + ((int64_t(split) * t.groups + index) * kConsumers + consumer) * (kBlockN / 8 * 128);
+    float d[kItems][4][kColumns / 8][4] = {};
+    float4* partial = reinterpret_cast<float4*>(a.partial) + ((int64_t(split) * t.groups + index) * kConsumers + consumer) * t.items * (kBlockN / 8 * 128);
     bool first = true;
     int sample = -1, shift_x = 0, shift_dout = 0, chain = 0;
+    // Adds the sums to scratch memory, scaled back, and clears them.
     auto flush = [&] {
         const ScaleBack back(shift_x, shift_dout);
 #pragma unroll
-        for (int m = 0; m < 4; m++)
+        for (int i = 0; i < kItems; i++) {
 #pragma unroll
-            for (int j = 0; j < kColumns / 8; j++) {
-                float4& sum = partial[(warp * (kColumns / 8) + j) * 128 + m * 32 + lane];
-                const float4 before = first ? make_float4(0, 0, 0, 0) : sum;
-                sum = make_float4(before.x + back(d[m][j][0]), before.y + back(d[m][j][1]), before.z + back(d[m][j][2]), before.w + back(d[m][j][3]));
+            for (int m = 0; m < 4; m++) {
+                float4* sums = partial + (i * (kBlockN / 8) + warp * (kColumns / 8)) * 128 + m * 32 + lane;
 #pragma unroll
-                for (int e = 0; e < 4; e++) d[m][j][e] = 0.0f;
+                for (int j = 0; j < kColumns / 8; j++)
+                    if (i < items) add_sums(sums[j * 128], first, back, &d[i][m][0][0] + sum_at(j));
+#pragma unroll
+                for (int j = 0; j < kColumns / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) d[i][m][j][e] = 0.0f;
             }
+        }
         first = false, chain = 0;
     };
     const uint32_t base = shared_address(stages);
@@ -4849,19 +5003,22 @@ template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_ke
         const int next = i + t.stages - 1;
         if (next < end) load_stage(o, g, box_of(a.p, boxes, next), base + (next - begin) % t.stages * t.stage_bytes);
         cp_async_commit_group();
-        if (!live) continue;
         const uint32_t stage = base + (i - begin) % t.stages * t.stage_bytes;
+#pragma unroll
+        for (int item = 0; item < kItems; item++) {
+            if (item >= items) break;
 #pragma unroll 1
-        for (int step = 0; step < t.steps; step++) {
-            uint32_t dout[4][4], x[kColumns / 16][4];
+            for (int step = 0; step < t.steps; step++) {
+                uint32_t dout[4][4], x[kColumns / 16][4];
 #pragma unroll
-            for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4_transposed(x[j], stage + x_at[j] + step * 16 * row_bytes);
+                for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4_transposed(x[j], stage + x_at[item][j] + step * 16 * row_bytes);
 #pragma unroll
-            for (int m = 0; m < 4; m++) ldmatrix_x4_transposed(dout[m], stage + dout_at[m] + step * 16 * kRows * 2);
+                for (int m = 0; m < 4; m++) ldmatrix_x4_transposed(dout[m], stage + dout_at[item][m] + step * 16 * kRows * 2);
 #pragma unroll
-            for (int m = 0; m < 4; m++)
+                for (int m = 0; m < 4; m++)
 #pragma unroll
-                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(d[m][j], dout[m], x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
+                    for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(d[item][m][j], dout[m], x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
+            }
         }
     }
     flush();
@@ -4869,17 +5026,17 @@ template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_ke
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
-template <int kBlockN> int launch_dweight(const Operands& o, cudaStream_t stream) {
+template <int kBlockN, int kItems = 1> int launch_dweight(const Operands& o, cudaStream_t stream) {
     const Tiling& t = o.a.p.t;
     const int shared = t.stages * t.stage_bytes;
-    return launch_with_shared(dweight_kernel<kBlockN>, t.groups * t.splits, kThreads, shared, stream, o);
+    return launch_with_shared(dweight_kernel<kBlockN, kItems>, t.groups * t.splits, kThreads, shared, stream, o);
 }
 
 // dweight from packed x and dout.
 inline int differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
     const Operands o = {a, x.copy, dout.copy, int(x.phase_channels), int(dout.phase_channels) * dout.phases()};
     switch (a.p.t.block_n) {
-        case 64: RETURN_IF_ERROR(launch_dweight<64>(o, stream)); break;
+        case 64: RETURN_IF_ERROR((a.p.t.joint ? launch_dweight<64, kMaxItems>(o, stream) : launch_dweight<64>(o, stream))); break;
         case 128: RETURN_IF_ERROR(launch_dweight<128>(o, stream)); break;
         default: RETURN_IF_ERROR(launch_dweight<192>(o, stream)); break;
     }
@@ -6211,9 +6368,9 @@ _SOURCES['dweight_sm90.cuh'] = r'''
 // dweight.cuh on Hopper.
 //
 // A block is 1 producer and 3 consumer warpgroups. The consumers share x and dout and have neighbouring taps h, or, where there
-// is one tap h, neighbouring 64 rows of GEMM_M. A block of the grid is one group of taps and channels and one part of GEMM_K; the
-// parts' sums go to scratch memory and are added in a fixed order. dout has zeros between its rows, where x has its halo.
-//
+// is one tap h, neighbouring 64 rows of GEMM_M; or, where channels are few, they share out all rows of GEMM_M and all taps (d, h). A block
+// of the grid is one group of taps and channels and one part of GEMM_K; the parts' sums go to scratch memory and are added in a fixed order.
+// dout has zeros between its rows, where x has its halo.
 #pragma once
 
 #include "conv_launch_sm90.cuh"
@@ -6224,7 +6381,7 @@ namespace dweight_sm90 {
 using namespace dweight;
 
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 152;
+constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
 // Behind the last stage: compute-sanitizer takes the blocks of columns of an operand, which overlap, for neighbours in memory, and would see them read there.
 constexpr int kTailBytes = 4096;
 static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 65536, "the register file of a multiprocessor");
@@ -6236,21 +6393,25 @@ struct SharedHead { uint64_t full[kMaxStages], empty[kMaxStages]; };
 #ifdef HAS_SM90A
 
 // One thread: loads the boxes from `begin` to `end`.
-__device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& x_map, const CUtensorMap& dout_map, SharedHead& head, uint8_t* stages, const Group& g, const Boxes& boxes, int begin, int end) {
+__device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& x_map, const CUtensorMap& dout_map, SharedHead& head, uint8_t* stages, const Group& g, int split) {
     const Tiling& t = a.p.t;
     const StencilAxis& ad = a.p.s.axis[0];
     const int row0 = first_row(a.p, g), column0 = first_column(a.p);
-    const int dout_boxes = min(t.dout_boxes, t.row_blocks - g.m), x_boxes = t.n_over_taps ? 1 : min(t.blocks, t.chunks - g.n);
+    const Boxes boxes(a.p, g);
+    const int dout_boxes = dout_boxes_of(t, g), x_boxes = x_boxes_of(t, g);
     const int bytes = dout_boxes * t.rows * t.tile_w * kRows * 2 + x_boxes * t.box_rows * t.pitch * t.chunk * 2;
     RingPosition stage;
-    for (int i = begin; i < end; i++) {
+    const int end = boxes.begin_of(t, split + 1);
+    for (int i = boxes.begin_of(t, split); i < end; i++) {
         const Box b = box_of(a.p, boxes, i);
         uint8_t* base = stages + stage.stage * t.stage_bytes;
         uint64_t* full = head.full + stage.stage;
         mbarrier_wait(head.empty + stage.stage, stage.phase ^ 1);
         mbarrier_arrive_expect_tx(full, bytes);
-        for (int j = 0; j < x_boxes; j++)
-            tma_load_5d(base + t.dout_boxes * t.dout_bytes + j * t.x_bytes, &x_map, full, (g.n + j) * t.chunk, column0 + b.w0, row0 + b.h0, ad.first + b.d - ad.shift[g.td], b.n);
+        for (int j = 0; j < x_boxes; j++) {
+            const BoxOfX x = box_of_x(t, g, j);
+            tma_load_5d(base + t.dout_boxes * t.dout_bytes + j * t.x_bytes, &x_map, full, x.chunk * t.chunk, column0 + b.w0, row0 + b.h0, ad.first + b.d - ad.shift[x.td], b.n);
+        }
         for (int j = 0; j < dout_boxes; j++)
             for (int row = 0; row < t.rows; row++)
                 tma_load_5d(base + j * t.dout_bytes + row * t.pitch * kRows * 2, &dout_map, full, (g.m + j) * kRows, b.w0, b.h0 + row, b.d, b.n);
@@ -6258,59 +6419,67 @@ __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& 
     }
 }
 
-// Adds a thread's sums to scratch memory, scaled back by 2^-shift_a and 2^-shift_b, and clears them.
-template <int kBlockN> __device__ __forceinline__ void flush(float (&d)[kBlockN / 2], float4* partial, bool first, int shift_a, int shift_b) {
-    const ScaleBack back(shift_a, shift_b);
-#pragma unroll
-    for (int i = 0; i < kBlockN / 8; i++) {
-        const float4 before = first ? make_float4(0, 0, 0, 0) : partial[i * 128];
-        partial[i * 128] = make_float4(before.x + back(d[i * 4]), before.y + back(d[i * 4 + 1]), before.z + back(d[i * 4 + 2]), before.w + back(d[i * 4 + 3]));
-    }
-#pragma unroll
-    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
-}
-
-template <int kBlockN>
-__device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, uint8_t* stages, const Group& g, const Boxes& boxes, int begin, int end, float4* partial, int consumer) {
+template <int kBlockN, int kItems>
+__device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, uint8_t* stages, const Group& g, int split, float4* partial, int consumer) {
     const Tiling& t = a.p.t;
-    const bool live = is_live(a.p, g, consumer);
-    const int row_bytes = t.chunk * 2;
-    const uint64_t dout_descriptor = wgmma_descriptor_base(kRows * 2), x_descriptor = wgmma_descriptor_base(row_bytes, t.n_over_taps ? step_w(a.p.s) * row_bytes : t.x_bytes);
-    const uint32_t dout_base = shared_vector(stages + (t.m_over_taps ? 0 : consumer) * t.dout_bytes);
-    const uint32_t x_base = live ? shared_vector(stages + t.dout_boxes * t.dout_bytes + first_shift(a.p, g, consumer) * row_bytes) : 0;
-    const bool elected = threadIdx.x % 32 == 0;
-    float d[kBlockN / 2];
+    const int items = items_of(a.p, g, consumer), row_bytes = t.chunk * 2;
+    const uint64_t dout_descriptor = wgmma_descriptor_base(kRows * 2), x_descriptor = wgmma_descriptor_base(row_bytes, block_bytes(t, a.p.s));
+    uint32_t dout_base[kItems] = {}, x_base[kItems] = {};    // in the first stage
 #pragma unroll
-    for (int i = 0; i < kBlockN / 2; i++) d[i] = 0.0f;
+    for (int i = 0; i < kItems; i++) {    // a consumer with fewer jobs has its last one several times
+        if (items == 0) break;
+        const Job job = job_of(a.p, g, consumer, min(i, items - 1));
+        dout_base[i] = shared_vector(stages + dout_box_of(t, job, consumer) * t.dout_bytes);
+        x_base[i] = shared_vector(stages + t.dout_boxes * t.dout_bytes + x_box_of(t, job) * t.x_bytes + first_shift(a.p, g, job) * row_bytes);
+    }
+    const bool elected = threadIdx.x % 32 == 0;
+    float d[kItems][kBlockN / 2];
+#pragma unroll
+    for (int i = 0; i < kItems; i++)
+#pragma unroll
+        for (int j = 0; j < kBlockN / 2; j++) d[i][j] = 0.0f;
     RingPosition stage;
-    int sample = -1, shift_x = 0, shift_dout = 0, reading = -1;    // the stage that wgmma groups in flight read
-    int chain = 0;
+    const Boxes boxes(a.p, g);
+    const int begin = boxes.begin_of(t, split), end = boxes.begin_of(t, split + 1), sample_boxes = boxes.count / int(a.p.N);
+    int sample_end = begin, shift_x = 0, shift_dout = 0, chain = 0, reading = -1;    // the stage that wgmma groups in flight read
     bool first = true;
+    // Adds the sums to scratch memory, scaled back, and clears them.
     auto finish = [&] {
         wgmma_wait_group<0>();
 #pragma unroll
-        for (int i = 0; i < kBlockN / 2; i++) keep_after(d[i]);
+        for (int i = 0; i < kItems; i++)
+#pragma unroll
+            for (int j = 0; j < kBlockN / 2; j++) keep_after(d[i][j]);
         if (elected && reading >= 0) mbarrier_arrive(head.empty + reading);
         reading = -1;
-        flush<kBlockN>(d, partial, first, shift_x, shift_dout);
+        const ScaleBack back(shift_x, shift_dout);
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {
+#pragma unroll
+            for (int j = 0; j < kBlockN / 8; j++) add_sums(partial[(i * (kBlockN / 8) + j) * 128], first, back, &d[i][sum_at(j)]);
+#pragma unroll
+            for (int j = 0; j < kBlockN / 2; j++) d[i][j] = 0.0f;
+        }
         first = false, chain = 0;
     };
     for (int i = begin; i < end; i++) {
-        const int n = box_of(a.p, boxes, i).n;
-        if (n != sample) {
-            const int next_x = scaled_half::shift_of(a.x_max[n]), next_dout = scaled_half::shift_of(a.dout_max[n]);
-            if (sample >= 0 && (next_x != shift_x || next_dout != shift_dout)) finish();
-            sample = n, shift_x = next_x, shift_dout = next_dout;
+        if (i == sample_end) {
+            const int n = i / sample_boxes, next_x = scaled_half::shift_of(a.x_max[n]), next_dout = scaled_half::shift_of(a.dout_max[n]);
+            if (i > begin && (next_x != shift_x || next_dout != shift_dout)) finish();
+            sample_end = (n + 1) * sample_boxes, shift_x = next_x, shift_dout = next_dout;
         }
         if (chain >= kChain) finish();
         chain += t.steps * 16;
         mbarrier_wait(head.full + stage.stage, stage.phase);
-        if (live) {
-            const uint32_t dout = dout_base + stage.stage * t.stage_bytes / 16, x = x_base + stage.stage * t.stage_bytes / 16;
+        if (items > 0) {
+            const uint32_t at = stage.stage * t.stage_bytes / 16;
             wgmma_fence();
 #pragma unroll 1
-            for (int step = 0; step < t.steps; step++)
-                wgmma_m64k16_f16<1>(d, wgmma_descriptor(dout_descriptor, dout + step * kRows * 2), wgmma_descriptor(x_descriptor, x + step * row_bytes));
+            for (int step = 0; step < t.steps; step++) {
+                const uint32_t dout_offset = at + step * kRows * 2, x_offset = at + step * row_bytes;
+#pragma unroll
+                for (int item = 0; item < kItems; item++) wgmma_m64k16_f16<1>(d[item], wgmma_descriptor(dout_descriptor, dout_base[item] + dout_offset), wgmma_descriptor(x_descriptor, x_base[item] + x_offset));
+            }
             wgmma_commit_group();
             wgmma_wait_group<1>();
         }
@@ -6324,7 +6493,7 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, u
 #endif  // HAS_SM90A
 
 // Grid: (group, split), groups fastest, so that the blocks which read the same boxes run together.
-template <int kBlockN>
+template <int kBlockN, int kItems>
 __global__ void __launch_bounds__(kThreads, 1)
 dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ Parameters a) {
 #ifdef HAS_SM90A
@@ -6346,25 +6515,23 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
     __syncthreads();
     wait_for_previous_kernel();
 
-    const Boxes boxes(a.p, g.td);
-    const int begin = int(int64_t(boxes.count) * split / t.splits), end = int(int64_t(boxes.count) * (split + 1) / t.splits);
     if (threadIdx.x < 128) {
         setmaxnreg_dec<kProducerRegisters>();
-        if (threadIdx.x == 0) produce(a, x_map, dout_map, head, stages, g, boxes, begin, end);
+        if (threadIdx.x == 0) produce(a, x_map, dout_map, head, stages, g, split);
     } else {
         setmaxnreg_inc<kConsumerRegisters>();
         const int consumer = threadIdx.x / 128 - 1;
-        float4* partial = reinterpret_cast<float4*>(a.partial) + ((int64_t(split) * t.groups + index) * kConsumers + consumer) * (kBlockN / 8 * 128) + threadIdx.x % 128;
-        consume<kBlockN>(a, head, stages, g, boxes, begin, end, partial, consumer);
+        float4* partial = reinterpret_cast<float4*>(a.partial) + ((int64_t(split) * t.groups + index) * kConsumers + consumer) * t.items * (kBlockN / 8 * 128) + threadIdx.x % 128;
+        consume<kBlockN, kItems>(a, head, stages, g, split, partial, consumer);
     }
 #endif
 }
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
-template <int kBlockN> int launch_dweight(const CUtensorMap& x_map, const CUtensorMap& dout_map, const Parameters& a, cudaStream_t stream) {
+template <int kBlockN, int kItems = 1> int launch_dweight(const CUtensorMap& x_map, const CUtensorMap& dout_map, const Parameters& a, cudaStream_t stream) {
     const int shared = kHeadBytes + a.p.t.stages * a.p.t.stage_bytes + kTailBytes;
-    return launch_with_shared(dweight_kernel<kBlockN>, a.p.t.groups * a.p.t.splits, kThreads, shared, stream, x_map, dout_map, a);
+    return launch_with_shared(dweight_kernel<kBlockN, kItems>, a.p.t.groups * a.p.t.splits, kThreads, shared, stream, x_map, dout_map, a);
 }
 
 // dweight from packed x and dout.
@@ -6375,7 +6542,7 @@ inline int differentiate(const Parameters& a, const scaled_half::Activation& x, 
     RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(t.chunk * 2), x.copy, {x.phase_channels, axis[2].sources, axis[1].sources, axis[0].sources, a.p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
     RETURN_IF_ERROR(make_tensor_map<5>(&dout_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(kRows * 2), dout.copy, {dout.phase_channels * dout.phases(), axis[2].positions, axis[1].positions, axis[0].positions, a.p.N}, {kRows, t.tile_w, 1, 1, 1}));
     switch (t.block_n) {
-        case 64: RETURN_IF_ERROR(launch_dweight<64>(x_map, dout_map, a, stream)); break;
+        case 64: RETURN_IF_ERROR((t.joint ? launch_dweight<64, kMaxItems>(x_map, dout_map, a, stream) : launch_dweight<64>(x_map, dout_map, a, stream))); break;
         case 128: RETURN_IF_ERROR(launch_dweight<128>(x_map, dout_map, a, stream)); break;
         default: RETURN_IF_ERROR(launch_dweight<192>(x_map, dout_map, a, stream)); break;
     }

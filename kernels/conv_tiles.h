@@ -81,12 +81,6 @@ HOST_DEVICE SourcePhase first_phase_of(const Problem& p, int part_k) {
 // Bit t: tap t has weights in some row of a row tile.
 HOST_DEVICE int live_taps(const StencilAxis& a, bool packed, int phase) { return packed || a.phases == 1 ? (1 << a.taps) - 1 : a.live[phase]; }
 
-// The place of the bit that has `rank` lower ones.
-HOST_DEVICE int place_of_bit(int bits, int rank) {
-    for (; rank > 0; rank--) bits &= bits - 1;
-    return count_bits((bits & -bits) - 1);
-}
-
 // A tile's boxes, in the order in which everyone takes them: of every tap d, some taps h, and a chunk of GEMM_K.
 struct Cursor {
     const Problem* p;

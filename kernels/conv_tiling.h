@@ -224,6 +224,12 @@ HOST_DEVICE int count_bits(int bits) {
 #endif
 }
 
+// The place of the bit that has `rank` lower ones.
+HOST_DEVICE int place_of_bit(int bits, int rank) {
+    for (; rank > 0; rank--) bits &= bits - 1;
+    return count_bits((bits & -bits) - 1);
+}
+
 // A phase of the source, of each axis.
 struct SourcePhase {
     int d = 0, h = 0, w = 0;

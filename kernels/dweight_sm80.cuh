@@ -1,7 +1,6 @@
 // dweight.cuh by mma.sync, from sm_80 up.
 //
-// A block is 3 warpgroups, which share x and dout and have neighbouring taps h, or, where there is one tap h, neighbouring 64 rows of
-// GEMM_M. Each of a warpgroup's four warps has all of its 64 rows and a quarter of GEMM_N. A block of the grid is one group of taps and
+// A block is 3 warpgroups, which share x and dout and the work as in dweight_sm90.cuh. Each of a warpgroup's four warps has all of its 64 rows and a quarter of GEMM_N. A block of the grid is one group of taps and
 // channels and one part of GEMM_K. All threads load, by cp.async through a ring of stages; dout has zeros between its rows and behind
 // them, where x has its halo or what was there before.
 #pragma once
@@ -43,13 +42,16 @@ __device__ __forceinline__ void load_stage(const Operands& o, const Group& g, co
     const Problem& p = o.a.p;
     const Tiling& t = p.t;
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int dout_boxes = min(t.dout_boxes, t.row_blocks - g.m), x_boxes = t.n_over_taps ? 1 : min(t.blocks, t.chunks - g.n);
-    const __half* x = o.x + (int64_t(b.n) * ad.sources + ad.first + b.d - ad.shift[g.td]) * ah.sources * aw.sources * o.x_pitch;
-    for (int j = 0; j < x_boxes; j++)
-        load_rows(stage + t.dout_boxes * t.dout_bytes + j * t.x_bytes, {x + (g.n + j) * t.chunk, o.x_pitch, ah.sources, aw.sources, t.chunk},
+    for (int j = 0; j < x_boxes_of(t, g); j++) {
+        const BoxOfX box = box_of_x(t, g, j);
+        const int d = ad.first + b.d - ad.shift[box.td];    // outside of x, with a joint group: zeros
+        const bool inside = d >= 0 && d < ad.sources;
+        const __half* x = o.x + (int64_t(b.n) * ad.sources + (inside ? d : 0)) * ah.sources * aw.sources * o.x_pitch + box.chunk * t.chunk;
+        load_rows(stage + t.dout_boxes * t.dout_bytes + j * t.x_bytes, {x, o.x_pitch, inside ? ah.sources : 0, aw.sources, t.chunk},
                   first_row(p, g) + b.h0, first_column(p) + b.w0, t.box_rows * t.pitch, t.pitch, t.pitch, t.chunk * 2);
+    }
     const __half* dout = o.dout + (int64_t(b.n) * ad.positions + b.d) * ah.positions * aw.positions * o.dout_pitch;
-    for (int j = 0; j < dout_boxes; j++)
+    for (int j = 0; j < dout_boxes_of(t, g); j++)
         load_rows(stage + j * t.dout_bytes, {dout + (g.m + j) * kRows, o.dout_pitch, min(ah.positions, b.h0 + t.rows), aw.positions, o.dout_pitch - (g.m + j) * kRows},
                   b.h0, b.w0, t.steps * 16, t.tile_w, t.pitch, kRows * 2);
 }
@@ -57,7 +59,7 @@ __device__ __forceinline__ void load_stage(const Operands& o, const Group& g, co
 // --------------------------------------------------------------------------------------------------------- Kernel
 
 // Grid: (group, split), groups fastest, so that the blocks which read the same boxes run together.
-template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_kernel(const __grid_constant__ Operands o) {
+template <int kBlockN, int kItems> __global__ void __launch_bounds__(kThreads, 1) dweight_kernel(const __grid_constant__ Operands o) {
     wait_for_previous_kernel();
     extern __shared__ __align__(1024) uint8_t stages[];
     const Parameters& a = o.a;
@@ -68,40 +70,49 @@ template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_ke
     for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);
     __syncthreads();
 
-    const Boxes boxes(a.p, g.td);
-    const int begin = int(int64_t(boxes.count) * split / t.splits), end = int(int64_t(boxes.count) * (split + 1) / t.splits);
+    const Boxes boxes(a.p, g);
+    const int begin = boxes.begin_of(t, split), end = boxes.begin_of(t, split + 1);
     const int consumer = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const bool live = is_live(a.p, g, consumer);
+    const int items = items_of(a.p, g, consumer);
 
     // Where this lane's rows of 8 x 8 matrices begin in a stage: 8 positions, 8 rows of GEMM_M or columns of GEMM_N.
     constexpr int kColumns = kBlockN / kColumnWarps;
     const int row_bytes = t.chunk * 2, matrix = lane / 8;
-    uint32_t dout_at[4], x_at[kColumns / 16];
+    uint32_t dout_at[kItems][4], x_at[kItems][kColumns / 16];
 #pragma unroll
-    for (int m = 0; m < 4; m++) dout_at[m] = (t.m_over_taps ? 0 : consumer) * t.dout_bytes + swizzled(matrix / 2 * 8 + lane % 8, m * 2 + matrix % 2, kRows * 2);
+    for (int i = 0; i < kItems; i++) {
+        const Job job = job_of(a.p, g, consumer, min(i, max(items - 1, 0)));
 #pragma unroll
-    for (int j = 0; j < kColumns / 16; j++) {
-        const int column = warp * kColumns + j * 16, block = column / t.chunk, piece = column % t.chunk / 8 + matrix / 2;
-        const int row = (live ? first_shift(a.p, g, consumer) : 0) + (t.n_over_taps ? block * step_w(a.p.s) : 0) + matrix % 2 * 8 + lane % 8;
-        x_at[j] = t.dout_boxes * t.dout_bytes + (t.n_over_taps ? 0 : block * t.x_bytes) + swizzled(row, piece, row_bytes);
+        for (int m = 0; m < 4; m++) dout_at[i][m] = dout_box_of(t, job, consumer) * t.dout_bytes + swizzled(matrix / 2 * 8 + lane % 8, m * 2 + matrix % 2, kRows * 2);
+#pragma unroll
+        for (int j = 0; j < kColumns / 16; j++) {
+            const int column = warp * kColumns + j * 16, block = column / t.chunk, piece = column % t.chunk / 8 + matrix / 2;
+            const int row = (items > 0 ? first_shift(a.p, g, job) : 0) + (t.n_over_taps ? block * step_w(a.p.s) : 0) + matrix % 2 * 8 + lane % 8;
+            x_at[i][j] = t.dout_boxes * t.dout_bytes + x_box_of(t, job) * t.x_bytes + (t.n_over_taps ? 0 : block * block_bytes(t, a.p.s)) + swizzled(row, piece, row_bytes);
+        }
     }
 
-    float d[4][kColumns / 8][4] = {};
-    float4* partial = reinterpret_cast<float4*>(a.partial) + ((int64_t(split) * t.groups + index) * kConsumers + consumer) * (kBlockN / 8 * 128);
+    float d[kItems][4][kColumns / 8][4] = {};
+    float4* partial = reinterpret_cast<float4*>(a.partial) + ((int64_t(split) * t.groups + index) * kConsumers + consumer) * t.items * (kBlockN / 8 * 128);
     bool first = true;
     int sample = -1, shift_x = 0, shift_dout = 0, chain = 0;
+    // Adds the sums to scratch memory, scaled back, and clears them.
     auto flush = [&] {
         const ScaleBack back(shift_x, shift_dout);
 #pragma unroll
-        for (int m = 0; m < 4; m++)
+        for (int i = 0; i < kItems; i++) {
 #pragma unroll
-            for (int j = 0; j < kColumns / 8; j++) {
-                float4& sum = partial[(warp * (kColumns / 8) + j) * 128 + m * 32 + lane];
-                const float4 before = first ? make_float4(0, 0, 0, 0) : sum;
-                sum = make_float4(before.x + back(d[m][j][0]), before.y + back(d[m][j][1]), before.z + back(d[m][j][2]), before.w + back(d[m][j][3]));
+            for (int m = 0; m < 4; m++) {
+                float4* sums = partial + (i * (kBlockN / 8) + warp * (kColumns / 8)) * 128 + m * 32 + lane;
 #pragma unroll
-                for (int e = 0; e < 4; e++) d[m][j][e] = 0.0f;
+                for (int j = 0; j < kColumns / 8; j++)
+                    if (i < items) add_sums(sums[j * 128], first, back, &d[i][m][0][0] + sum_at(j));
+#pragma unroll
+                for (int j = 0; j < kColumns / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) d[i][m][j][e] = 0.0f;
             }
+        }
         first = false, chain = 0;
     };
     const uint32_t base = shared_address(stages);
@@ -124,19 +135,22 @@ template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_ke
         const int next = i + t.stages - 1;
         if (next < end) load_stage(o, g, box_of(a.p, boxes, next), base + (next - begin) % t.stages * t.stage_bytes);
         cp_async_commit_group();
-        if (!live) continue;
         const uint32_t stage = base + (i - begin) % t.stages * t.stage_bytes;
+#pragma unroll
+        for (int item = 0; item < kItems; item++) {
+            if (item >= items) break;
 #pragma unroll 1
-        for (int step = 0; step < t.steps; step++) {
-            uint32_t dout[4][4], x[kColumns / 16][4];
+            for (int step = 0; step < t.steps; step++) {
+                uint32_t dout[4][4], x[kColumns / 16][4];
 #pragma unroll
-            for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4_transposed(x[j], stage + x_at[j] + step * 16 * row_bytes);
+                for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4_transposed(x[j], stage + x_at[item][j] + step * 16 * row_bytes);
 #pragma unroll
-            for (int m = 0; m < 4; m++) ldmatrix_x4_transposed(dout[m], stage + dout_at[m] + step * 16 * kRows * 2);
+                for (int m = 0; m < 4; m++) ldmatrix_x4_transposed(dout[m], stage + dout_at[item][m] + step * 16 * kRows * 2);
 #pragma unroll
-            for (int m = 0; m < 4; m++)
+                for (int m = 0; m < 4; m++)
 #pragma unroll
-                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(d[m][j], dout[m], x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
+                    for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(d[item][m][j], dout[m], x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
+            }
         }
     }
     flush();
@@ -144,17 +158,17 @@ template <int kBlockN> __global__ void __launch_bounds__(kThreads, 1) dweight_ke
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
-template <int kBlockN> int launch_dweight(const Operands& o, cudaStream_t stream) {
+template <int kBlockN, int kItems = 1> int launch_dweight(const Operands& o, cudaStream_t stream) {
     const Tiling& t = o.a.p.t;
     const int shared = t.stages * t.stage_bytes;
-    return launch_with_shared(dweight_kernel<kBlockN>, t.groups * t.splits, kThreads, shared, stream, o);
+    return launch_with_shared(dweight_kernel<kBlockN, kItems>, t.groups * t.splits, kThreads, shared, stream, o);
 }
 
 // dweight from packed x and dout.
 inline int differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
     const Operands o = {a, x.copy, dout.copy, int(x.phase_channels), int(dout.phase_channels) * dout.phases()};
     switch (a.p.t.block_n) {
-        case 64: RETURN_IF_ERROR(launch_dweight<64>(o, stream)); break;
+        case 64: RETURN_IF_ERROR((a.p.t.joint ? launch_dweight<64, kMaxItems>(o, stream) : launch_dweight<64>(o, stream))); break;
         case 128: RETURN_IF_ERROR(launch_dweight<128>(o, stream)); break;
         default: RETURN_IF_ERROR(launch_dweight<192>(o, stream)); break;
     }

@@ -120,6 +120,7 @@ struct Weight {
 
 constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
 constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 20;
+static_assert(kSmallSample / kLookElements <= kThreads && kLargeLook / kLookElements <= kThreads, "a block of the copy has a thread for each block that looked at a sample");
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
 HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
@@ -191,17 +192,20 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
     for (int i = threadIdx.x; i < count; i += kThreads) p.part_max[(group * p.group_C_out + first_channel + i) * parts + part] = maxima[i];
 }
 
-// A warp: the maximum of those that a look left. The first 32 are loaded when it is made, so that other loads can be on their way before it is asked for.
-struct MaxOfParts {
+// A warp: the maximum of a destination channel's parts. The first of them are loaded when it is made, so that other loads can be on their way before it is asked for.
+struct ChannelMax {
+    static constexpr int kFirst = 4;    // for each lane
     const unsigned* parts;
     int count;
-    unsigned own;
-    __device__ __forceinline__ MaxOfParts(const unsigned* parts, int count) : parts(parts), count(count), own(int(threadIdx.x % 32) < count ? parts[threadIdx.x % 32] : 0) {}
-    __device__ __forceinline__ MaxOfParts(const Weight& p, int channel) : MaxOfParts(p.part_max + int64_t(channel) * p.look_parts(), p.look_parts()) {}
+    unsigned first[kFirst];
+    __device__ __forceinline__ ChannelMax(const Weight& p, int channel) : parts(p.part_max + int64_t(channel) * p.look_parts()), count(p.look_parts()) {
+#pragma unroll
+        for (int i = 0; i < kFirst; i++) first[i] = i * 32 + int(threadIdx.x % 32) < count ? parts[i * 32 + threadIdx.x % 32] : 0;
+    }
     __device__ __forceinline__ unsigned value() const {
-        unsigned max = own;
+        unsigned max = umax(umax(first[0], first[1]), umax(first[2], first[3]));
 #pragma unroll 1
-        for (int i = 32 + threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
+        for (int i = kFirst * 32 + threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
         return __reduce_max_sync(~0u, max);
     }
 };
@@ -219,7 +223,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin + k;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = first / volume, last_channel = min(first + kWeightColumns - 1, columns - 1) / volume;
-    const MaxOfParts first_max(p, min(first_channel + warp, last_channel));
+    const ChannelMax first_max(p, min(first_channel + warp, last_channel));
     constexpr int kSteps = kThreads / kWeightColumns, kEach = kWeightChannels / kSteps;
     float v[kEach];
 #pragma unroll
@@ -229,7 +233,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     }
     __shared__ unsigned maxima[kWeightColumns];    // of the tile's channels
     for (int i = warp; first_channel + i <= last_channel; i += kThreads / 32) {
-        const unsigned max = i == warp ? first_max.value() : MaxOfParts(p, first_channel + i).value();
+        const unsigned max = i == warp ? first_max.value() : ChannelMax(p, first_channel + i).value();
         if (lane == 0) maxima[i] = max;
     }
     __syncthreads();
@@ -262,7 +266,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
 
 // One destination channel, split.
 template <typename T> __device__ void copy_split_weight(const Weight& p, int channel) {
-    const unsigned max = MaxOfParts(p, channel).value();
+    const unsigned max = ChannelMax(p, channel).value();
     if (threadIdx.x == 0) p.max[channel] = max;
     const float scale = power_of_two(shift_of(max));
     const Weight::Kernels kernels = p.kernels_of(channel);
@@ -455,9 +459,9 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
     wait_for_previous_kernel();
     if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
     const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles, tile = block - n * sample_tiles;
-    const MaxOfParts part_max(a.part_max + n * looked, int(looked));
+    const unsigned own_part = threadIdx.x < looked ? a.part_max[n * looked + threadIdx.x] : 0;
     const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, tile, [&] {
-        const unsigned part = part_max.value();
+        const unsigned part = block_max(own_part);
         if (threadIdx.x == 0 && tile == 0) a.max[n].part = part;
         return power_of_two(first_shift_of(part));
     });
