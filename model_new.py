@@ -1464,10 +1464,13 @@ struct Samples {
     const unsigned* flags;
     int stride;
     __device__ __forceinline__ bool has(int64_t n) const { return flags == nullptr || flags[n * stride] != 0; }
-    __device__ __forceinline__ bool any(int64_t N) const {
-        bool found = flags == nullptr;
-        for (int64_t n = 0; n < N && !found; n++) found = has(n);
-        return found;
+    // A warp: whether it has any. In few instructions, which are fetched when the kernel before this one has ended.
+    __device__ __forceinline__ bool any(int N) const {
+        if (flags == nullptr) return true;
+        bool found = false;
+#pragma unroll 1
+        for (int n = threadIdx.x % 32; n < N; n += 32) found |= flags[n * stride] != 0;
+        return __any_sync(~0u, found);
     }
 };
 
@@ -1608,7 +1611,7 @@ template <typename T, Direction kDirection, int kChannels>
 __global__ void __launch_bounds__(kThreads, min_blocks_per_sm(kChannels))
 direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
     wait_for_previous_kernel();
-    if (!only.any(g.N)) return;
+    if (!only.any(int(g.N))) return;
     __shared__ volatile int64_t next;    // shared, not a register: the tile needs those
     if (threadIdx.x == 0) next = blockIdx.x;
     __syncthreads();
@@ -2283,8 +2286,7 @@ _SOURCES['scaled_half.cuh'] = r'''
 // Weights have one scale per destination channel, from its maximum, with m = 15. Activations have one scale per sample,
 // so that they are read once: the maximum of a part of the sample is scaled to [2^8, 2^9), the copy finds the true maximum on
 // its way, and a sample that turns out to hold something 2^6 times larger is copied again, its maximum scaled to [2^14, 2^15).
-// The maxima live in device memory: nothing synchronises with the host. Those of parts, of a sample or of a channel's weights, are left by the blocks that looked, and put
-// together by all that need them: nothing has to be zeroed before the look.
+// The maxima live in device memory: nothing synchronises with the host.
 #pragma once
 
 #include "group_norm_backward.cuh"
@@ -2294,7 +2296,7 @@ namespace scaled_half {
 
 constexpr int kThreads = 256;
 constexpr int kLookElements = 4096;        // that one block looks at
-constexpr int kLookColumns = 4 * kThreads, kLookRows = 8;    // at most, of a weight, where the destination's kernels are neighbours
+constexpr int kLookColumns = 4 * kThreads, kLookRows = 8;    // of a weight, likewise, where the destination's kernels are neighbours
 constexpr int kWeightColumns = 64, kWeightChannels = 64;    // elements of destination channels' kernels, and source channels, that one block copies
 constexpr int kMaxShift = 120;             // keeps the scale and its inverse normal float32 numbers
 
@@ -2308,10 +2310,10 @@ __device__ __forceinline__ int shift_of(unsigned max_bits) { return max_bits == 
 // values that are not finite.
 struct SampleMax { unsigned part, all, non_finite; };
 
-__device__ __forceinline__ int first_shift_of(unsigned part) { return part == 0 ? 0 : clamp_shift(8 - exponent_of(part)); }
+__device__ __forceinline__ int first_shift_of(SampleMax m) { return m.part == 0 ? 0 : clamp_shift(8 - exponent_of(m.part)); }
 // Whether the first copy holds: nothing overflowed, and there was something to look at.
-__device__ __forceinline__ bool first_copy_holds(SampleMax m) { return m.part != 0 ? exponent_of(m.all) + first_shift_of(m.part) <= 14 : m.all == 0; }
-__device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m) ? first_shift_of(m.part) : shift_of(m.all); }
+__device__ __forceinline__ bool first_copy_holds(SampleMax m) { return m.part != 0 ? exponent_of(m.all) + first_shift_of(m) <= 14 : m.all == 0; }
+__device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m) ? first_shift_of(m) : shift_of(m.all); }
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
@@ -2345,8 +2347,7 @@ struct Activation {
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
-    SampleMax* max;                                // (N)
-    unsigned* part_max;                            // (N, look_blocks)
+    SampleMax* max;                                // (N), starts at zero
     bool vectors;                                  // rows and the address are multiples of four elements
     NormGradient norm;
     HOST_DEVICE int64_t sample() const { return C * axis[0].size * axis[1].size * axis[2].size; }
@@ -2358,7 +2359,7 @@ struct Activation {
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split) {
-    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, nullptr, false, {}};
+    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false, {}};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
@@ -2375,8 +2376,7 @@ struct Weight {
     bool forward;                                  // the destination is the layer's output
     const void* w;                                 // (C_in, C_out / groups, kernel)
     __half* copy;
-    unsigned* max;                                 // (channels)
-    unsigned* part_max;                            // (channels, look_parts)
+    unsigned* max;                                 // (channels), starts at zero
     // What w has for a destination channel: kernels of `count` source channels from `first` on, those of its group, at `begin` + stride * i.
     struct Kernels { int first, count; int64_t begin; int stride; };
     HOST_DEVICE Kernels kernels_of(int destination) const {
@@ -2386,17 +2386,16 @@ struct Weight {
         return {group * out, out, int64_t(destination) * out * volume, volume};
     }
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
-    // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, whole channels, group) or (row, columns).
+    // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, its columns, group) or (row, columns).
     HOST_DEVICE int64_t row_elements() const { return group_C_out * kernel_volume(stencil); }
-    HOST_DEVICE int look_channels() const { return kLookColumns / kernel_volume(stencil); }
-    HOST_DEVICE int look_parts() const { return int(forward ? ceil_div(int(C) / int(groups), kLookRows) : ceil_div(row_elements(), kLookElements)); }    // of a destination channel
-    HOST_DEVICE int look_tiles() const { return (int(group_C_out) + look_channels() - 1) / look_channels(); }
-    HOST_DEVICE int64_t look_blocks() const { return look_parts() * (forward ? look_tiles() * groups : channels); }    // none where a weight for dx has no channels: not wanted
+    HOST_DEVICE int64_t look_blocks() const {    // none where a weight for dx has no channels: not wanted
+        if (forward) return ceil_div(row_elements(), kLookColumns) * ceil_div(C / groups, kLookRows) * groups;
+        return channels * ceil_div(row_elements(), kLookElements);
+    }
 };
 
 constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
 constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 20;
-static_assert(kSmallSample / kLookElements <= kThreads && kLargeLook / kLookElements <= kThreads, "a block of the copy has a thread for each block that looked at a sample");
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
 HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
@@ -2432,19 +2431,19 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
 template <typename T> __device__ void look_at_weight(const Weight& p, int block) {
     const int volume = kernel_volume(p.stencil), elements = int(p.row_elements());
     if (!p.forward) {
-        const int parts = p.look_parts(), channel = block / parts, part = block % parts, begin = part * kLookElements, end = min(begin + kLookElements, elements);
+        const int parts = int(ceil_div(elements, kLookElements)), channel = block / parts, begin = block % parts * kLookElements, end = min(begin + kLookElements, elements);
         const T* row = static_cast<const T*>(p.w) + int64_t(channel) * elements;
         unsigned max = 0;
 #pragma unroll 8
         for (int i = begin + threadIdx.x; i < end; i += kThreads) max = umax(max, finite_magnitude(to_acc(row[i])));
         max = block_max(max);
-        if (threadIdx.x == 0) p.part_max[channel * parts + part] = max;
+        if (threadIdx.x == 0) atomicMax(p.max + channel, max);
         return;
     }
-    __shared__ unsigned maxima[kLookColumns];
-    const int tiles = p.look_tiles(), group_rows = int(p.C) / int(p.groups), parts = p.look_parts();
-    const int first_channel = block % tiles * p.look_channels(), part = block / tiles % parts, group = block / tiles / parts;
-    const int count = min(p.look_channels(), int(p.group_C_out) - first_channel), begin = first_channel * volume, first_row = part * kLookRows, rows = min(kLookRows, group_rows - first_row);
+    __shared__ unsigned maxima[kLookColumns + 1];
+    const int tiles = int(ceil_div(elements, kLookColumns)), group_rows = int(p.C / p.groups), parts = int(ceil_div(group_rows, kLookRows));
+    const int begin = block % tiles * kLookColumns, first_row = block / tiles % parts * kLookRows, group = block / tiles / parts, rows = min(kLookRows, group_rows - first_row);
+    const int first_channel = begin / volume, count = (min(begin + kLookColumns, elements) - 1) / volume - first_channel + 1;
     const T* row = static_cast<const T*>(p.w) + (int64_t(group) * group_rows + first_row) * elements;
     for (int i = threadIdx.x; i < count; i += kThreads) maxima[i] = 0;
     __syncthreads();
@@ -2461,30 +2460,12 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
         for (int i = 0; i < kColumns; i++) max[i] = umax(max[i], finite_magnitude(values[r][i]));
 #pragma unroll
     for (int i = 0; i < kColumns; i++) {
-        const int column = i * kThreads + threadIdx.x;
-        if (column < count * volume) atomicMax(maxima + column / volume, max[i]);
+        const int column = begin + i * kThreads + threadIdx.x;
+        if (column < elements) atomicMax(maxima + column / volume - first_channel, max[i]);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < count; i += kThreads) p.part_max[(group * p.group_C_out + first_channel + i) * parts + part] = maxima[i];
+    for (int i = threadIdx.x; i < count; i += kThreads) atomicMax(p.max + group * int(p.group_C_out) + first_channel + i, maxima[i]);
 }
-
-// A warp: the maximum of a destination channel's parts. The first of them are loaded when it is made, so that other loads can be on their way before it is asked for.
-struct ChannelMax {
-    static constexpr int kFirst = 4;    // for each lane
-    const unsigned* parts;
-    int count;
-    unsigned first[kFirst];
-    __device__ __forceinline__ ChannelMax(const Weight& p, int channel) : parts(p.part_max + int64_t(channel) * p.look_parts()), count(p.look_parts()) {
-#pragma unroll
-        for (int i = 0; i < kFirst; i++) first[i] = i * 32 + int(threadIdx.x % 32) < count ? parts[i * 32 + threadIdx.x % 32] : 0;
-    }
-    __device__ __forceinline__ unsigned value() const {
-        unsigned max = umax(umax(first[0], first[1]), umax(first[2], first[3]));
-#pragma unroll 1
-        for (int i = kFirst * 32 + threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
-        return __reduce_max_sync(~0u, max);
-    }
-};
 
 // kWeightColumns columns, each an element of a destination channel's kernel, of kWeightChannels source channels, transposed through shared memory; and, beside a
 // channel's first element, the rows that no element belongs to.
@@ -2498,8 +2479,6 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     const int column = min(first + own, columns - 1), channel = column / volume, k = column - channel * volume;
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin + k;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = first / volume, last_channel = min(first + kWeightColumns - 1, columns - 1) / volume;
-    const ChannelMax first_max(p, min(first_channel + warp, last_channel));
     constexpr int kSteps = kThreads / kWeightColumns, kEach = kWeightChannels / kSteps;
     float v[kEach];
 #pragma unroll
@@ -2507,15 +2486,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         const int c = c0 + own_c + i * kSteps - kernels.first;
         v[i] = unsigned(c) < unsigned(kernels.count) ? to_acc(w[int64_t(c) * kernels.stride]) : 0.0f;
     }
-    __shared__ unsigned maxima[kWeightColumns];    // of the tile's channels
-    for (int i = warp; first_channel + i <= last_channel; i += kThreads / 32) {
-        const unsigned max = i == warp ? first_max.value() : ChannelMax(p, first_channel + i).value();
-        if (lane == 0) maxima[i] = max;
-    }
-    __syncthreads();
-    const unsigned max = maxima[channel - first_channel];
-    if (c0 == 0 && own_c == 0 && k == 0) p.max[channel] = max;
-    const float scale = power_of_two(shift_of(max));
+    const float scale = power_of_two(shift_of(p.max[channel]));
 #pragma unroll
     for (int i = 0; i < kEach; i++) values[own][own_c + i * kSteps] = __float2half_rn(v[i] * scale);
     if (own_c == 0) {
@@ -2523,7 +2494,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         rows[own] = row_of(channel, place.tap, place.phase);
     }
     __syncthreads();
-    const int pairs = min(kWeightChannels, int(p.phase_channels) - c0) / 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pairs = min(kWeightChannels, int(p.phase_channels) - c0) / 2;
     const auto write = [&](int row, __half2 v) {
         if (lane < pairs) reinterpret_cast<__half2*>(p.copy + row * p.phase_channels + c0)[lane] = v;
     };
@@ -2542,9 +2513,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
 
 // One destination channel, split.
 template <typename T> __device__ void copy_split_weight(const Weight& p, int channel) {
-    const unsigned max = ChannelMax(p, channel).value();
-    if (threadIdx.x == 0) p.max[channel] = max;
-    const float scale = power_of_two(shift_of(max));
+    const float scale = power_of_two(shift_of(p.max[channel]));
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin;
     const int taps = p.stencil.taps(), columns = 4 * p.split;
@@ -2557,24 +2526,12 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
     }
 }
 
-// Memory that kernels behind the look want to be zero.
-struct Zeroed {
-    uint4* memory;
-    int64_t count;
-};
-
-// Blocks for the maxima of parts of the weight's channels, of parts of every sample, evenly spread, and for zeros.
-template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p, Zeroed zeroed) {
+// The maxima of the weight's channels, and of parts of every sample, evenly spread.
+template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
     wait_for_previous_kernel();
-    const int64_t elements = a.sample();
-    const int weight_blocks = int(p.look_blocks()), blocks = int(look_blocks(a));
+    const int64_t weight_blocks = p.look_blocks(), blocks = look_blocks(a), elements = a.sample();
     if (blockIdx.x < weight_blocks) return look_at_weight<T>(p, blockIdx.x);
-    const int n = (int(blockIdx.x) - weight_blocks) / blocks, block = int(blockIdx.x) - weight_blocks - n * blocks;
-    if (n >= a.N) {
-        const int64_t i = (blockIdx.x - weight_blocks - a.N * blocks) * kThreads + threadIdx.x;
-        if (i < zeroed.count) zeroed.memory[i] = make_uint4(0, 0, 0, 0);
-        return;
-    }
+    const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
     const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
     const T* part = static_cast<const T*>(a.x) + n * elements + begin;
@@ -2604,9 +2561,7 @@ template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) lo
 #pragma unroll
     for (int i = 0; i < kEach; i++) max = umax(max, finite_magnitude(values[i]));
     max = block_max(max);
-    if (threadIdx.x > 0) return;
-    a.part_max[n * blocks + block] = max;
-    if (block == 0) a.max[n] = {};    // for the copy
+    if (threadIdx.x == 0) atomicMax(&a.max[n].part, max);
 }
 
 template <typename T> using Four = Vector<T, 4>;
@@ -2649,9 +2604,8 @@ template <bool kVectors, bool kAll, typename T> __device__ __forceinline__ void 
     }
 }
 
-// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes. scale_of(): what to scale by, asked for
-// behind the loads.
-template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes copy_tile(const Activation& a, int64_t n, unsigned index, F scale_of) {
+// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes.
+template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(const Activation& a, int64_t n, unsigned index, float scale) {
     constexpr int kOctets = kChannels / 8, kPositions = kTileElements / kChannels;
     constexpr bool kSplit = kKind == Kind::kSplit, kNorm = kKind == Kind::kNorm;
     const unsigned channel_tiles = ceil_div(a.channels(), kChannels);
@@ -2692,7 +2646,6 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
             for (int e = 0; e < 4; e++) values[i].v[e] = gradient.dz(values[i].v[e], activations[i].v[e]);    // zero where r is zero: outside too
         }
     }
-    const float scale = scale_of();
     unsigned any = 0;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -2730,30 +2683,29 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
     return max;
 }
 
-// The weight, and every sample: so many blocks each. looked: that looked at a sample.
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles, unsigned looked) {
+// The weight, and every sample: so many blocks each.
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles) {
     wait_for_previous_kernel();
     if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
-    const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles, tile = block - n * sample_tiles;
-    const unsigned own_part = threadIdx.x < looked ? a.part_max[n * looked + threadIdx.x] : 0;
-    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, tile, [&] {
-        const unsigned part = block_max(own_part);
-        if (threadIdx.x == 0 && tile == 0) a.max[n].part = part;
-        return power_of_two(first_shift_of(part));
-    });
+    const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
+    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block - n * sample_tiles, power_of_two(first_shift_of(a.max[n])));
     const unsigned max = block_max(extremes.finite);
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
-// Copies again the samples whose first copy does not hold: mostly none.
+// Copies again the samples whose first copy does not hold: mostly none, which each warp finds out by itself.
 template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a, unsigned sample_tiles) {
     wait_for_previous_kernel();
+    bool again = false;
+#pragma unroll 1
+    for (int n = threadIdx.x % 32; n < int(a.N); n += 32) again |= !first_copy_holds(a.max[n]);
+    if (!__any_sync(~0u, again)) return;
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
         for (unsigned tile = blockIdx.x; tile < sample_tiles; tile += gridDim.x) {
-            copy_tile<T, kChannels, kKind>(a, n, tile, [&] { return scale; });
+            copy_tile<T, kChannels, kKind>(a, n, tile, scale);
             __syncthreads();
         }
     }
@@ -2761,33 +2713,33 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
-template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, Zeroed zeroed, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a) + ceil_div(zeroed.count, kThreads), kThreads, stream, a, p, zeroed));
+template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
+    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
-    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles), unsigned(look_blocks(a))));
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
     if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
     return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a, unsigned(sample_tiles));
 }
 
-template <typename T> int pack(Activation a, const Weight& p, Zeroed zeroed, int multiprocessors, void* stream) {
+template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
     const auto& w = a.axis[2];
     const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
     a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && holds<Four<T>>(a.x) && holds<Four<T>>(a.norm.r);
     const bool narrow = tile_channels(a) == 32;
     if constexpr (sizeof(T) == 4) {
-        if (a.split) return copy<T, 32, Kind::kSplit>(a, p, zeroed, multiprocessors, stream);
-        if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, zeroed, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, zeroed, multiprocessors, stream);
+        if (a.split) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
+        if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, multiprocessors, stream);
     }
     if (a.split || a.norm.r) return cudaErrorNotSupported;
-    return narrow ? copy<T, 32, Kind::kPlain>(a, p, zeroed, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, zeroed, multiprocessors, stream);
+    return narrow ? copy<T, 32, Kind::kPlain>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, multiprocessors, stream);
 }
 
-// Copies an activation, and a weight unless it has no channels; zeroes what is to be zero, before.
-inline int pack(const Activation& a, const Weight& p, Zeroed zeroed, int dtype, int multiprocessors, void* stream) {
+// Copies an activation, and a weight unless it has no channels.
+inline int pack(const Activation& a, const Weight& p, int dtype, int multiprocessors, void* stream) {
     switch (dtype) {
-        case kFloat32: return pack<float>(a, p, zeroed, multiprocessors, stream);
-        case kFloat16: return pack<__half>(a, p, zeroed, multiprocessors, stream);
-        case kBFloat16: return pack<__nv_bfloat16>(a, p, zeroed, multiprocessors, stream);
+        case kFloat32: return pack<float>(a, p, multiprocessors, stream);
+        case kFloat16: return pack<__half>(a, p, multiprocessors, stream);
+        case kBFloat16: return pack<__nv_bfloat16>(a, p, multiprocessors, stream);
     }
     return cudaErrorInvalidValue;
 }
@@ -3522,13 +3474,23 @@ __device__ __forceinline__ group_norm::Pair sum_moments(const Problem& p, const 
     const float2* moments = workspace.moments + int64_t(n) * parts * channels + group * group_channels;
     const int columns = min(group_channels, kThreads), rows = kThreads / columns, row = thread / columns;
     group_norm::Pair sums = {0, 0};
+    constexpr int kAtOnce = 10;    // that are under way
     for (int c = thread % columns; c < group_channels && row < rows; c += columns) {
-#pragma unroll 6
-        for (int part = block * rows + row; part < parts; part += blocks * rows) {
-            const double count = counts[part];
-            const float2 m = moments[int64_t(part) * channels + c];
-            sums.a += count == 0 ? 0 : count * m.x;
-            sums.b += count == 0 ? 0 : m.y + count * m.x * m.x;
+        for (int first = block * rows + row; first < parts; first += kAtOnce * blocks * rows) {
+            float count[kAtOnce];
+            float2 m[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                const int part = min(first + i * blocks * rows, parts - 1);
+                count[i] = counts[part], m[i] = moments[int64_t(part) * channels + c];
+                if (first + i * blocks * rows >= parts) count[i] = 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                const double own = count[i], mean = count[i] > 0 ? m[i].x : 0, square = count[i] > 0 ? m[i].y : 0;    // else there are no moments
+                sums.a += own * mean;
+                sums.b += square + own * mean * mean;
+            }
         }
     }
     return sums;
@@ -3540,7 +3502,7 @@ __device__ __forceinline__ void leave_statistics(const group_norm::Shape& shape,
 }
 
 // mean, rstd (N, num_groups): some blocks for each. Sums are added in a fixed order, those of the blocks by the last one that is done.
-__global__ void __launch_bounds__(kStatisticsThreads)
+__global__ void __launch_bounds__(kStatisticsThreads, 2)
 statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, int blocks, double eps, double* mean, double* rstd) {
     wait_for_previous_kernel();
     const int index = blockIdx.x / blocks, block = blockIdx.x % blocks;
@@ -3632,6 +3594,13 @@ template <typename Path> static const Plan& plan_of(const Geometry& g, Direction
 
 // -------------------------------------------------------------------------------------------------- Scratch memory
 
+// A kernel of its own: one behind a memset would not be brought to the multiprocessors before that ends.
+__global__ void __launch_bounds__(256) zero_kernel(uint4* memory, int64_t count) {
+    wait_for_previous_kernel();
+    const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+    if (i < count) memory[i] = make_uint4(0, 0, 0, 0);
+}
+
 // Takes pieces of the memory from `base` on (null where only their sizes are wanted), those that start at zero first.
 class Scratch {
 public:
@@ -3647,7 +3616,7 @@ public:
         return p;
     }
     int64_t bytes() const { return bytes_; }
-    scaled_half::Zeroed zeroed() const { return {reinterpret_cast<uint4*>(base_), zeroed_ / 16}; }
+    int zero(cudaStream_t stream) const { return launch(zero_kernel, ceil_div(zeroed_ / 16, 256), 256, stream, reinterpret_cast<uint4*>(base_), zeroed_ / 16); }
 
 private:
     uint8_t* base_;
@@ -3671,17 +3640,16 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
 }
 
 // These take the memory of the copies of an activation and of a weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, const void* x) {
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
-    a.x = x, a.max = scratch.take<scaled_half::SampleMax>(N), a.part_max = scratch.take<unsigned>(N * scaled_half::look_blocks(a));
+    a.x = x, a.max = max;
     a.copy = scratch.take<__half>(a.copied());
     return a;
 }
 
-inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
+inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, unsigned* max, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr, nullptr};
-    weight.max = scratch.take<unsigned>(p.C_out), weight.part_max = scratch.take<unsigned>(weight.look_parts() * p.C_out);
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, max};
     weight.copy = scratch.take<__half>(weight.copied());
     return weight;
 }
@@ -3735,9 +3703,11 @@ struct ForwardMemory {
     scaled_half::Weight weight;
     ForwardMemory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
         const Problem& p = plan.problem;
+        auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        auto* weight_max = scratch.take_zeroed<unsigned>(p.C_out);
         workspace = take_workspace(scratch, p, fused);
-        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, x);
-        weight = take_weight(scratch, plan, g, w);
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
+        weight = take_weight(scratch, plan, g, weight_max, w);
     }
 };
 
@@ -3750,7 +3720,8 @@ template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused
 
 template <typename Path>
 int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out, const Normalization& norm) {
-    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, memory.scratch.zeroed(), dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
     return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, norm, stream);
 }
 
@@ -4245,10 +4216,12 @@ struct GradientsMemory {
     scaled_half::Weight weight;
     float* partial;
     GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
+        auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        auto* weight_max = scratch.take_zeroed<unsigned>(plan.problem.C_out);
         workspace = take_workspace(scratch, plan.problem, false);
-        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_data);
-        weight = take_weight(scratch, plan, g, w);
-        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_data);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
+        weight = take_weight(scratch, plan, g, weight_max, w);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
         partial = scratch.take<float>(dweight::partial_count(dweight.t));
     }
 };
@@ -4260,13 +4233,14 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
     GradientsMemory memory(g, plan, dweight_plan, workspace, dout, x, w);
     memory.dout.norm = norm;
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
-    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, memory.scratch.zeroed(), dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
     if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, {}, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
-    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, {}, dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
     const dweight::Parameters a = {dweight_plan, memory.x.max, memory.dout.max, memory.partial};
     return Path::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
 }
@@ -5424,7 +5398,7 @@ _SOURCES['conv_normalizer.cuh'] = r'''
 namespace conv {
 
 constexpr int kFirstTiles = 2;
-constexpr int kPieceStages = 2, kPieces = 2, kMostPieceFloats = 4096;    // kPieces: that a warp takes at a time
+constexpr int kPieceStages = 2, kPieces = 2, kMostPieceFloats = 4096;    // kPieces: neighbours, that a warp takes at a time before the last sample
 constexpr double kMostSampleBytes = 24 << 20;    // with larger ones, passes of their own are faster
 constexpr double kNormalizedBytes = 20;          // that a multiprocessor normalizes in a cycle, reading and writing as many
 
@@ -5477,26 +5451,22 @@ __device__ __forceinline__ void find_statistics(const Parameters& a, unsigned re
     }
 }
 
-// A warp: takes pieces of channels, kPieces at a time, until there are no more. The copy engine brings them to stages of shared memory, which are the warp's own.
+// A warp: takes pieces of channels, one after another, until there are no more. The copy engine brings them to stages of shared memory, which are the warp's own. All
+// warps of all blocks come to the last sample, each for one piece or two: there, none is taken before the warp has nothing else to do.
 struct PieceNormalizer {
     const Parameters& a;
     float* stages;
     uint64_t* full;
     int floats;                             // of a piece
-    unsigned pieces, all;                   // of a channel; of all
-    unsigned piece, more;                   // to load next; lane 0: the first of the next ones
+    unsigned pieces, all, last_sample;      // of a channel; of all; the first of the last sample
+    unsigned newest = 0, left = 0, next;    // the last that was loaded; how many were taken with it and are not loaded; lane 0: the next ones, if they are taken ahead
+    bool ahead = false;
     int ready = -1;                         // the last sample whose statistics are known
 
     __device__ __forceinline__ PieceNormalizer(const Parameters& a, uint8_t* stages, uint64_t* full)
-        : a(a), stages(reinterpret_cast<float*>(stages)), full(full), floats(piece_floats(a.p.t)), pieces((int(a.norm.shape.S) + floats - 1) / floats), all(unsigned(a.norm.shape.N * a.norm.shape.C) * pieces) {
-        more = take();
-        next_pieces();
-    }
-    __device__ __forceinline__ unsigned take() const { return threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.pieces, unsigned(kPieces)) : 0; }
-    __device__ __forceinline__ void next_pieces() {
-        piece = __shfl_sync(~0u, more, 0);
-        more = take();
-    }
+        : a(a), stages(reinterpret_cast<float*>(stages)), full(full), floats(piece_floats(a.p.t)), pieces((int(a.norm.shape.S) + floats - 1) / floats), all(unsigned(a.norm.shape.N * a.norm.shape.C) * pieces),
+          last_sample(all - unsigned(a.norm.shape.C) * pieces) {}
+    __device__ __forceinline__ unsigned take(int count) const { return threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.pieces, unsigned(count)) : 0; }
     struct Span { unsigned row; int first, count; };    // floats of a row, a sample's channel
     __device__ __forceinline__ Span span_of(unsigned piece) const {
         const unsigned row = piece / pieces;
@@ -5505,12 +5475,19 @@ struct PieceNormalizer {
     }
     __device__ __forceinline__ int64_t origin_of(const Span& span) const { return int64_t(span.row) * a.norm.shape.S + span.first; }
 
-    // Loads the next piece; returns which, `all` where there is none.
-    __device__ __forceinline__ unsigned load(int stage) {
-        const unsigned own = piece;
-        if (own >= all) return all;
-        if (++piece % kPieces == 0) next_pieces();
-        const Span span = span_of(own);
+    // Takes a piece, unless there is one at hand, and loads it. False: there is none.
+    __device__ __forceinline__ bool load(int stage) {
+        if (left > 0) {
+            newest++, left--;
+        } else {
+            left = ahead ? kPieces - 1 : 0;
+            if (!ahead) next = take(1);
+            newest = __shfl_sync(~0u, next, 0);
+            ahead = newest < last_sample;
+            if (ahead) next = take(kPieces);
+        }
+        if (newest >= all) return false;
+        const Span span = span_of(newest);
         const int n = span.row / unsigned(a.norm.shape.C);
         if (threadIdx.x % 32 == 0) {
             if (n != ready) wait_for_count(a.workspace.ready + n, unsigned(a.norm.shape.num_groups)), fence_proxy_async_global();
@@ -5519,22 +5496,23 @@ struct PieceNormalizer {
         }
         ready = n;
         __syncwarp();
-        return own;
+        return true;
     }
 
     __device__ __forceinline__ void run() {
         const Normalization& norm = a.norm;
         unsigned loaded[kPieceStages], known = all;    // pieces, the next one first; the row whose constants are known
+        int count = 0;
         group_norm::ChannelNorm<float> normalized;
-        RingPosition at;
-        const auto load_behind = [&](int stage) {
+        RingPosition to, at;
+        while (true) {
+            while (count < kPieceStages && newest < (count == 0 ? all : last_sample) && load(to.stage)) {
 #pragma unroll
-            for (int i = 0; i + 1 < kPieceStages; i++) loaded[i] = loaded[i + 1];
-            loaded[kPieceStages - 1] = load(stage);
-        };
-#pragma unroll 1
-        for (int stage = 0; stage < kPieceStages; stage++) load_behind(stage);
-        while (loaded[0] < all) {
+                for (int i = 0; i < kPieceStages; i++)
+                    if (i == count) loaded[i] = newest;
+                count++, to.advance(kPieceStages);
+            }
+            if (count == 0) return;
             const Span span = span_of(loaded[0]);
             if (span.row != known) {
                 const int c = span.row % unsigned(norm.shape.C), group = span.row / unsigned(norm.shape.group_channels());
@@ -5550,8 +5528,9 @@ struct PieceNormalizer {
                 __stcs(out + i, make_float4(normalized(v.x), normalized(v.y), normalized(v.z), normalized(v.w)));
             }
             __syncwarp();
-            load_behind(at.stage);
-            at.advance(kPieceStages);
+#pragma unroll
+            for (int i = 0; i + 1 < kPieceStages; i++) loaded[i] = loaded[i + 1];
+            count--, at.advance(kPieceStages);
         }
     }
 };
@@ -5810,18 +5789,20 @@ struct Storer {
         if (threadIdx.x % 32 == 0) add_release(a.workspace.stored + n);
     }
 
-    // publishes: two tiles ahead, when consumers begin one. reports: every tile, when the next one begins and its copies have ended or will have soon.
+    // publishes: two tiles ahead, when consumers begin one; in one place, since its code is long. reports: every tile, when the next one begins and its copies have ended or will have soon.
     __device__ __forceinline__ void run(Publisher& publisher, bool publishes, bool reports) const {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
-        bool more = publishes && publisher.publish() && publisher.publish();
-        int before = -1;    // the sample of the tile before this one, to be reported
+        bool more = publishes;
+        int before = -1, consumer = warp;    // the sample of the tile before this one, to be reported
         RingPosition slot;
-        for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
-            mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+#pragma unroll 1
+        for (int tiles = -2;; tiles++) {
+            if (tiles >= 0) mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+            if (more) more = publisher.publish();
+            if (tiles < 0) continue;
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
-            if (more) more = publisher.publish();
             if (before >= 0) report(before);
             if (reports) before = tile.n;
             for (; consumer < consumers; consumer += 2) {
@@ -5830,6 +5811,7 @@ struct Storer {
                 bulk_wait_group_read<0>();
                 mbarrier_arrive(head.buffer_free + consumer);
             }
+            consumer -= consumers;
             mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
         }

@@ -16,7 +16,7 @@
 namespace conv {
 
 constexpr int kFirstTiles = 2;
-constexpr int kPieceStages = 2, kPieces = 2, kMostPieceFloats = 4096;    // kPieces: that a warp takes at a time
+constexpr int kPieceStages = 2, kPieces = 2, kMostPieceFloats = 4096;    // kPieces: neighbours, that a warp takes at a time before the last sample
 constexpr double kMostSampleBytes = 24 << 20;    // with larger ones, passes of their own are faster
 constexpr double kNormalizedBytes = 20;          // that a multiprocessor normalizes in a cycle, reading and writing as many
 
@@ -69,26 +69,22 @@ __device__ __forceinline__ void find_statistics(const Parameters& a, unsigned re
     }
 }
 
-// A warp: takes pieces of channels, kPieces at a time, until there are no more. The copy engine brings them to stages of shared memory, which are the warp's own.
+// A warp: takes pieces of channels, one after another, until there are no more. The copy engine brings them to stages of shared memory, which are the warp's own. All
+// warps of all blocks come to the last sample, each for one piece or two: there, none is taken before the warp has nothing else to do.
 struct PieceNormalizer {
     const Parameters& a;
     float* stages;
     uint64_t* full;
     int floats;                             // of a piece
-    unsigned pieces, all;                   // of a channel; of all
-    unsigned piece, more;                   // to load next; lane 0: the first of the next ones
+    unsigned pieces, all, last_sample;      // of a channel; of all; the first of the last sample
+    unsigned newest = 0, left = 0, next;    // the last that was loaded; how many were taken with it and are not loaded; lane 0: the next ones, if they are taken ahead
+    bool ahead = false;
     int ready = -1;                         // the last sample whose statistics are known
 
     __device__ __forceinline__ PieceNormalizer(const Parameters& a, uint8_t* stages, uint64_t* full)
-        : a(a), stages(reinterpret_cast<float*>(stages)), full(full), floats(piece_floats(a.p.t)), pieces((int(a.norm.shape.S) + floats - 1) / floats), all(unsigned(a.norm.shape.N * a.norm.shape.C) * pieces) {
-        more = take();
-        next_pieces();
-    }
-    __device__ __forceinline__ unsigned take() const { return threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.pieces, unsigned(kPieces)) : 0; }
-    __device__ __forceinline__ void next_pieces() {
-        piece = __shfl_sync(~0u, more, 0);
-        more = take();
-    }
+        : a(a), stages(reinterpret_cast<float*>(stages)), full(full), floats(piece_floats(a.p.t)), pieces((int(a.norm.shape.S) + floats - 1) / floats), all(unsigned(a.norm.shape.N * a.norm.shape.C) * pieces),
+          last_sample(all - unsigned(a.norm.shape.C) * pieces) {}
+    __device__ __forceinline__ unsigned take(int count) const { return threadIdx.x % 32 == 0 ? atomicAdd(a.workspace.pieces, unsigned(count)) : 0; }
     struct Span { unsigned row; int first, count; };    // floats of a row, a sample's channel
     __device__ __forceinline__ Span span_of(unsigned piece) const {
         const unsigned row = piece / pieces;
@@ -97,12 +93,19 @@ struct PieceNormalizer {
     }
     __device__ __forceinline__ int64_t origin_of(const Span& span) const { return int64_t(span.row) * a.norm.shape.S + span.first; }
 
-    // Loads the next piece; returns which, `all` where there is none.
-    __device__ __forceinline__ unsigned load(int stage) {
-        const unsigned own = piece;
-        if (own >= all) return all;
-        if (++piece % kPieces == 0) next_pieces();
-        const Span span = span_of(own);
+    // Takes a piece, unless there is one at hand, and loads it. False: there is none.
+    __device__ __forceinline__ bool load(int stage) {
+        if (left > 0) {
+            newest++, left--;
+        } else {
+            left = ahead ? kPieces - 1 : 0;
+            if (!ahead) next = take(1);
+            newest = __shfl_sync(~0u, next, 0);
+            ahead = newest < last_sample;
+            if (ahead) next = take(kPieces);
+        }
+        if (newest >= all) return false;
+        const Span span = span_of(newest);
         const int n = span.row / unsigned(a.norm.shape.C);
         if (threadIdx.x % 32 == 0) {
             if (n != ready) wait_for_count(a.workspace.ready + n, unsigned(a.norm.shape.num_groups)), fence_proxy_async_global();
@@ -111,22 +114,23 @@ struct PieceNormalizer {
         }
         ready = n;
         __syncwarp();
-        return own;
+        return true;
     }
 
     __device__ __forceinline__ void run() {
         const Normalization& norm = a.norm;
         unsigned loaded[kPieceStages], known = all;    // pieces, the next one first; the row whose constants are known
+        int count = 0;
         group_norm::ChannelNorm<float> normalized;
-        RingPosition at;
-        const auto load_behind = [&](int stage) {
+        RingPosition to, at;
+        while (true) {
+            while (count < kPieceStages && newest < (count == 0 ? all : last_sample) && load(to.stage)) {
 #pragma unroll
-            for (int i = 0; i + 1 < kPieceStages; i++) loaded[i] = loaded[i + 1];
-            loaded[kPieceStages - 1] = load(stage);
-        };
-#pragma unroll 1
-        for (int stage = 0; stage < kPieceStages; stage++) load_behind(stage);
-        while (loaded[0] < all) {
+                for (int i = 0; i < kPieceStages; i++)
+                    if (i == count) loaded[i] = newest;
+                count++, to.advance(kPieceStages);
+            }
+            if (count == 0) return;
             const Span span = span_of(loaded[0]);
             if (span.row != known) {
                 const int c = span.row % unsigned(norm.shape.C), group = span.row / unsigned(norm.shape.group_channels());
@@ -142,8 +146,9 @@ struct PieceNormalizer {
                 __stcs(out + i, make_float4(normalized(v.x), normalized(v.y), normalized(v.z), normalized(v.w)));
             }
             __syncwarp();
-            load_behind(at.stage);
-            at.advance(kPieceStages);
+#pragma unroll
+            for (int i = 0; i + 1 < kPieceStages; i++) loaded[i] = loaded[i + 1];
+            count--, at.advance(kPieceStages);
         }
     }
 };

@@ -70,6 +70,13 @@ template <typename Path> static const Plan& plan_of(const Geometry& g, Direction
 
 // -------------------------------------------------------------------------------------------------- Scratch memory
 
+// A kernel of its own: one behind a memset would not be brought to the multiprocessors before that ends.
+__global__ void __launch_bounds__(256) zero_kernel(uint4* memory, int64_t count) {
+    wait_for_previous_kernel();
+    const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+    if (i < count) memory[i] = make_uint4(0, 0, 0, 0);
+}
+
 // Takes pieces of the memory from `base` on (null where only their sizes are wanted), those that start at zero first.
 class Scratch {
 public:
@@ -85,7 +92,7 @@ public:
         return p;
     }
     int64_t bytes() const { return bytes_; }
-    scaled_half::Zeroed zeroed() const { return {reinterpret_cast<uint4*>(base_), zeroed_ / 16}; }
+    int zero(cudaStream_t stream) const { return launch(zero_kernel, ceil_div(zeroed_ / 16, 256), 256, stream, reinterpret_cast<uint4*>(base_), zeroed_ / 16); }
 
 private:
     uint8_t* base_;
@@ -109,17 +116,16 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
 }
 
 // These take the memory of the copies of an activation and of a weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, const void* x) {
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
-    a.x = x, a.max = scratch.take<scaled_half::SampleMax>(N), a.part_max = scratch.take<unsigned>(N * scaled_half::look_blocks(a));
+    a.x = x, a.max = max;
     a.copy = scratch.take<__half>(a.copied());
     return a;
 }
 
-inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, const void* w) {
+inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, unsigned* max, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, nullptr, nullptr};
-    weight.max = scratch.take<unsigned>(p.C_out), weight.part_max = scratch.take<unsigned>(weight.look_parts() * p.C_out);
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, max};
     weight.copy = scratch.take<__half>(weight.copied());
     return weight;
 }

@@ -248,18 +248,20 @@ struct Storer {
         if (threadIdx.x % 32 == 0) add_release(a.workspace.stored + n);
     }
 
-    // publishes: two tiles ahead, when consumers begin one. reports: every tile, when the next one begins and its copies have ended or will have soon.
+    // publishes: two tiles ahead, when consumers begin one; in one place, since its code is long. reports: every tile, when the next one begins and its copies have ended or will have soon.
     __device__ __forceinline__ void run(Publisher& publisher, bool publishes, bool reports) const {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
-        bool more = publishes && publisher.publish() && publisher.publish();
-        int before = -1;    // the sample of the tile before this one, to be reported
+        bool more = publishes;
+        int before = -1, consumer = warp;    // the sample of the tile before this one, to be reported
         RingPosition slot;
-        for (int consumer = warp, tiles = 0;; consumer -= consumers, tiles++) {
-            mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+#pragma unroll 1
+        for (int tiles = -2;; tiles++) {
+            if (tiles >= 0) mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+            if (more) more = publisher.publish();
+            if (tiles < 0) continue;
             const Tile& tile = head.tiles[slot.stage];
             if (tile.n < 0) break;
-            if (more) more = publisher.publish();
             if (before >= 0) report(before);
             if (reports) before = tile.n;
             for (; consumer < consumers; consumer += 2) {
@@ -268,6 +270,7 @@ struct Storer {
                 bulk_wait_group_read<0>();
                 mbarrier_arrive(head.buffer_free + consumer);
             }
+            consumer -= consumers;
             mbarrier_arrive(head.tile_empty + slot.stage);
             slot.advance(kTileSlots);
         }

@@ -24,13 +24,23 @@ __device__ __forceinline__ group_norm::Pair sum_moments(const Problem& p, const 
     const float2* moments = workspace.moments + int64_t(n) * parts * channels + group * group_channels;
     const int columns = min(group_channels, kThreads), rows = kThreads / columns, row = thread / columns;
     group_norm::Pair sums = {0, 0};
+    constexpr int kAtOnce = 10;    // that are under way
     for (int c = thread % columns; c < group_channels && row < rows; c += columns) {
-#pragma unroll 6
-        for (int part = block * rows + row; part < parts; part += blocks * rows) {
-            const double count = counts[part];
-            const float2 m = moments[int64_t(part) * channels + c];
-            sums.a += count == 0 ? 0 : count * m.x;
-            sums.b += count == 0 ? 0 : m.y + count * m.x * m.x;
+        for (int first = block * rows + row; first < parts; first += kAtOnce * blocks * rows) {
+            float count[kAtOnce];
+            float2 m[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                const int part = min(first + i * blocks * rows, parts - 1);
+                count[i] = counts[part], m[i] = moments[int64_t(part) * channels + c];
+                if (first + i * blocks * rows >= parts) count[i] = 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                const double own = count[i], mean = count[i] > 0 ? m[i].x : 0, square = count[i] > 0 ? m[i].y : 0;    // else there are no moments
+                sums.a += own * mean;
+                sums.b += square + own * mean * mean;
+            }
         }
     }
     return sums;
@@ -42,7 +52,7 @@ __device__ __forceinline__ void leave_statistics(const group_norm::Shape& shape,
 }
 
 // mean, rstd (N, num_groups): some blocks for each. Sums are added in a fixed order, those of the blocks by the last one that is done.
-__global__ void __launch_bounds__(kStatisticsThreads)
+__global__ void __launch_bounds__(kStatisticsThreads, 2)
 statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, int blocks, double eps, double* mean, double* rstd) {
     wait_for_previous_kernel();
     const int index = blockIdx.x / blocks, block = blockIdx.x % blocks;

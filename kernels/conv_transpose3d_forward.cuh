@@ -19,9 +19,11 @@ struct ForwardMemory {
     scaled_half::Weight weight;
     ForwardMemory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
         const Problem& p = plan.problem;
+        auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        auto* weight_max = scratch.take_zeroed<unsigned>(p.C_out);
         workspace = take_workspace(scratch, p, fused);
-        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, x);
-        weight = take_weight(scratch, plan, g, w);
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
+        weight = take_weight(scratch, plan, g, weight_max, w);
     }
 };
 
@@ -34,7 +36,8 @@ template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused
 
 template <typename Path>
 int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out, const Normalization& norm) {
-    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, memory.scratch.zeroed(), dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
     return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, norm, stream);
 }
 

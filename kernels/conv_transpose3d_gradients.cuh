@@ -32,10 +32,12 @@ struct GradientsMemory {
     scaled_half::Weight weight;
     float* partial;
     GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
+        auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+        auto* weight_max = scratch.take_zeroed<unsigned>(plan.problem.C_out);
         workspace = take_workspace(scratch, plan.problem, false);
-        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_data);
-        weight = take_weight(scratch, plan, g, w);
-        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_data);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
+        weight = take_weight(scratch, plan, g, weight_max, w);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
         partial = scratch.take<float>(dweight::partial_count(dweight.t));
     }
 };
@@ -47,13 +49,14 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
     GradientsMemory memory(g, plan, dweight_plan, workspace, dout, x, w);
     memory.dout.norm = norm;
+    RETURN_IF_ERROR(memory.scratch.zero(stream));
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
-    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, memory.scratch.zeroed(), dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
     if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, {}, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
-    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, {}, dtype, plan.multiprocessors, stream));
+    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
     const dweight::Parameters a = {dweight_plan, memory.x.max, memory.dout.max, memory.partial};
     return Path::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
 }

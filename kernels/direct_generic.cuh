@@ -49,10 +49,13 @@ struct Samples {
     const unsigned* flags;
     int stride;
     __device__ __forceinline__ bool has(int64_t n) const { return flags == nullptr || flags[n * stride] != 0; }
-    __device__ __forceinline__ bool any(int64_t N) const {
-        bool found = flags == nullptr;
-        for (int64_t n = 0; n < N && !found; n++) found = has(n);
-        return found;
+    // A warp: whether it has any. In few instructions, which are fetched when the kernel before this one has ended.
+    __device__ __forceinline__ bool any(int N) const {
+        if (flags == nullptr) return true;
+        bool found = false;
+#pragma unroll 1
+        for (int n = threadIdx.x % 32; n < N; n += 32) found |= flags[n * stride] != 0;
+        return __any_sync(~0u, found);
     }
 };
 
@@ -193,7 +196,7 @@ template <typename T, Direction kDirection, int kChannels>
 __global__ void __launch_bounds__(kThreads, min_blocks_per_sm(kChannels))
 direct_kernel(Geometry g, int64_t tiles, Samples only, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
     wait_for_previous_kernel();
-    if (!only.any(g.N)) return;
+    if (!only.any(int(g.N))) return;
     __shared__ volatile int64_t next;    // shared, not a register: the tile needs those
     if (threadIdx.x == 0) next = blockIdx.x;
     __syncthreads();

@@ -7,8 +7,7 @@
 // Weights have one scale per destination channel, from its maximum, with m = 15. Activations have one scale per sample,
 // so that they are read once: the maximum of a part of the sample is scaled to [2^8, 2^9), the copy finds the true maximum on
 // its way, and a sample that turns out to hold something 2^6 times larger is copied again, its maximum scaled to [2^14, 2^15).
-// The maxima live in device memory: nothing synchronises with the host. Those of parts, of a sample or of a channel's weights, are left by the blocks that looked, and put
-// together by all that need them: nothing has to be zeroed before the look.
+// The maxima live in device memory: nothing synchronises with the host.
 #pragma once
 
 #include "group_norm_backward.cuh"
@@ -18,7 +17,7 @@ namespace scaled_half {
 
 constexpr int kThreads = 256;
 constexpr int kLookElements = 4096;        // that one block looks at
-constexpr int kLookColumns = 4 * kThreads, kLookRows = 8;    // at most, of a weight, where the destination's kernels are neighbours
+constexpr int kLookColumns = 4 * kThreads, kLookRows = 8;    // of a weight, likewise, where the destination's kernels are neighbours
 constexpr int kWeightColumns = 64, kWeightChannels = 64;    // elements of destination channels' kernels, and source channels, that one block copies
 constexpr int kMaxShift = 120;             // keeps the scale and its inverse normal float32 numbers
 
@@ -32,10 +31,10 @@ __device__ __forceinline__ int shift_of(unsigned max_bits) { return max_bits == 
 // values that are not finite.
 struct SampleMax { unsigned part, all, non_finite; };
 
-__device__ __forceinline__ int first_shift_of(unsigned part) { return part == 0 ? 0 : clamp_shift(8 - exponent_of(part)); }
+__device__ __forceinline__ int first_shift_of(SampleMax m) { return m.part == 0 ? 0 : clamp_shift(8 - exponent_of(m.part)); }
 // Whether the first copy holds: nothing overflowed, and there was something to look at.
-__device__ __forceinline__ bool first_copy_holds(SampleMax m) { return m.part != 0 ? exponent_of(m.all) + first_shift_of(m.part) <= 14 : m.all == 0; }
-__device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m) ? first_shift_of(m.part) : shift_of(m.all); }
+__device__ __forceinline__ bool first_copy_holds(SampleMax m) { return m.part != 0 ? exponent_of(m.all) + first_shift_of(m) <= 14 : m.all == 0; }
+__device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m) ? first_shift_of(m) : shift_of(m.all); }
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
@@ -69,8 +68,7 @@ struct Activation {
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
-    SampleMax* max;                                // (N)
-    unsigned* part_max;                            // (N, look_blocks)
+    SampleMax* max;                                // (N), starts at zero
     bool vectors;                                  // rows and the address are multiples of four elements
     NormGradient norm;
     HOST_DEVICE int64_t sample() const { return C * axis[0].size * axis[1].size * axis[2].size; }
@@ -82,7 +80,7 @@ struct Activation {
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split) {
-    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, nullptr, false, {}};
+    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false, {}};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
@@ -99,8 +97,7 @@ struct Weight {
     bool forward;                                  // the destination is the layer's output
     const void* w;                                 // (C_in, C_out / groups, kernel)
     __half* copy;
-    unsigned* max;                                 // (channels)
-    unsigned* part_max;                            // (channels, look_parts)
+    unsigned* max;                                 // (channels), starts at zero
     // What w has for a destination channel: kernels of `count` source channels from `first` on, those of its group, at `begin` + stride * i.
     struct Kernels { int first, count; int64_t begin; int stride; };
     HOST_DEVICE Kernels kernels_of(int destination) const {
@@ -110,17 +107,16 @@ struct Weight {
         return {group * out, out, int64_t(destination) * out * volume, volume};
     }
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
-    // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, whole channels, group) or (row, columns).
+    // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, its columns, group) or (row, columns).
     HOST_DEVICE int64_t row_elements() const { return group_C_out * kernel_volume(stencil); }
-    HOST_DEVICE int look_channels() const { return kLookColumns / kernel_volume(stencil); }
-    HOST_DEVICE int look_parts() const { return int(forward ? ceil_div(int(C) / int(groups), kLookRows) : ceil_div(row_elements(), kLookElements)); }    // of a destination channel
-    HOST_DEVICE int look_tiles() const { return (int(group_C_out) + look_channels() - 1) / look_channels(); }
-    HOST_DEVICE int64_t look_blocks() const { return look_parts() * (forward ? look_tiles() * groups : channels); }    // none where a weight for dx has no channels: not wanted
+    HOST_DEVICE int64_t look_blocks() const {    // none where a weight for dx has no channels: not wanted
+        if (forward) return ceil_div(row_elements(), kLookColumns) * ceil_div(C / groups, kLookRows) * groups;
+        return channels * ceil_div(row_elements(), kLookElements);
+    }
 };
 
 constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
 constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 20;
-static_assert(kSmallSample / kLookElements <= kThreads && kLargeLook / kLookElements <= kThreads, "a block of the copy has a thread for each block that looked at a sample");
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
 HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
@@ -156,19 +152,19 @@ __device__ __forceinline__ unsigned block_max(unsigned v) {
 template <typename T> __device__ void look_at_weight(const Weight& p, int block) {
     const int volume = kernel_volume(p.stencil), elements = int(p.row_elements());
     if (!p.forward) {
-        const int parts = p.look_parts(), channel = block / parts, part = block % parts, begin = part * kLookElements, end = min(begin + kLookElements, elements);
+        const int parts = int(ceil_div(elements, kLookElements)), channel = block / parts, begin = block % parts * kLookElements, end = min(begin + kLookElements, elements);
         const T* row = static_cast<const T*>(p.w) + int64_t(channel) * elements;
         unsigned max = 0;
 #pragma unroll 8
         for (int i = begin + threadIdx.x; i < end; i += kThreads) max = umax(max, finite_magnitude(to_acc(row[i])));
         max = block_max(max);
-        if (threadIdx.x == 0) p.part_max[channel * parts + part] = max;
+        if (threadIdx.x == 0) atomicMax(p.max + channel, max);
         return;
     }
-    __shared__ unsigned maxima[kLookColumns];
-    const int tiles = p.look_tiles(), group_rows = int(p.C) / int(p.groups), parts = p.look_parts();
-    const int first_channel = block % tiles * p.look_channels(), part = block / tiles % parts, group = block / tiles / parts;
-    const int count = min(p.look_channels(), int(p.group_C_out) - first_channel), begin = first_channel * volume, first_row = part * kLookRows, rows = min(kLookRows, group_rows - first_row);
+    __shared__ unsigned maxima[kLookColumns + 1];
+    const int tiles = int(ceil_div(elements, kLookColumns)), group_rows = int(p.C / p.groups), parts = int(ceil_div(group_rows, kLookRows));
+    const int begin = block % tiles * kLookColumns, first_row = block / tiles % parts * kLookRows, group = block / tiles / parts, rows = min(kLookRows, group_rows - first_row);
+    const int first_channel = begin / volume, count = (min(begin + kLookColumns, elements) - 1) / volume - first_channel + 1;
     const T* row = static_cast<const T*>(p.w) + (int64_t(group) * group_rows + first_row) * elements;
     for (int i = threadIdx.x; i < count; i += kThreads) maxima[i] = 0;
     __syncthreads();
@@ -185,30 +181,12 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
         for (int i = 0; i < kColumns; i++) max[i] = umax(max[i], finite_magnitude(values[r][i]));
 #pragma unroll
     for (int i = 0; i < kColumns; i++) {
-        const int column = i * kThreads + threadIdx.x;
-        if (column < count * volume) atomicMax(maxima + column / volume, max[i]);
+        const int column = begin + i * kThreads + threadIdx.x;
+        if (column < elements) atomicMax(maxima + column / volume - first_channel, max[i]);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < count; i += kThreads) p.part_max[(group * p.group_C_out + first_channel + i) * parts + part] = maxima[i];
+    for (int i = threadIdx.x; i < count; i += kThreads) atomicMax(p.max + group * int(p.group_C_out) + first_channel + i, maxima[i]);
 }
-
-// A warp: the maximum of a destination channel's parts. The first of them are loaded when it is made, so that other loads can be on their way before it is asked for.
-struct ChannelMax {
-    static constexpr int kFirst = 4;    // for each lane
-    const unsigned* parts;
-    int count;
-    unsigned first[kFirst];
-    __device__ __forceinline__ ChannelMax(const Weight& p, int channel) : parts(p.part_max + int64_t(channel) * p.look_parts()), count(p.look_parts()) {
-#pragma unroll
-        for (int i = 0; i < kFirst; i++) first[i] = i * 32 + int(threadIdx.x % 32) < count ? parts[i * 32 + threadIdx.x % 32] : 0;
-    }
-    __device__ __forceinline__ unsigned value() const {
-        unsigned max = umax(umax(first[0], first[1]), umax(first[2], first[3]));
-#pragma unroll 1
-        for (int i = kFirst * 32 + threadIdx.x % 32; i < count; i += 32) max = umax(max, parts[i]);
-        return __reduce_max_sync(~0u, max);
-    }
-};
 
 // kWeightColumns columns, each an element of a destination channel's kernel, of kWeightChannels source channels, transposed through shared memory; and, beside a
 // channel's first element, the rows that no element belongs to.
@@ -222,8 +200,6 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
     const int column = min(first + own, columns - 1), channel = column / volume, k = column - channel * volume;
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin + k;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = first / volume, last_channel = min(first + kWeightColumns - 1, columns - 1) / volume;
-    const ChannelMax first_max(p, min(first_channel + warp, last_channel));
     constexpr int kSteps = kThreads / kWeightColumns, kEach = kWeightChannels / kSteps;
     float v[kEach];
 #pragma unroll
@@ -231,15 +207,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         const int c = c0 + own_c + i * kSteps - kernels.first;
         v[i] = unsigned(c) < unsigned(kernels.count) ? to_acc(w[int64_t(c) * kernels.stride]) : 0.0f;
     }
-    __shared__ unsigned maxima[kWeightColumns];    // of the tile's channels
-    for (int i = warp; first_channel + i <= last_channel; i += kThreads / 32) {
-        const unsigned max = i == warp ? first_max.value() : ChannelMax(p, first_channel + i).value();
-        if (lane == 0) maxima[i] = max;
-    }
-    __syncthreads();
-    const unsigned max = maxima[channel - first_channel];
-    if (c0 == 0 && own_c == 0 && k == 0) p.max[channel] = max;
-    const float scale = power_of_two(shift_of(max));
+    const float scale = power_of_two(shift_of(p.max[channel]));
 #pragma unroll
     for (int i = 0; i < kEach; i++) values[own][own_c + i * kSteps] = __float2half_rn(v[i] * scale);
     if (own_c == 0) {
@@ -247,7 +215,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         rows[own] = row_of(channel, place.tap, place.phase);
     }
     __syncthreads();
-    const int pairs = min(kWeightChannels, int(p.phase_channels) - c0) / 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pairs = min(kWeightChannels, int(p.phase_channels) - c0) / 2;
     const auto write = [&](int row, __half2 v) {
         if (lane < pairs) reinterpret_cast<__half2*>(p.copy + row * p.phase_channels + c0)[lane] = v;
     };
@@ -266,9 +234,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
 
 // One destination channel, split.
 template <typename T> __device__ void copy_split_weight(const Weight& p, int channel) {
-    const unsigned max = ChannelMax(p, channel).value();
-    if (threadIdx.x == 0) p.max[channel] = max;
-    const float scale = power_of_two(shift_of(max));
+    const float scale = power_of_two(shift_of(p.max[channel]));
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin;
     const int taps = p.stencil.taps(), columns = 4 * p.split;
@@ -281,24 +247,12 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
     }
 }
 
-// Memory that kernels behind the look want to be zero.
-struct Zeroed {
-    uint4* memory;
-    int64_t count;
-};
-
-// Blocks for the maxima of parts of the weight's channels, of parts of every sample, evenly spread, and for zeros.
-template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p, Zeroed zeroed) {
+// The maxima of the weight's channels, and of parts of every sample, evenly spread.
+template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) look_kernel(Activation a, Weight p) {
     wait_for_previous_kernel();
-    const int64_t elements = a.sample();
-    const int weight_blocks = int(p.look_blocks()), blocks = int(look_blocks(a));
+    const int64_t weight_blocks = p.look_blocks(), blocks = look_blocks(a), elements = a.sample();
     if (blockIdx.x < weight_blocks) return look_at_weight<T>(p, blockIdx.x);
-    const int n = (int(blockIdx.x) - weight_blocks) / blocks, block = int(blockIdx.x) - weight_blocks - n * blocks;
-    if (n >= a.N) {
-        const int64_t i = (blockIdx.x - weight_blocks - a.N * blocks) * kThreads + threadIdx.x;
-        if (i < zeroed.count) zeroed.memory[i] = make_uint4(0, 0, 0, 0);
-        return;
-    }
+    const int64_t n = (blockIdx.x - weight_blocks) / blocks, block = (blockIdx.x - weight_blocks) % blocks;
     const int64_t last = elements > kLookElements ? elements - kLookElements : 0;
     const int64_t begin = blocks > 1 ? last * block / (blocks - 1) : 0;
     const T* part = static_cast<const T*>(a.x) + n * elements + begin;
@@ -328,9 +282,7 @@ template <typename T, bool kNorm> __global__ void __launch_bounds__(kThreads) lo
 #pragma unroll
     for (int i = 0; i < kEach; i++) max = umax(max, finite_magnitude(values[i]));
     max = block_max(max);
-    if (threadIdx.x > 0) return;
-    a.part_max[n * blocks + block] = max;
-    if (block == 0) a.max[n] = {};    // for the copy
+    if (threadIdx.x == 0) atomicMax(&a.max[n].part, max);
 }
 
 template <typename T> using Four = Vector<T, 4>;
@@ -373,9 +325,8 @@ template <bool kVectors, bool kAll, typename T> __device__ __forceinline__ void 
     }
 }
 
-// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes. scale_of(): what to scale by, asked for
-// behind the loads.
-template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes copy_tile(const Activation& a, int64_t n, unsigned index, F scale_of) {
+// Tile `index` of a sample: channels x positions, transposed through shared memory; returns the thread's extremes.
+template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(const Activation& a, int64_t n, unsigned index, float scale) {
     constexpr int kOctets = kChannels / 8, kPositions = kTileElements / kChannels;
     constexpr bool kSplit = kKind == Kind::kSplit, kNorm = kKind == Kind::kNorm;
     const unsigned channel_tiles = ceil_div(a.channels(), kChannels);
@@ -416,7 +367,6 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
             for (int e = 0; e < 4; e++) values[i].v[e] = gradient.dz(values[i].v[e], activations[i].v[e]);    // zero where r is zero: outside too
         }
     }
-    const float scale = scale_of();
     unsigned any = 0;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -454,30 +404,29 @@ template <typename T, int kChannels, Kind kKind, typename F> __device__ Extremes
     return max;
 }
 
-// The weight, and every sample: so many blocks each. looked: that looked at a sample.
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles, unsigned looked) {
+// The weight, and every sample: so many blocks each.
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles) {
     wait_for_previous_kernel();
     if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
-    const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles, tile = block - n * sample_tiles;
-    const unsigned own_part = threadIdx.x < looked ? a.part_max[n * looked + threadIdx.x] : 0;
-    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, tile, [&] {
-        const unsigned part = block_max(own_part);
-        if (threadIdx.x == 0 && tile == 0) a.max[n].part = part;
-        return power_of_two(first_shift_of(part));
-    });
+    const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
+    const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block - n * sample_tiles, power_of_two(first_shift_of(a.max[n])));
     const unsigned max = block_max(extremes.finite);
     if (threadIdx.x == 0 && max > a.max[n].all) atomicMax(&a.max[n].all, max);
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
-// Copies again the samples whose first copy does not hold: mostly none.
+// Copies again the samples whose first copy does not hold: mostly none, which each warp finds out by itself.
 template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a, unsigned sample_tiles) {
     wait_for_previous_kernel();
+    bool again = false;
+#pragma unroll 1
+    for (int n = threadIdx.x % 32; n < int(a.N); n += 32) again |= !first_copy_holds(a.max[n]);
+    if (!__any_sync(~0u, again)) return;
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
         for (unsigned tile = blockIdx.x; tile < sample_tiles; tile += gridDim.x) {
-            copy_tile<T, kChannels, kKind>(a, n, tile, [&] { return scale; });
+            copy_tile<T, kChannels, kKind>(a, n, tile, scale);
             __syncthreads();
         }
     }
@@ -485,33 +434,33 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
-template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, Zeroed zeroed, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a) + ceil_div(zeroed.count, kThreads), kThreads, stream, a, p, zeroed));
+template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
+    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
-    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles), unsigned(look_blocks(a))));
+    RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
     if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
     return launch(copy_again_kernel<T, kChannels, kKind>, multiprocessors * 2, kThreads, stream, a, unsigned(sample_tiles));
 }
 
-template <typename T> int pack(Activation a, const Weight& p, Zeroed zeroed, int multiprocessors, void* stream) {
+template <typename T> int pack(Activation a, const Weight& p, int multiprocessors, void* stream) {
     const auto& w = a.axis[2];
     const bool whole_rows = a.phases() == 1 || (w.size % 4 == 0 && w.crop == 0 && w.positions * w.phases % 4 == 0);    // a vector lies in one row
     a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && holds<Four<T>>(a.x) && holds<Four<T>>(a.norm.r);
     const bool narrow = tile_channels(a) == 32;
     if constexpr (sizeof(T) == 4) {
-        if (a.split) return copy<T, 32, Kind::kSplit>(a, p, zeroed, multiprocessors, stream);
-        if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, zeroed, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, zeroed, multiprocessors, stream);
+        if (a.split) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
+        if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, multiprocessors, stream);
     }
     if (a.split || a.norm.r) return cudaErrorNotSupported;
-    return narrow ? copy<T, 32, Kind::kPlain>(a, p, zeroed, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, zeroed, multiprocessors, stream);
+    return narrow ? copy<T, 32, Kind::kPlain>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, multiprocessors, stream);
 }
 
-// Copies an activation, and a weight unless it has no channels; zeroes what is to be zero, before.
-inline int pack(const Activation& a, const Weight& p, Zeroed zeroed, int dtype, int multiprocessors, void* stream) {
+// Copies an activation, and a weight unless it has no channels.
+inline int pack(const Activation& a, const Weight& p, int dtype, int multiprocessors, void* stream) {
     switch (dtype) {
-        case kFloat32: return pack<float>(a, p, zeroed, multiprocessors, stream);
-        case kFloat16: return pack<__half>(a, p, zeroed, multiprocessors, stream);
-        case kBFloat16: return pack<__nv_bfloat16>(a, p, zeroed, multiprocessors, stream);
+        case kFloat32: return pack<float>(a, p, multiprocessors, stream);
+        case kFloat16: return pack<__half>(a, p, multiprocessors, stream);
+        case kBFloat16: return pack<__nv_bfloat16>(a, p, multiprocessors, stream);
     }
     return cudaErrorInvalidValue;
 }
