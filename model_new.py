@@ -266,13 +266,14 @@ def _always(geometry, dtype, tf32, device):
 def _tensor_cores(path, operation, geometry, dtype, tf32, device):
     """Strides of 1 or 2, TF32-equivalent arithmetic allowed, enough work to fill tiles, and a tiling of ``path``, which is the device's.
 
-    cuDNN computes in TF32 there too. For most other strides, and stride 2 with dilation, it is float32-accurate even where TF32
-    is allowed, and so are we.
+    cuDNN computes in TF32 there too. For most other strides, stride 2 with dilation, and axes of both strides where no taps overlap,
+    it is float32-accurate even where TF32 is allowed, and so are we.
     """
-    axes = geometry.axis
+    axes, strides = geometry.axis, {axis.stride for axis in geometry.axis}
     return (_tensor_core_path(_capability(device.index)) == path and (tf32 if dtype == torch.float32 else dtype != torch.float64)
             and all(axis.kernel <= 7 for axis in axes)
-            and (all(axis.stride == 1 for axis in axes) or all(axis.stride == 2 and axis.dilation == 1 for axis in axes))
+            and (strides == {1} or (strides <= {1, 2} and all(axis.dilation == 1 for axis in axes)))
+            and (len(strides) == 1 or any(axis.kernel > axis.stride for axis in axes))
             and _multiply_adds(geometry) >= 2**24
             and bool(getattr(_library("cuda"), f"conv_transpose3d_{operation}_supports_{path}")(ctypes.addressof(geometry), device.index)))
 
@@ -288,16 +289,34 @@ def _has_float32_dinput(geometry, dtype):
     return dtype == torch.float32 and geometry.C_out <= 3
 
 
+def _terms(geometry):
+    """Products of an output, at most."""
+    terms = geometry.C_in // geometry.groups
+    for axis in geometry.axis:
+        terms *= -(-axis.kernel // axis.stride)
+    return terms
+
+
+def _merges_groups(geometry):
+    """Where groups have many channels and strides are 1, cuDNN computes in TF32, and so do we, as one group with zeros between (``merges_groups``)."""
+    channels = min(geometry.C_in, geometry.C_out) // geometry.groups
+    return geometry.groups > 1 and channels >= 32 and all(axis.stride == 1 for axis in geometry.axis) and _terms(geometry) > 128
+
+
 def _forward_on(path):
     def condition(geometry, dtype, tf32, device):
-        """Several groups: cuDNN's forward is float32-accurate, and so are split operands, as long as no sum is too long."""
+        """Other groups: cuDNN's forward is float32-accurate, and so are split operands, as long as no sum is too long."""
         if _has_float32_forward(geometry, dtype):
             return False
-        terms = geometry.C_in // geometry.groups
-        for axis in geometry.axis:
-            terms *= -(-axis.kernel // axis.stride)
-        return (geometry.groups == 1 or (dtype == torch.float32 and terms <= 128)) and _tensor_cores(path, "forward", geometry, dtype, tf32, device)
+        accurate = dtype == torch.float32 and _terms(geometry) <= 128
+        return (geometry.groups == 1 or accurate or _merges_groups(geometry)) and _tensor_cores(path, "forward", geometry, dtype, tf32, device)
     return condition
+
+
+def _norm_forward_on(path):
+    """Behind the norm nothing can repair what zeros between groups make of infinite values."""
+    forward = _forward_on(path)
+    return lambda geometry, dtype, tf32, device: not _merges_groups(geometry) and forward(geometry, dtype, tf32, device)
 
 
 def _gradients_on(path):
@@ -324,7 +343,7 @@ _PATHS = {
     # operation: ((path, condition), ...)
     # sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
     "conv_transpose3d_forward": (("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("generic", _always)),
-    "conv_transpose3d_relu_group_norm_forward": (("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("composed", _always)),
+    "conv_transpose3d_relu_group_norm_forward": (("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
     "conv_transpose3d_gradients": (("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("composed", _always)),
     "conv_transpose3d_relu_group_norm_gradients": (("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
     "conv_transpose3d_dinput": (("generic", _always),),
@@ -1139,6 +1158,18 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v)
     if (dtype == kFloat32) static_cast<float*>(p)[i] = v;
     else if (dtype == kFloat16) static_cast<__half*>(p)[i] = from_acc<__half>(v);
     else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
+}
+
+// Four neighbours, the i-th ones.
+__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float4 v) {
+    if (dtype == kFloat32) {
+        static_cast<float4*>(p)[i] = v;
+        return;
+    }
+    const bool half = dtype == kFloat16;
+    const __half2 h[2] = {__floats2half2_rn(v.x, v.y), __floats2half2_rn(v.z, v.w)};
+    const __nv_bfloat162 b[2] = {__floats2bfloat162_rn(v.x, v.y), __floats2bfloat162_rn(v.z, v.w)};
+    static_cast<uint2*>(p)[i] = half ? *reinterpret_cast<const uint2*>(h) : *reinterpret_cast<const uint2*>(b);
 }
 
 // Calls `f` with a value of the C++ type behind `dtype`.
@@ -3444,6 +3475,16 @@ template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(co
     }
 }
 
+// A warp: stores a piece of staged outputs, four at a time where they are staged as they are aligned in memory.
+__device__ __forceinline__ void store_piece(const Parameters& a, int64_t at, const float* from, int count) {
+    const int lane = threadIdx.x % 32, head = a.p.t.bulk ? min(count, int(-at & 3)) : count, body = (count - head) / 4, tail = head + body * 4;
+#pragma unroll 1
+    for (int k = lane; k < head; k += 32) store_as(a.out, a.dtype, at + k, from[k]);
+    if (lane < count - tail) store_as(a.out, a.dtype, at + tail + lane, from[tail + lane]);
+#pragma unroll 2
+    for (int k = lane; k < body; k += 32) store_as(a.out, a.dtype, (at + head) / 4 + k, reinterpret_cast<const float4*>(from + head)[k]);
+}
+
 }  // namespace conv
 '''
 
@@ -3567,6 +3608,11 @@ struct Plan {
     int multiprocessors;
 };
 
+// Whether a forward with several groups is computed as one group, with zeros between them (`_merges_groups` in model_new.py); else its operands are split.
+inline bool merges_groups(const Geometry& g) {
+    return g.groups > 1 && g.C_in / g.groups >= 32 && g.C_out / g.groups >= 32 && g.C_in / g.groups * kernel_volume(g) > 128 && g.axis[0].stride == 1 && g.axis[1].stride == 1 && g.axis[2].stride == 1;
+}
+
 // Path: the launches of an architecture (conv_launch_sm90.cuh, conv_launch_sm80.cuh).
 template <typename Path> Plan make_plan(const Geometry& g, Direction direction, int device) {
     const bool forward = direction == Direction::kForward;
@@ -3580,7 +3626,7 @@ template <typename Path> Plan make_plan(const Geometry& g, Direction direction, 
         plan.repairs = g.groups > 1;
         for (const StencilAxis& a : plan.problem.s.axis)
             for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
-        const bool split = forward && g.groups > 1;
+        const bool split = forward && g.groups > 1 && !merges_groups(g);
         if (!split || can_split(g))
             plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
     }
@@ -4650,22 +4696,6 @@ __device__ __forceinline__ void leave_moments(const Parameters& a, int64_t part,
             a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = make_float2(mean, squares);
             a.workspace.counts[set] = count;    // the same from every channel
         }
-    }
-}
-
-// One warp: stores a piece of staged outputs, 16 bytes at a time where they are staged as they are aligned in memory.
-__device__ __forceinline__ void store_piece(const Parameters& a, int64_t at, const float* from, int count) {
-    const int lane = threadIdx.x % 32;
-    if (a.dtype == kFloat32 && a.p.t.bulk) {
-        float* out = static_cast<float*>(a.out) + at;
-        const int head = min(count, int(-at & 3)), body = (count - head) / 4, tail = head + body * 4;
-        if (lane < head) out[lane] = from[lane];
-        if (lane < count - tail) out[tail + lane] = from[tail + lane];
-#pragma unroll 4
-        for (int k = lane; k < body; k += 32) reinterpret_cast<float4*>(out + head)[k] = reinterpret_cast<const float4*>(from + head)[k];
-    } else {
-#pragma unroll 4
-        for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, from[k]);
     }
 }
 
@@ -6198,7 +6228,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         me.sync();
         const float* buffer = me.buffer();
         for_each_piece(p, tile, run, threadIdx.x / 32 % 4, regions_of(p, run), 4, [&](int64_t at, int region, int offset, int count) {
-            for (int k = threadIdx.x % 32; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[region * t.region_stride + offset + k]);
+            store_piece(a, at, buffer + region * t.region_stride + offset, count);
         });
     }
     mbarrier_arrive(me.shared.head.staged[1 - me.staged % 2] + me.warpgroup);    // counted already

@@ -43,6 +43,11 @@ struct Plan {
     int multiprocessors;
 };
 
+// Whether a forward with several groups is computed as one group, with zeros between them (`_merges_groups` in model_new.py); else its operands are split.
+inline bool merges_groups(const Geometry& g) {
+    return g.groups > 1 && g.C_in / g.groups >= 32 && g.C_out / g.groups >= 32 && g.C_in / g.groups * kernel_volume(g) > 128 && g.axis[0].stride == 1 && g.axis[1].stride == 1 && g.axis[2].stride == 1;
+}
+
 // Path: the launches of an architecture (conv_launch_sm90.cuh, conv_launch_sm80.cuh).
 template <typename Path> Plan make_plan(const Geometry& g, Direction direction, int device) {
     const bool forward = direction == Direction::kForward;
@@ -56,7 +61,7 @@ template <typename Path> Plan make_plan(const Geometry& g, Direction direction, 
         plan.repairs = g.groups > 1;
         for (const StencilAxis& a : plan.problem.s.axis)
             for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
-        const bool split = forward && g.groups > 1;
+        const bool split = forward && g.groups > 1 && !merges_groups(g);
         if (!split || can_split(g))
             plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
     }

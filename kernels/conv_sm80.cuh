@@ -270,22 +270,6 @@ __device__ __forceinline__ void leave_moments(const Parameters& a, int64_t part,
     }
 }
 
-// One warp: stores a piece of staged outputs, 16 bytes at a time where they are staged as they are aligned in memory.
-__device__ __forceinline__ void store_piece(const Parameters& a, int64_t at, const float* from, int count) {
-    const int lane = threadIdx.x % 32;
-    if (a.dtype == kFloat32 && a.p.t.bulk) {
-        float* out = static_cast<float*>(a.out) + at;
-        const int head = min(count, int(-at & 3)), body = (count - head) / 4, tail = head + body * 4;
-        if (lane < head) out[lane] = from[lane];
-        if (lane < count - tail) out[tail + lane] = from[tail + lane];
-#pragma unroll 4
-        for (int k = lane; k < body; k += 32) reinterpret_cast<float4*>(out + head)[k] = reinterpret_cast<const float4*>(from + head)[k];
-    } else {
-#pragma unroll 4
-        for (int k = lane; k < count; k += 32) store_as(a.out, a.dtype, at + k, from[k]);
-    }
-}
-
 // Scales back, adds the bias, applies ReLU and stages half of a lane's rows.
 template <int kColumns, int kHalf>
 __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, const Run& run, const RowConstants* rows, const int* table, float* buffer, float first_scale, Sums<kColumns>& sums) {

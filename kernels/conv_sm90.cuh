@@ -657,7 +657,7 @@ __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v
         me.sync();
         const float* buffer = me.buffer();
         for_each_piece(p, tile, run, threadIdx.x / 32 % 4, regions_of(p, run), 4, [&](int64_t at, int region, int offset, int count) {
-            for (int k = threadIdx.x % 32; k < count; k += 32) store_as(a.out, a.dtype, at + k, buffer[region * t.region_stride + offset + k]);
+            store_piece(a, at, buffer + region * t.region_stride + offset, count);
         });
     }
     mbarrier_arrive(me.shared.head.staged[1 - me.staged % 2] + me.warpgroup);    // counted already

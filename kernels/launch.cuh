@@ -41,6 +41,18 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v)
     else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
 }
 
+// Four neighbours, the i-th ones.
+__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float4 v) {
+    if (dtype == kFloat32) {
+        static_cast<float4*>(p)[i] = v;
+        return;
+    }
+    const bool half = dtype == kFloat16;
+    const __half2 h[2] = {__floats2half2_rn(v.x, v.y), __floats2half2_rn(v.z, v.w)};
+    const __nv_bfloat162 b[2] = {__floats2bfloat162_rn(v.x, v.y), __floats2bfloat162_rn(v.z, v.w)};
+    static_cast<uint2*>(p)[i] = half ? *reinterpret_cast<const uint2*>(h) : *reinterpret_cast<const uint2*>(b);
+}
+
 // Calls `f` with a value of the C++ type behind `dtype`.
 template <typename F> int with_dtype(int dtype, F f) {
     switch (dtype) {

@@ -38,6 +38,10 @@ PLAIN = [
     ((2, 320, 7, 8, 8), 96, 3, 1, 1, 0, 1),             # tiles of several planes, GEMM_K in parts
     ((1, 200, 5, 9, 9), 40, 3, 1, 1, 0, 1),             # GEMM_K in parts
     ((2, 320, 8, 8, 8), 256, 2, 2, 0, 0, 1),            # tiles of several planes
+    ((2, 64, 8, 20, 24), 32, (3, 4, 4), (1, 2, 2), 1, 0, 1),    # axes of both strides
+    ((1, 128, 5, 17, 19), 64, (1, 3, 3), (1, 2, 2), (0, 1, 1), (0, 1, 1), 1),
+    ((1, 128, 5, 17, 19), 64, (4, 4, 3), (2, 2, 1), 1, 0, 1),
+    ((1, 32, 7, 16, 18), 40, (4, 3, 3), (2, 1, 1), 1, 0, 1),
 ]
 GROUPED = [((2, 32, 8, 16, 16), 32, 4, 3, 2, 1, 0, 1), ((2, 64, 8, 16, 18), 32, 2, 3, 1, 1, 0, 1), ((1, 48, 9, 14, 18), 96, 4, (3, 2, 5), 2, 1, 1, 1)]
 
@@ -127,11 +131,29 @@ def test_groups_are_float32_accurate(shape, channels, groups, kernel, stride, pa
     assert worst_relative_error(y, truth, (1, 2, 3, 4)) <= 1e-6
 
 
+@pytest.mark.parametrize("shape, channels, groups, kernel", [((2, 64, 16, 16, 16), 64, 2, 3), ((1, 128, 9, 14, 15), 192, 4, (3, 1, 5))])
+@pytest.mark.parametrize("fused", [False, True])
+def test_groups_of_many_channels(shape, channels, groups, kernel, fused):
+    x, w = tensors(shape, channels // groups, kernel)
+
+    def reference(x, w):
+        y = F.conv_transpose3d(x, w, groups=groups)
+        return F.group_norm(y.relu(), 8) if fused else y
+
+    if fused:
+        y = model_new.conv_transpose3d_relu_group_norm(x, w, None, None, None, 8, groups=groups)
+    else:
+        y = run(model_new.conv_transpose3d, x, w, groups=groups)
+    truth = reference(x.double(), w.double())
+    assert worst_relative_error(y, truth, (1, 2, 3, 4)) <= 1.05 * worst_relative_error(reference(x, w), truth, (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("channels, groups, stride", [(32, 4, 2), (64, 2, 1)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_values_stay_in_their_group(value):
-    x, w = tensors((2, 32, 10, 12, 16), 8, 3)
+def test_non_finite_values_stay_in_their_group(value, channels, groups, stride):
+    x, w = tensors((2, channels, 10, 12, 16), channels // groups, 3)
     x[1, 3, 4, 5, 6] = value
-    y, truth = run(model_new.conv_transpose3d, x, w, stride=2, padding=1, groups=4), F.conv_transpose3d(x.double().cpu(), w.double().cpu(), stride=2, padding=1, groups=4).cuda()
+    y, truth = run(model_new.conv_transpose3d, x, w, stride=stride, padding=1, groups=groups), F.conv_transpose3d(x.double().cpu(), w.double().cpu(), stride=stride, padding=1, groups=groups).cuda()
     assert torch.equal(y.isfinite(), truth.isfinite()) and torch.equal(y.isnan(), truth.isnan())
 
 
