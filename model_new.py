@@ -4978,7 +4978,7 @@ template <int kBlockN, int kItems> __global__ void __launch_bounds__(kThreads, 1
                 float4* sums = partial + (i * (kBlockN / 8) + warp * (kColumns / 8)) * 128 + m * 32 + lane;
 #pragma unroll
                 for (int j = 0; j < kColumns / 8; j++)
-                    if (i < items) add_sums(sums[j * 128], first, back, &d[i][m][0][0] + sum_at(j));
+                    if (kItems == 1 || i < items) add_sums(sums[j * 128], first, back, &d[i][m][0][0] + sum_at(j));
 #pragma unroll
                 for (int j = 0; j < kColumns / 8; j++)
 #pragma unroll
