@@ -248,12 +248,13 @@ struct Storer {
         if (threadIdx.x % 32 == 0) add_release(a.workspace.stored + n);
     }
 
-    // publishes: two tiles ahead, when consumers begin one; in one place, since its code is long. reports: every tile, when the next one begins and its copies have ended or will have soon.
+    // publishes: two tiles ahead, when consumers begin one; in one place, since its code is long. reports: every tile, when the next one begins and its copies have
+    // ended or will have soon.
     __device__ __forceinline__ void run(Publisher& publisher, bool publishes, bool reports) const {
         SharedHead& head = shared.head;
         const int consumers = a.p.t.warpgroups;
         bool more = publishes;
-        int before = -1, consumer = warp;    // the sample of the tile before this one, to be reported
+        int consumer = warp, before = -1;    // before: the sample of the tile before this one, to be reported
         RingPosition slot;
 #pragma unroll 1
         for (int tiles = -2;; tiles++) {
