@@ -289,6 +289,9 @@ def _has_float32_dinput(geometry, dtype):
     return dtype == torch.float32 and geometry.C_out <= 3
 
 
+_MOST_SPLIT_TERMS = 128    # as kMostSplitTerms in conv_plan.cuh
+
+
 def _terms(geometry):
     """Products of an output, at most."""
     terms = geometry.C_in // geometry.groups
@@ -298,9 +301,9 @@ def _terms(geometry):
 
 
 def _merges_groups(geometry):
-    """Where groups have many channels and strides are 1, cuDNN computes in TF32, and so do we, as one group with zeros between (``merges_groups``)."""
+    """Where groups have many channels and strides are 1, cuDNN computes in TF32, and so do we, as one group with zeros between; short sums are split."""
     channels = min(geometry.C_in, geometry.C_out) // geometry.groups
-    return geometry.groups > 1 and channels >= 32 and all(axis.stride == 1 for axis in geometry.axis) and _terms(geometry) > 128
+    return geometry.groups > 1 and channels >= 32 and all(axis.stride == 1 for axis in geometry.axis) and _terms(geometry) > _MOST_SPLIT_TERMS
 
 
 def _forward_on(path):
@@ -308,7 +311,7 @@ def _forward_on(path):
         """Other groups: cuDNN's forward is float32-accurate, and so are split operands, as long as no sum is too long."""
         if _has_float32_forward(geometry, dtype):
             return False
-        accurate = dtype == torch.float32 and _terms(geometry) <= 128
+        accurate = dtype == torch.float32 and _terms(geometry) <= _MOST_SPLIT_TERMS
         return (geometry.groups == 1 or accurate or _merges_groups(geometry)) and _tensor_cores(path, "forward", geometry, dtype, tf32, device)
     return condition
 
@@ -3608,9 +3611,14 @@ struct Plan {
     int multiprocessors;
 };
 
-// Whether a forward with several groups is computed as one group, with zeros between them (`_merges_groups` in model_new.py); else its operands are split.
-inline bool merges_groups(const Geometry& g) {
-    return g.groups > 1 && g.C_in / g.groups >= 32 && g.C_out / g.groups >= 32 && g.C_in / g.groups * kernel_volume(g) > 128 && g.axis[0].stride == 1 && g.axis[1].stride == 1 && g.axis[2].stride == 1;
+// A forward with several groups has split operands where no sum has more products than this, which then are as accurate as float32; else it is computed as one group,
+// with zeros between them. Which of those come here at all is up to the table of paths (`_forward_on` in model_new.py).
+constexpr int64_t kMostSplitTerms = 128;
+
+inline int64_t terms_of(const Geometry& g) {
+    int64_t terms = g.C_in / g.groups;
+    for (const Axis& a : g.axis) terms *= ceil_div(a.kernel, a.stride);
+    return terms;
 }
 
 // Path: the launches of an architecture (conv_launch_sm90.cuh, conv_launch_sm80.cuh).
@@ -3626,7 +3634,7 @@ template <typename Path> Plan make_plan(const Geometry& g, Direction direction, 
         plan.repairs = g.groups > 1;
         for (const StencilAxis& a : plan.problem.s.axis)
             for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
-        const bool split = forward && g.groups > 1 && !merges_groups(g);
+        const bool split = forward && g.groups > 1 && terms_of(g) <= kMostSplitTerms;
         if (!split || can_split(g))
             plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
     }
