@@ -3084,6 +3084,7 @@ struct Run {
     int b_row;                           // of the box
     int count, rows, h0, q0;             // positions, whole rows of them; the first one's row and column
     int od0, phase_h;                    // output plane of packed phase 0, phase of H where it is not packed
+    int live;                            // bit i: packed phase i of D has an output plane, and the run has positions
     int oh0, ow0, oh_end, ow_end;        // the outputs of a region
     int first;                           // floats of the region's first row before the run
     int alignment;                       // of the first region, modulo staging_unit
@@ -3265,6 +3266,7 @@ HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
     run.h0 = t.by_tile_w.divide(begin), run.q0 = begin - run.h0 * t.tile_w;
     run.b_row = run.count > 0 ? (plane * t.box_rows + run.h0 - place.h0) * t.pitch + run.q0 : 0;
     run.od0 = (place.d + plane) * ad.phases + outer.d - ad.crop;
+    for (int i = 0; i < packed_phases(t, p.s, 0); i++) run.live |= (run.count > 0 && run.od0 + i >= 0 && run.od0 + i < ad.out) << i;
     run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
     if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
     run.rows = t.by_tile_w.divide(run.count);
@@ -3339,7 +3341,7 @@ template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Ti
     const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
         const int channel = divide_by_phases(region, phases_d), plane = region - channel * phases_d;
-        if (run.channel0 + channel >= p.C_out || unsigned(run.od0 + plane) >= unsigned(p.s.axis[0].out)) continue;
+        if (run.channel0 + channel >= p.C_out || !(run.live >> plane & 1)) continue;
         const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane) * area;
         // A sector that two runs share is the first one's.
         const int skipped = p.t.whole_sectors && run.oh0 > 0 ? int(-origin & (kSector - 1)) : 0, added = p.t.whole_sectors && run.oh_end < ah.out ? int(-(origin + count) & (kSector - 1)) : 0;
@@ -4654,8 +4656,7 @@ __device__ __forceinline__ LaneRow lane_row(const Problem& p, const Run& run, in
     r.phase = granule & (t.rows.packed_phases - 1), r.packed_d = r.phase >> log_hw;
     r.channel = (granule >> log_phases) * 8 + row % 8, r.region = (r.channel << log_d) + r.packed_d;
     r.phase_hw = r.phase & ((1 << log_hw) - 1);
-    const int od = run.od0 + r.packed_d;
-    r.live = run.count > 0 && run.channel0 + r.channel < p.C_out && od >= 0 && od < p.s.axis[0].out;
+    r.live = run.channel0 + r.channel < p.C_out && (run.live >> r.packed_d & 1);
     return r;
 }
 
@@ -5802,7 +5803,7 @@ struct Storer {
     __device__ __forceinline__ void store(const Tile& tile, const Run& run, const float* buffer) const {
         const Tiling& t = a.p.t;
         if (t.tensor_store && a.dtype == kFloat32) {
-            if (threadIdx.x % 32 == 0 && run.count > 0 && run.od0 >= 0 && run.od0 < a.p.s.axis[0].out)
+            if (threadIdx.x % 32 == 0 && run.live & 1)
                 tma_store_4d(out_map, buffer, run.h0 * t.tile_w + run.q0, run.od0, run.channel0, tile.n);
         } else if (stores_bulk(a)) {
             float* out = static_cast<float*>(a.out);
@@ -5937,7 +5938,7 @@ struct Consumer {
             if (kKeeps) prepare_rows();
         }
 #pragma unroll
-        for (LaneRow& row : rows) row.live = row.exists && run.count > 0 && unsigned(run.od0 + row.packed_d) < unsigned(a.p.s.axis[0].out);
+        for (LaneRow& row : rows) row.live = row.exists && (run.live >> row.packed_d & 1);
     }
     __device__ __forceinline__ void prepare_rows() {
 #pragma unroll
@@ -5997,7 +5998,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
     };
     auto begin_tap = [&](auto anew) {
-        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_vectors : b, 0, kSteps, anew);
+        if constexpr (kItems) multiply_steps(w, b, 0, kSteps, anew);    // the first item is not shifted
         else multiply_steps(w, b, 0, kSteps / 2, anew);
         wgmma_wait_group<1>();    // the tap before is done
         release();
@@ -6101,7 +6102,13 @@ template <int kBlockN, bool kRelu> struct Stager {
             float* const region = staged_region(me, tile, me.rows[0]) + run.paired_place + me.rows[0].paired_place + lane % 4 * 4;
             const bool first_missing = lane % 4 == 0 && tile.w0 * 2 < me.a.p.s.axis[2].crop;    // column 0 has no phase 0
             const int count = run.count;    // a copy, or every store to shared memory could have changed it
-            const auto stage = [&](auto vectors, auto row_of, int skipped) {
+            const auto put_block = [&](float* at, int j, bool begins_row) {
+                if (!begins_row || !first_missing) put(at, v[j * 4], low);
+                put(at + 1, v[j * 4 + 2], high), put(at + 2, v[j * 4 + 1], low), put(at + 3, v[j * 4 + 3], high);
+            };
+            const auto stage_rows = [&](auto vectors) {
+                const int reciprocal = t.by_tile_w.divide(1 << 19) + 1, skipped = paired_row(me.a.p) - 2 * t.tile_w;    // 2^16 / blocks of 8 positions in a row
+                const auto row_of = [&](int j) { return j * reciprocal >> 16; };
 #pragma unroll
                 for (int j = 0; j < kBlockN / 8; j++) {
                     if (j * 8 >= count) continue;
@@ -6110,17 +6117,19 @@ template <int kBlockN, bool kRelu> struct Stager {
                         *reinterpret_cast<float4*>(at) = make_float4(v[j * 4], v[j * 4 + 2], v[j * 4 + 1], v[j * 4 + 3]);
                         if (kRelu) low.add(v[j * 4]), low.add(v[j * 4 + 1]), high.add(v[j * 4 + 2]), high.add(v[j * 4 + 3]), low.count += 2, high.count += 2;
                     } else {
-                        if (!first_missing || (j > 0 && row_of(j) == row_of(j - 1))) put(at, v[j * 4], low);
-                        put(at + 1, v[j * 4 + 2], high), put(at + 2, v[j * 4 + 1], low), put(at + 3, v[j * 4 + 3], high);
+                        put_block(at, j, j == 0 || row_of(j) != row_of(j - 1));
                     }
                 }
             };
-            const int reciprocal = 65536 / (t.tile_w / 8) + 1;    // of a row's blocks of 8 positions
-            const auto row_of = [&](int j) { return j * reciprocal >> 16; };
-            const int skipped = paired_row(me.a.p) - 2 * t.tile_w;
-            if (t.vectors) stage(std::true_type(), row_of, skipped);
-            else if (run.rows == 1) stage(std::false_type(), [](int) { return 0; }, 0);
-            else stage(std::false_type(), row_of, skipped);
+            if (t.vectors) {
+                stage_rows(std::true_type());
+            } else if (run.rows > 1) {
+                stage_rows(std::false_type());
+            } else {
+#pragma unroll
+                for (int j = 0; j < kBlockN / 8; j++)
+                    if (j * 8 < count) put_block(region + j * 16, j, j == 0);
+            }
             if (t.whole_sectors && run.oh_end < me.a.p.s.axis[1].out && me.rows[0].paired_place == 0) {    // outputs of the next row, of the last positions
                 float* const next = staged_region(me, tile, me.rows[0]) + contiguous_count(me.a.p, run);
                 const int first = (kBlockN - 8 + lane % 4 * 2 - run.rows * t.pitch) * 2 - me.a.p.s.axis[2].crop;

@@ -217,8 +217,7 @@ __device__ __forceinline__ LaneRow lane_row(const Problem& p, const Run& run, in
     r.phase = granule & (t.rows.packed_phases - 1), r.packed_d = r.phase >> log_hw;
     r.channel = (granule >> log_phases) * 8 + row % 8, r.region = (r.channel << log_d) + r.packed_d;
     r.phase_hw = r.phase & ((1 << log_hw) - 1);
-    const int od = run.od0 + r.packed_d;
-    r.live = run.count > 0 && run.channel0 + r.channel < p.C_out && od >= 0 && od < p.s.axis[0].out;
+    r.live = run.channel0 + r.channel < p.C_out && (run.live >> r.packed_d & 1);
     return r;
 }
 

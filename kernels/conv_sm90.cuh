@@ -223,7 +223,7 @@ struct Storer {
     __device__ __forceinline__ void store(const Tile& tile, const Run& run, const float* buffer) const {
         const Tiling& t = a.p.t;
         if (t.tensor_store && a.dtype == kFloat32) {
-            if (threadIdx.x % 32 == 0 && run.count > 0 && run.od0 >= 0 && run.od0 < a.p.s.axis[0].out)
+            if (threadIdx.x % 32 == 0 && run.live & 1)
                 tma_store_4d(out_map, buffer, run.h0 * t.tile_w + run.q0, run.od0, run.channel0, tile.n);
         } else if (stores_bulk(a)) {
             float* out = static_cast<float*>(a.out);
@@ -358,7 +358,7 @@ struct Consumer {
             if (kKeeps) prepare_rows();
         }
 #pragma unroll
-        for (LaneRow& row : rows) row.live = row.exists && run.count > 0 && unsigned(run.od0 + row.packed_d) < unsigned(a.p.s.axis[0].out);
+        for (LaneRow& row : rows) row.live = row.exists && (run.live >> row.packed_d & 1);
     }
     __device__ __forceinline__ void prepare_rows() {
 #pragma unroll
@@ -418,7 +418,7 @@ __device__ __forceinline__ void multiply(Consumer& me, const Tile& tile, float (
         if (me.elected() && done_input >= 0) mbarrier_arrive(head.input_empty + done_input);
     };
     auto begin_tap = [&](auto anew) {
-        if constexpr (kItems) multiply_steps(w, t.items > 1 ? b + head.item_rows[0] * row_vectors : b, 0, kSteps, anew);
+        if constexpr (kItems) multiply_steps(w, b, 0, kSteps, anew);    // the first item is not shifted
         else multiply_steps(w, b, 0, kSteps / 2, anew);
         wgmma_wait_group<1>();    // the tap before is done
         release();
@@ -522,7 +522,13 @@ template <int kBlockN, bool kRelu> struct Stager {
             float* const region = staged_region(me, tile, me.rows[0]) + run.paired_place + me.rows[0].paired_place + lane % 4 * 4;
             const bool first_missing = lane % 4 == 0 && tile.w0 * 2 < me.a.p.s.axis[2].crop;    // column 0 has no phase 0
             const int count = run.count;    // a copy, or every store to shared memory could have changed it
-            const auto stage = [&](auto vectors, auto row_of, int skipped) {
+            const auto put_block = [&](float* at, int j, bool begins_row) {
+                if (!begins_row || !first_missing) put(at, v[j * 4], low);
+                put(at + 1, v[j * 4 + 2], high), put(at + 2, v[j * 4 + 1], low), put(at + 3, v[j * 4 + 3], high);
+            };
+            const auto stage_rows = [&](auto vectors) {
+                const int reciprocal = t.by_tile_w.divide(1 << 19) + 1, skipped = paired_row(me.a.p) - 2 * t.tile_w;    // 2^16 / blocks of 8 positions in a row
+                const auto row_of = [&](int j) { return j * reciprocal >> 16; };
 #pragma unroll
                 for (int j = 0; j < kBlockN / 8; j++) {
                     if (j * 8 >= count) continue;
@@ -531,17 +537,19 @@ template <int kBlockN, bool kRelu> struct Stager {
                         *reinterpret_cast<float4*>(at) = make_float4(v[j * 4], v[j * 4 + 2], v[j * 4 + 1], v[j * 4 + 3]);
                         if (kRelu) low.add(v[j * 4]), low.add(v[j * 4 + 1]), high.add(v[j * 4 + 2]), high.add(v[j * 4 + 3]), low.count += 2, high.count += 2;
                     } else {
-                        if (!first_missing || (j > 0 && row_of(j) == row_of(j - 1))) put(at, v[j * 4], low);
-                        put(at + 1, v[j * 4 + 2], high), put(at + 2, v[j * 4 + 1], low), put(at + 3, v[j * 4 + 3], high);
+                        put_block(at, j, j == 0 || row_of(j) != row_of(j - 1));
                     }
                 }
             };
-            const int reciprocal = 65536 / (t.tile_w / 8) + 1;    // of a row's blocks of 8 positions
-            const auto row_of = [&](int j) { return j * reciprocal >> 16; };
-            const int skipped = paired_row(me.a.p) - 2 * t.tile_w;
-            if (t.vectors) stage(std::true_type(), row_of, skipped);
-            else if (run.rows == 1) stage(std::false_type(), [](int) { return 0; }, 0);
-            else stage(std::false_type(), row_of, skipped);
+            if (t.vectors) {
+                stage_rows(std::true_type());
+            } else if (run.rows > 1) {
+                stage_rows(std::false_type());
+            } else {
+#pragma unroll
+                for (int j = 0; j < kBlockN / 8; j++)
+                    if (j * 8 < count) put_block(region + j * 16, j, j == 0);
+            }
             if (t.whole_sectors && run.oh_end < me.a.p.s.axis[1].out && me.rows[0].paired_place == 0) {    // outputs of the next row, of the last positions
                 float* const next = staged_region(me, tile, me.rows[0]) + contiguous_count(me.a.p, run);
                 const int first = (kBlockN - 8 + lane % 4 * 2 - run.rows * t.pitch) * 2 - me.a.p.s.axis[2].crop;

@@ -26,6 +26,7 @@ struct Run {
     int b_row;                           // of the box
     int count, rows, h0, q0;             // positions, whole rows of them; the first one's row and column
     int od0, phase_h;                    // output plane of packed phase 0, phase of H where it is not packed
+    int live;                            // bit i: packed phase i of D has an output plane, and the run has positions
     int oh0, ow0, oh_end, ow_end;        // the outputs of a region
     int first;                           // floats of the region's first row before the run
     int alignment;                       // of the first region, modulo staging_unit
@@ -207,6 +208,7 @@ HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
     run.h0 = t.by_tile_w.divide(begin), run.q0 = begin - run.h0 * t.tile_w;
     run.b_row = run.count > 0 ? (plane * t.box_rows + run.h0 - place.h0) * t.pitch + run.q0 : 0;
     run.od0 = (place.d + plane) * ad.phases + outer.d - ad.crop;
+    for (int i = 0; i < packed_phases(t, p.s, 0); i++) run.live |= (run.count > 0 && run.od0 + i >= 0 && run.od0 + i < ad.out) << i;
     run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
     if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
     run.rows = t.by_tile_w.divide(run.count);
@@ -281,7 +283,7 @@ template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Ti
     const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
         const int channel = divide_by_phases(region, phases_d), plane = region - channel * phases_d;
-        if (run.channel0 + channel >= p.C_out || unsigned(run.od0 + plane) >= unsigned(p.s.axis[0].out)) continue;
+        if (run.channel0 + channel >= p.C_out || !(run.live >> plane & 1)) continue;
         const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane) * area;
         // A sector that two runs share is the first one's.
         const int skipped = p.t.whole_sectors && run.oh0 > 0 ? int(-origin & (kSector - 1)) : 0, added = p.t.whole_sectors && run.oh_end < ah.out ? int(-(origin + count) & (kSector - 1)) : 0;
