@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -264,18 +265,18 @@ def _always(geometry, dtype, tf32, device):
 
 
 def _tensor_cores(path, operation, geometry, dtype, tf32, device):
-    """Strides of 1 or 2, TF32-equivalent arithmetic allowed, enough work to fill tiles, and a tiling of ``path``, which is the device's.
-
-    cuDNN computes in TF32 there too. For most other strides, stride 2 with dilation, and axes of both strides where no taps overlap,
-    it is float32-accurate even where TF32 is allowed, and so are we.
-    """
-    axes, strides = geometry.axis, {axis.stride for axis in geometry.axis}
+    """TF32-equivalent arithmetic allowed, enough work to fill tiles, and a tiling of ``path``, which is the device's."""
     return (_tensor_core_path(_capability(device.index)) == path and (tf32 if dtype == torch.float32 else dtype != torch.float64)
-            and all(axis.kernel <= 7 for axis in axes)
-            and (strides == {1} or (strides <= {1, 2} and all(axis.dilation == 1 for axis in axes)))
-            and (len(strides) == 1 or any(axis.kernel > axis.stride for axis in axes))
+            and all(axis.kernel <= 7 and axis.stride <= 4 for axis in geometry.axis)
             and _multiply_adds(geometry) >= 2**24
             and bool(getattr(_library("cuda"), f"conv_transpose3d_{operation}_supports_{path}")(ctypes.addressof(geometry), device.index)))
+
+
+def _has_tf32(geometry):
+    """Strides with which cuDNN computes in TF32 where that is allowed; with all others it is float32-accurate (kernels/NOTES.md). As has_tf32 in conv_plan.cuh."""
+    axes, strides = geometry.axis, {axis.stride for axis in geometry.axis}
+    return strides == {1} or (strides <= {1, 2} and all(axis.dilation == 1 for axis in axes)
+                              and (strides == {2} or any(axis.kernel > axis.stride for axis in axes)))
 
 
 def _has_float32_forward(geometry, dtype):
@@ -289,14 +290,16 @@ def _has_float32_dinput(geometry, dtype):
     return dtype == torch.float32 and geometry.C_out <= 3
 
 
-_MOST_SPLIT_TERMS = 128    # as kMostSplitTerms in conv_plan.cuh
+_MOST_SPLIT_TERMS = 128    # of several groups; as kMostSplitTerms in conv_plan.cuh
+_MOST_THIRD_TERMS = 256    # of one group
+_MOST_THIRD_CHANNELS = 640    # of one group where no taps overlap: all small products are added first
 
 
 def _terms(geometry):
     """Products of an output, at most."""
     terms = geometry.C_in // geometry.groups
     for axis in geometry.axis:
-        terms *= -(-axis.kernel // axis.stride)
+        terms *= -(-axis.kernel // (axis.stride // math.gcd(axis.stride, axis.dilation)))    # taps of a phase
     return terms
 
 
@@ -308,11 +311,15 @@ def _merges_groups(geometry):
 
 def _forward_on(path):
     def condition(geometry, dtype, tf32, device):
-        """Other groups: cuDNN's forward is float32-accurate, and so are split operands, as long as no sum is too long."""
+        """Where cuDNN's forward is float32-accurate, so are split operands, as long as no sum is too long."""
         if _has_float32_forward(geometry, dtype):
             return False
-        accurate = dtype == torch.float32 and _terms(geometry) <= _MOST_SPLIT_TERMS
-        return (geometry.groups == 1 or accurate or _merges_groups(geometry)) and _tensor_cores(path, "forward", geometry, dtype, tf32, device)
+        if geometry.groups > 1:
+            possible = _merges_groups(geometry) or (dtype == torch.float32 and _terms(geometry) <= _MOST_SPLIT_TERMS)
+        else:
+            terms = _terms(geometry)
+            possible = _has_tf32(geometry) or (dtype == torch.float32 and terms <= (_MOST_THIRD_CHANNELS if terms == geometry.C_in else _MOST_THIRD_TERMS))
+        return possible and _tensor_cores(path, "forward", geometry, dtype, tf32, device)
     return condition
 
 
@@ -324,7 +331,7 @@ def _norm_forward_on(path):
 
 def _gradients_on(path):
     def condition(geometry, dtype, tf32, device):
-        """Groups are computed as one, with zeros between them: worth it where they have 8 channels or more."""
+        """cuDNN computes nearly all of them in TF32. Groups are computed as one, with zeros between them: worth it where they have 8 channels or more."""
         channels = min(geometry.C_in, geometry.C_out) // geometry.groups
         return (geometry.groups == 1 or channels >= 8) and _tensor_cores(path, "gradients", geometry, dtype, tf32, device)
     return condition
@@ -2372,12 +2379,12 @@ struct NormGradient {
 };
 
 // x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
-// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
-// 2 * C, for each group of `split` channels their high halves and then their low ones.
+// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. x = high + low. Several groups: phase_channels
+// is 2 * C, for each group of `split` channels their high halves and then their low ones. One group: `third` channels [low, high, high].
 struct Activation {
     struct Axis { int positions, phases, crop, size; };
     int64_t N, C, phase_channels;
-    int split;                                     // channels of a group, or 0
+    int split, third;                              // channels of a group, of a third; or 0
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
@@ -2387,25 +2394,25 @@ struct Activation {
     HOST_DEVICE int64_t sample() const { return C * axis[0].size * axis[1].size * axis[2].size; }
     HOST_DEVICE int64_t positions() const { return int64_t(axis[0].positions) * axis[1].positions * axis[2].positions; }
     HOST_DEVICE int phases() const { return axis[0].phases * axis[1].phases * axis[2].phases; }
-    HOST_DEVICE int channels() const { return int(split ? C : phase_channels); }    // before the split
+    HOST_DEVICE int channels() const { return int(split ? C : phase_channels - 2 * third); }    // before the split, those added to the last third included
     HOST_DEVICE int64_t copied() const { return N * positions() * phases() * phase_channels; }
 };
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
-inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split) {
-    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false, {}};
+inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split, int third) {
+    Activation a = {N, C, phase_channels, split, third, {}, nullptr, nullptr, nullptr, false, {}};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
 
 // w -> copy (taps, M_pad, source phases, phase_channels) fp16: the weight of each row, a (channel, phase) of the destination, at
 // each tap (d, h, w) of the stencil; zero where there is none. Rows that belong to no channel stay as they are. Split: phase_channels
-// is 4 * split, of the channel's own group [high, high, low, 0].
+// is 4 * split, of the channel's own group [high, high, low, 0]. Thirds: [high, low, high].
 struct Weight {
     Stencil stencil;
     RowMap rows;
     int64_t channels, C, M_pad, phase_channels;    // destination channels, source channels
-    int split;                                     // source channels of a group, or 0
+    int split, third;                              // source channels of a group, of a third; or 0
     int64_t groups, group_C_out;                   // of the layer
     bool forward;                                  // the destination is the layer's output
     const void* w;                                 // (C_in, C_out / groups, kernel)
@@ -2431,7 +2438,7 @@ struct Weight {
 constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
 constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 20;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
-HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
+HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split || a.third ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
 
 HOST_DEVICE int64_t look_blocks(const Activation& a) {
@@ -2444,7 +2451,7 @@ HOST_DEVICE bool looks_at_all(const Activation& a) { return look_blocks(a) * kLo
 // Blocks of the copies, each kTileElements at most: of a sample, and of the weight.
 HOST_DEVICE int64_t elements_of_channel(const Activation& a) { return a.positions() * a.phases(); }
 HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(elements_of_channel(a), tile_positions(a)) * ceil_div(a.channels(), tile_channels(a)); }
-HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.split ? p.channels : ceil_div(p.channels * kernel_volume(p.stencil), kWeightColumns) * ceil_div(p.phase_channels, kWeightChannels); }
+HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.split ? p.channels : ceil_div(p.channels * kernel_volume(p.stencil), kWeightColumns) * ceil_div(p.phase_channels - 2 * p.third, kWeightChannels); }
 
 // -------------------------------------------------------------------------------------------------------- Kernel
 
@@ -2502,8 +2509,8 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
 }
 
 // kWeightColumns columns, each an element of a destination channel's kernel, of kWeightChannels source channels, transposed through shared memory; and, beside a
-// channel's first element, the rows that no element belongs to.
-template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile) {
+// channel's first element, the rows that no element belongs to. kThirds: once for the first and the last third, once for the second.
+template <typename T, bool kThirds> __device__ void copy_weight_tile(const Weight& p, int tile) {
     __shared__ __half values[kWeightColumns][kWeightChannels + 2];    // the rows begin in different banks
     __shared__ int rows[kWeightColumns];
     const int volume = kernel_volume(p.stencil), columns = int(p.channels) * volume, column_tiles = int(ceil_div(columns, kWeightColumns));
@@ -2528,11 +2535,30 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         rows[own] = row_of(channel, place.tap, place.phase);
     }
     __syncthreads();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pairs = min(kWeightChannels, int(p.phase_channels) - c0) / 2;
-    const auto write = [&](int row, __half2 v) {
-        if (lane < pairs) reinterpret_cast<__half2*>(p.copy + row * p.phase_channels + c0)[lane] = v;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = c0 + lane * 2;
+    const auto write = [&](int row, bool low, bool high, __half2 v) {
+        __half* to = p.copy + row * p.phase_channels + c;
+        const auto write_to = [&](int third) {
+            if (c + third * p.third < (third < 2 && kThirds ? (third + 1) * p.third : p.phase_channels)) *reinterpret_cast<__half2*>(to + third * p.third) = v;
+        };
+        if (high) write_to(0);
+        if (kThirds && low) write_to(1);
+        if (kThirds && high) write_to(2);
     };
-    for (int i = warp; i < kWeightColumns && first + i < columns; i += kThreads / 32) write(rows[i], *reinterpret_cast<const __half2*>(&values[i][lane * 2]));
+    const auto write_values = [&](bool low) {
+        for (int i = warp; i < kWeightColumns && first + i < columns; i += kThreads / 32) write(rows[i], low, !low, *reinterpret_cast<const __half2*>(&values[i][lane * 2]));
+    };
+    write_values(false);
+    if (kThirds) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            __half& value = values[own][own_c + i * kSteps];
+            value = __float2half_rn(v[i] * scale - __half2float(value));
+        }
+        __syncthreads();
+        write_values(true);
+    }
     const int all = p.stencil.taps() * p.stencil.phases() * source_phases;
     if (all == volume) return;
     for (int i = warp * 32 + lane; i - lane < all; i += kThreads) {    // each lane knows a tap and a phase
@@ -2540,7 +2566,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         const unsigned without = __ballot_sync(~0u, i < all && kernel_index(p.stencil, tap, phase) < 0);
         for (int m = int(ceil_div(first, volume)); m * volume < min(first + kWeightColumns, columns); m++) {
             const int row = row_of(m, tap, phase);
-            for (unsigned left = without; left; left &= left - 1) write(__shfl_sync(~0u, row, __ffs(left) - 1), __half2half2(__float2half_rn(0.0f)));
+            for (unsigned left = without; left; left &= left - 1) write(__shfl_sync(~0u, row, __ffs(left) - 1), true, true, __half2half2(__float2half_rn(0.0f)));
         }
     }
 }
@@ -2702,7 +2728,8 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
             for (const T& value : four.v) max.finite = umax(max.finite, finite_magnitude(to_acc(value)));
     }
     __syncthreads();
-    const int column = c0 + int(threadIdx.x) % kOctets * 8, channel = kSplit ? column / a.split * 2 * a.split + column % a.split : column;
+    const bool thirds = kSplit && a.third;
+    const int column = c0 + int(threadIdx.x) % kOctets * 8, channel = kSplit && !thirds ? column / a.split * 2 * a.split + column % a.split : column;
     if (column < a.channels()) {
         __half* copy = a.copy + n * count * a.phase_channels + channel;
 #pragma unroll
@@ -2710,8 +2737,10 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
             if (f0 + s >= count) continue;
             __half* to = copy + int64_t(plain ? f0 + s : places[s].y) * int(a.phase_channels);
             const int at = staged_at<kOctets>(s, threadIdx.x % kOctets);
-            *reinterpret_cast<uint4*>(to) = tile[0][at];
-            if (kSplit) *reinterpret_cast<uint4*>(to + a.split) = tile[kSplit][at];
+            if (!thirds) *reinterpret_cast<uint4*>(to) = tile[0][at];
+            if (kSplit && !thirds) *reinterpret_cast<uint4*>(to + a.split) = tile[kSplit][at];
+            if (thirds && column < a.third) *reinterpret_cast<uint4*>(to) = tile[kSplit][at], *reinterpret_cast<uint4*>(to + a.third) = tile[0][at];
+            if (thirds) *reinterpret_cast<uint4*>(to + 2 * a.third) = tile[0][at];
         }
     }
     return max;
@@ -2720,7 +2749,7 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
 // The weight, and every sample: so many blocks each.
 template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles) {
     wait_for_previous_kernel();
-    if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
+    if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit && p.split ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T, kKind == Kind::kSplit>(p, blockIdx.x);
     const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
     const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block - n * sample_tiles, power_of_two(first_shift_of(a.max[n])));
     const unsigned max = block_max(extremes.finite);
@@ -2761,10 +2790,10 @@ template <typename T> int pack(Activation a, const Weight& p, int multiprocessor
     a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && holds<Four<T>>(a.x) && holds<Four<T>>(a.norm.r);
     const bool narrow = tile_channels(a) == 32;
     if constexpr (sizeof(T) == 4) {
-        if (a.split) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
+        if (a.split || a.third) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
         if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, multiprocessors, stream);
     }
-    if (a.split || a.norm.r) return cudaErrorNotSupported;
+    if (a.split || a.third || a.norm.r) return cudaErrorNotSupported;
     return narrow ? copy<T, 32, Kind::kPlain>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, multiprocessors, stream);
 }
 
@@ -3574,6 +3603,7 @@ _SOURCES['conv_plan.cuh'] = r'''
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <numeric>
 
 #include "add_parts.cuh"
 #include "conv_statistics.cuh"
@@ -3609,18 +3639,26 @@ struct Plan {
     Problem problem;
     Direction direction;
     int64_t source_channels;
+    int third;                   // of GEMM_K, where operands of a single group are split (scaled_half.cuh), or 0
     bool repairs;                // some packed weights are zeros that stand for nothing, and must not meet an infinite input
     int multiprocessors;
 };
 
 // A forward with several groups has split operands where no sum has more products than this, which then are as accurate as float32; else it is computed as one group,
-// with zeros between them. Which of those come here at all is up to the table of paths (`_forward_on` in model_new.py).
+// with zeros between them. One group has them where cuDNN is float32-accurate. Which of all those come here at all is up to the table of paths (`_forward_on` in model_new.py).
 constexpr int64_t kMostSplitTerms = 128;
 
 inline int64_t terms_of(const Geometry& g) {
     int64_t terms = g.C_in / g.groups;
-    for (const Axis& a : g.axis) terms *= ceil_div(a.kernel, a.stride);
+    for (const Axis& a : g.axis) terms *= ceil_div(a.kernel, a.stride / std::gcd(a.stride, a.dilation));    // taps of a phase
     return terms;
+}
+
+// Whether cuDNN computes a single group in TF32, where that is allowed: as `_has_tf32` in model_new.py.
+inline bool has_tf32(const Geometry& g) {
+    bool ones = true, twos = true, up_to_two = true, dilated = false, overlaps = false;
+    for (const Axis& a : g.axis) ones &= a.stride == 1, twos &= a.stride == 2, up_to_two &= a.stride <= 2, dilated |= a.dilation > 1, overlaps |= a.kernel > a.stride;
+    return ones || (up_to_two && !dilated && (twos || overlaps));
 }
 
 // Path: the launches of an architecture (conv_launch_sm90.cuh, conv_launch_sm80.cuh).
@@ -3633,12 +3671,13 @@ template <typename Path> Plan make_plan(const Geometry& g, Direction direction, 
     plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
     if (has_stencil(g)) {
         plan.problem.s = make_stencil(plan.direction, g);
-        plan.repairs = g.groups > 1;
+        plan.third = forward && g.groups == 1 && !has_tf32(g) ? round_up(g.C_in, 8) : 0;
+        plan.repairs = g.groups > 1 || plan.third;
         for (const StencilAxis& a : plan.problem.s.axis)
             for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
         const bool split = forward && g.groups > 1 && terms_of(g) <= kMostSplitTerms;
         if (!split || can_split(g))
-            plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
+            plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.third ? 3 * plan.third : plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
     }
     return plan;
 }
@@ -3696,8 +3735,8 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
 }
 
 // These take the memory of the copies of an activation and of a weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, scaled_half::SampleMax* max, const void* x) {
-    scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(channels), split);
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, int third, scaled_half::SampleMax* max, const void* x) {
+    scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(third ? 3 * third : channels), split, third);
     a.x = x, a.max = max;
     a.copy = scratch.take<__half>(a.copied());
     return a;
@@ -3705,7 +3744,7 @@ inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& 
 
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, unsigned* max, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, max};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, plan.third, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, max};
     weight.copy = scratch.take<__half>(weight.copied());
     return weight;
 }
@@ -3762,7 +3801,7 @@ struct ForwardMemory {
         auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         auto* weight_max = scratch.take_zeroed<unsigned>(p.C_out);
         workspace = take_workspace(scratch, p, fused);
-        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, plan.third, max, x);
         weight = take_weight(scratch, plan, g, weight_max, w);
     }
 };
@@ -4275,9 +4314,9 @@ struct GradientsMemory {
         auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         auto* weight_max = scratch.take_zeroed<unsigned>(plan.problem.C_out);
         workspace = take_workspace(scratch, plan.problem, false);
-        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, 0, dout_max, dout_data);
         weight = take_weight(scratch, plan, g, weight_max, w);
-        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, 0, x_max, x_data);
         partial = scratch.take<float>(dweight::partial_count(dweight.t));
     }
 };

@@ -22,7 +22,7 @@ struct ForwardMemory {
         auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         auto* weight_max = scratch.take_zeroed<unsigned>(p.C_out);
         workspace = take_workspace(scratch, p, fused);
-        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, max, x);
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, plan.third, max, x);
         weight = take_weight(scratch, plan, g, weight_max, w);
     }
 };

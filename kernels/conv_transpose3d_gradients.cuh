@@ -35,9 +35,9 @@ struct GradientsMemory {
         auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         auto* weight_max = scratch.take_zeroed<unsigned>(plan.problem.C_out);
         workspace = take_workspace(scratch, plan.problem, false);
-        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, dout_max, dout_data);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, 0, dout_max, dout_data);
         weight = take_weight(scratch, plan, g, weight_max, w);
-        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, x_max, x_data);
+        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, 0, x_max, x_data);
         partial = scratch.take<float>(dweight::partial_count(dweight.t));
     }
 };

@@ -59,12 +59,12 @@ struct NormGradient {
 };
 
 // x (N, C, D, H, W) of the tensor's dtype -> copy (N, positions d, h, w, phases, phase_channels) fp16. Element u - crop of an axis,
-// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. Split: phase_channels is
-// 2 * C, for each group of `split` channels their high halves and then their low ones.
+// u = position * phases + phase, where that is in [0, size); zero elsewhere, and in the added channels. x = high + low. Several groups: phase_channels
+// is 2 * C, for each group of `split` channels their high halves and then their low ones. One group: `third` channels [low, high, high].
 struct Activation {
     struct Axis { int positions, phases, crop, size; };
     int64_t N, C, phase_channels;
-    int split;                                     // channels of a group, or 0
+    int split, third;                              // channels of a group, of a third; or 0
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
@@ -74,25 +74,25 @@ struct Activation {
     HOST_DEVICE int64_t sample() const { return C * axis[0].size * axis[1].size * axis[2].size; }
     HOST_DEVICE int64_t positions() const { return int64_t(axis[0].positions) * axis[1].positions * axis[2].positions; }
     HOST_DEVICE int phases() const { return axis[0].phases * axis[1].phases * axis[2].phases; }
-    HOST_DEVICE int channels() const { return int(split ? C : phase_channels); }    // before the split
+    HOST_DEVICE int channels() const { return int(split ? C : phase_channels - 2 * third); }    // before the split, those added to the last third included
     HOST_DEVICE int64_t copied() const { return N * positions() * phases() * phase_channels; }
 };
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
-inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split) {
-    Activation a = {N, C, phase_channels, split, {}, nullptr, nullptr, nullptr, false, {}};
+inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split, int third) {
+    Activation a = {N, C, phase_channels, split, third, {}, nullptr, nullptr, nullptr, false, {}};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
 
 // w -> copy (taps, M_pad, source phases, phase_channels) fp16: the weight of each row, a (channel, phase) of the destination, at
 // each tap (d, h, w) of the stencil; zero where there is none. Rows that belong to no channel stay as they are. Split: phase_channels
-// is 4 * split, of the channel's own group [high, high, low, 0].
+// is 4 * split, of the channel's own group [high, high, low, 0]. Thirds: [high, low, high].
 struct Weight {
     Stencil stencil;
     RowMap rows;
     int64_t channels, C, M_pad, phase_channels;    // destination channels, source channels
-    int split;                                     // source channels of a group, or 0
+    int split, third;                              // source channels of a group, of a third; or 0
     int64_t groups, group_C_out;                   // of the layer
     bool forward;                                  // the destination is the layer's output
     const void* w;                                 // (C_in, C_out / groups, kernel)
@@ -118,7 +118,7 @@ struct Weight {
 constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
 constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 20;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
-HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split ? 32 : 64; }
+HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split || a.third ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
 
 HOST_DEVICE int64_t look_blocks(const Activation& a) {
@@ -131,7 +131,7 @@ HOST_DEVICE bool looks_at_all(const Activation& a) { return look_blocks(a) * kLo
 // Blocks of the copies, each kTileElements at most: of a sample, and of the weight.
 HOST_DEVICE int64_t elements_of_channel(const Activation& a) { return a.positions() * a.phases(); }
 HOST_DEVICE int64_t tiles_of_sample(const Activation& a) { return ceil_div(elements_of_channel(a), tile_positions(a)) * ceil_div(a.channels(), tile_channels(a)); }
-HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.split ? p.channels : ceil_div(p.channels * kernel_volume(p.stencil), kWeightColumns) * ceil_div(p.phase_channels, kWeightChannels); }
+HOST_DEVICE int64_t tiles_of_weight(const Weight& p) { return p.split ? p.channels : ceil_div(p.channels * kernel_volume(p.stencil), kWeightColumns) * ceil_div(p.phase_channels - 2 * p.third, kWeightChannels); }
 
 // -------------------------------------------------------------------------------------------------------- Kernel
 
@@ -189,8 +189,8 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
 }
 
 // kWeightColumns columns, each an element of a destination channel's kernel, of kWeightChannels source channels, transposed through shared memory; and, beside a
-// channel's first element, the rows that no element belongs to.
-template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile) {
+// channel's first element, the rows that no element belongs to. kThirds: once for the first and the last third, once for the second.
+template <typename T, bool kThirds> __device__ void copy_weight_tile(const Weight& p, int tile) {
     __shared__ __half values[kWeightColumns][kWeightChannels + 2];    // the rows begin in different banks
     __shared__ int rows[kWeightColumns];
     const int volume = kernel_volume(p.stencil), columns = int(p.channels) * volume, column_tiles = int(ceil_div(columns, kWeightColumns));
@@ -215,11 +215,30 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         rows[own] = row_of(channel, place.tap, place.phase);
     }
     __syncthreads();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pairs = min(kWeightChannels, int(p.phase_channels) - c0) / 2;
-    const auto write = [&](int row, __half2 v) {
-        if (lane < pairs) reinterpret_cast<__half2*>(p.copy + row * p.phase_channels + c0)[lane] = v;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = c0 + lane * 2;
+    const auto write = [&](int row, bool low, bool high, __half2 v) {
+        __half* to = p.copy + row * p.phase_channels + c;
+        const auto write_to = [&](int third) {
+            if (c + third * p.third < (third < 2 && kThirds ? (third + 1) * p.third : p.phase_channels)) *reinterpret_cast<__half2*>(to + third * p.third) = v;
+        };
+        if (high) write_to(0);
+        if (kThirds && low) write_to(1);
+        if (kThirds && high) write_to(2);
     };
-    for (int i = warp; i < kWeightColumns && first + i < columns; i += kThreads / 32) write(rows[i], *reinterpret_cast<const __half2*>(&values[i][lane * 2]));
+    const auto write_values = [&](bool low) {
+        for (int i = warp; i < kWeightColumns && first + i < columns; i += kThreads / 32) write(rows[i], low, !low, *reinterpret_cast<const __half2*>(&values[i][lane * 2]));
+    };
+    write_values(false);
+    if (kThirds) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            __half& value = values[own][own_c + i * kSteps];
+            value = __float2half_rn(v[i] * scale - __half2float(value));
+        }
+        __syncthreads();
+        write_values(true);
+    }
     const int all = p.stencil.taps() * p.stencil.phases() * source_phases;
     if (all == volume) return;
     for (int i = warp * 32 + lane; i - lane < all; i += kThreads) {    // each lane knows a tap and a phase
@@ -227,7 +246,7 @@ template <typename T> __device__ void copy_weight_tile(const Weight& p, int tile
         const unsigned without = __ballot_sync(~0u, i < all && kernel_index(p.stencil, tap, phase) < 0);
         for (int m = int(ceil_div(first, volume)); m * volume < min(first + kWeightColumns, columns); m++) {
             const int row = row_of(m, tap, phase);
-            for (unsigned left = without; left; left &= left - 1) write(__shfl_sync(~0u, row, __ffs(left) - 1), __half2half2(__float2half_rn(0.0f)));
+            for (unsigned left = without; left; left &= left - 1) write(__shfl_sync(~0u, row, __ffs(left) - 1), true, true, __half2half2(__float2half_rn(0.0f)));
         }
     }
 }
@@ -389,7 +408,8 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
             for (const T& value : four.v) max.finite = umax(max.finite, finite_magnitude(to_acc(value)));
     }
     __syncthreads();
-    const int column = c0 + int(threadIdx.x) % kOctets * 8, channel = kSplit ? column / a.split * 2 * a.split + column % a.split : column;
+    const bool thirds = kSplit && a.third;
+    const int column = c0 + int(threadIdx.x) % kOctets * 8, channel = kSplit && !thirds ? column / a.split * 2 * a.split + column % a.split : column;
     if (column < a.channels()) {
         __half* copy = a.copy + n * count * a.phase_channels + channel;
 #pragma unroll
@@ -397,8 +417,10 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
             if (f0 + s >= count) continue;
             __half* to = copy + int64_t(plain ? f0 + s : places[s].y) * int(a.phase_channels);
             const int at = staged_at<kOctets>(s, threadIdx.x % kOctets);
-            *reinterpret_cast<uint4*>(to) = tile[0][at];
-            if (kSplit) *reinterpret_cast<uint4*>(to + a.split) = tile[kSplit][at];
+            if (!thirds) *reinterpret_cast<uint4*>(to) = tile[0][at];
+            if (kSplit && !thirds) *reinterpret_cast<uint4*>(to + a.split) = tile[kSplit][at];
+            if (thirds && column < a.third) *reinterpret_cast<uint4*>(to) = tile[kSplit][at], *reinterpret_cast<uint4*>(to + a.third) = tile[0][at];
+            if (thirds) *reinterpret_cast<uint4*>(to + 2 * a.third) = tile[0][at];
         }
     }
     return max;
@@ -407,7 +429,7 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
 // The weight, and every sample: so many blocks each.
 template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_kernel(Activation a, Weight p, unsigned weight_tiles, unsigned sample_tiles) {
     wait_for_previous_kernel();
-    if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T>(p, blockIdx.x);
+    if (blockIdx.x < weight_tiles) return kKind == Kind::kSplit && p.split ? copy_split_weight<T>(p, blockIdx.x) : copy_weight_tile<T, kKind == Kind::kSplit>(p, blockIdx.x);
     const unsigned block = blockIdx.x - weight_tiles, n = block / sample_tiles;
     const Extremes extremes = copy_tile<T, kChannels, kKind>(a, n, block - n * sample_tiles, power_of_two(first_shift_of(a.max[n])));
     const unsigned max = block_max(extremes.finite);
@@ -448,10 +470,10 @@ template <typename T> int pack(Activation a, const Weight& p, int multiprocessor
     a.vectors = whole_rows && a.sample() / a.C % 4 == 0 && holds<Four<T>>(a.x) && holds<Four<T>>(a.norm.r);
     const bool narrow = tile_channels(a) == 32;
     if constexpr (sizeof(T) == 4) {
-        if (a.split) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
+        if (a.split || a.third) return copy<T, 32, Kind::kSplit>(a, p, multiprocessors, stream);
         if (a.norm.r) return narrow ? copy<T, 32, Kind::kNorm>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kNorm>(a, p, multiprocessors, stream);
     }
-    if (a.split || a.norm.r) return cudaErrorNotSupported;
+    if (a.split || a.third || a.norm.r) return cudaErrorNotSupported;
     return narrow ? copy<T, 32, Kind::kPlain>(a, p, multiprocessors, stream) : copy<T, 64, Kind::kPlain>(a, p, multiprocessors, stream);
 }
 

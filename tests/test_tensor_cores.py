@@ -43,6 +43,10 @@ PLAIN = [
     ((1, 128, 5, 17, 19), 64, (4, 4, 3), (2, 2, 1), 1, 0, 1),
     ((1, 32, 7, 16, 18), 40, (4, 3, 3), (2, 1, 1), 1, 0, 1),
 ]
+FLOAT32 = [    # as PLAIN: strides where cuDNN's forward is float32-accurate, its gradients are not
+    ((2, 64, 6, 20, 20), 64, (1, 2, 2), (1, 2, 2), 0, 0, 1), ((2, 320, 4, 10, 12), 320, (1, 2, 2), (1, 2, 2), 0, 0, 1), ((1, 640, 4, 9, 11), 40, (2, 1, 2), (2, 1, 2), 0, 0, 1),
+    ((1, 32, 7, 9, 11), 48, 5, 3, 2, 1, 1), ((1, 200, 5, 6, 7), 24, 4, 4, 0, 0, 1), ((1, 12, 9, 14, 31), 36, (3, 4, 5), (1, 3, 2), 1, 0, 1), ((2, 32, 8, 9, 10), 32, 2, 2, 1, 0, 2),
+]
 GROUPED = [((2, 32, 8, 16, 16), 32, 4, 3, 2, 1, 0, 1), ((2, 64, 8, 16, 18), 32, 2, 3, 1, 1, 0, 1), ((1, 48, 9, 14, 18), 96, 4, (3, 2, 5), 2, 1, 1, 1)]
 
 
@@ -116,13 +120,15 @@ def test_samples_normalized_while_others_are_multiplied(shape, channels, kernel,
         assert torch.equal(y.nan_to_num(0.0), ours().nan_to_num(0.0))
 
 
-@pytest.mark.parametrize("shape, channels, groups, kernel, stride, padding, output_padding", [
-    ((2, 32, 8, 16, 32), 32, 4, 3, 2, 1, 0), ((1, 64, 7, 9, 31), 32, 4, 2, 2, 0, 0), ((2, 16, 9, 31, 33), 32, 2, (3, 2, 4), 2, 1, 1), ((1, 64, 16, 40, 50), 128, 2, 1, 1, 0, 0)])
+@pytest.mark.parametrize("shape, channels, groups, kernel, stride, padding, output_padding, dilation", [
+    ((2, 32, 8, 16, 32), 32, 4, 3, 2, 1, 0, 1), ((1, 64, 7, 9, 31), 32, 4, 2, 2, 0, 0, 1), ((2, 16, 9, 31, 33), 32, 2, (3, 2, 4), 2, 1, 1, 1), ((1, 64, 16, 40, 50), 128, 2, 1, 1, 0, 0, 1),
+    ((2, 64, 6, 9, 10), 64, 4, 3, 3, 0, 1, 1),
+    *((shape, channels, 1, *others) for shape, channels, *others in FLOAT32)])
 @pytest.mark.parametrize("fused", [False, True])
-def test_groups_are_float32_accurate(shape, channels, groups, kernel, stride, padding, output_padding, fused):
+def test_float32_accurate(shape, channels, groups, kernel, stride, padding, output_padding, dilation, fused):
     x, w = tensors(shape, channels // groups, kernel)
     x[0] *= 1e-6
-    sizes = (stride, padding, output_padding, groups, 1)
+    sizes = (stride, padding, output_padding, groups, dilation)
     if fused:
         y = run(model_new.conv_transpose3d_relu_group_norm, x, w, None, None, None, 4, 0.0, *sizes)
         truth = F.group_norm(F.conv_transpose3d(x.double(), w.double(), None, *sizes).relu(), 4, eps=0.0)
@@ -148,7 +154,7 @@ def test_groups_of_many_channels(shape, channels, groups, kernel, fused):
     assert worst_relative_error(y, truth, (1, 2, 3, 4)) <= 1.05 * worst_relative_error(reference(x, w), truth, (1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("channels, groups, stride", [(32, 4, 2), (64, 2, 1)])
+@pytest.mark.parametrize("channels, groups, stride", [(32, 4, 2), (64, 2, 1), (32, 1, 3)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_values_stay_in_their_group(value, channels, groups, stride):
     x, w = tensors((2, channels, 10, 12, 16), channels // groups, 3)
@@ -176,7 +182,7 @@ def check_gradients(shape, channels, groups, kernel, stride, padding, output_pad
         assert torch.equal(result, again)
 
 
-@pytest.mark.parametrize("shape, channels, kernel, stride, padding, output_padding, dilation", PLAIN)
+@pytest.mark.parametrize("shape, channels, kernel, stride, padding, output_padding, dilation", PLAIN + FLOAT32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gradients(shape, channels, kernel, stride, padding, output_padding, dilation, dtype):
     check_gradients(shape, channels, 1, kernel, stride, padding, output_padding, dilation, dtype)
