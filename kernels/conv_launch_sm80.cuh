@@ -6,10 +6,9 @@
 
 namespace conv_sm80 {
 
-template <int kBlockN, int kChunk> int launch_conv(const Operands& o, int multiprocessors, cudaStream_t stream) {
+template <int kBlockN, int kChunk> int launch_conv(const Operands& o, int most_blocks, cudaStream_t stream) {
     const Tiling& t = o.a.p.t;
-    const int64_t most = int64_t(multiprocessors) * blocks_of(kBlockN), blocks = t.tiles < most ? t.tiles : most;
-    return launch_with_shared(conv_kernel<kBlockN, kChunk>, blocks, kThreads, shared_bytes(t), stream, o);
+    return launch_with_shared(conv_kernel<kBlockN, kChunk>, std::min(t.tiles, most_blocks), kThreads, shared_bytes(t), stream, o);
 }
 
 // The launches of the tensor cores from sm_80 up (conv_plan.cuh).
@@ -33,9 +32,12 @@ struct Path {
     static int convolve(const Parameters& a, const scaled_half::Activation& source, const scaled_half::Weight& weight, int multiprocessors, cudaStream_t stream) {
         const Problem& p = a.p;
         const Operands o = {a, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
+        int device = 0;
+        RETURN_IF_ERROR(cudaGetDevice(&device));
+        const int most_blocks = multiprocessors * resident_blocks(p.t, shared_bytes(device));
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
-            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, multiprocessors, stream) : launch_conv<128, kChunk>(o, multiprocessors, stream);
+            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, most_blocks, stream) : p.t.block_n == 192 ? launch_conv<192, kChunk>(o, most_blocks, stream) : launch_conv<128, kChunk>(o, most_blocks, stream);
         };
         return p.t.chunk == 64 ? launch_chunk(std::integral_constant<int, 64>{}) : p.t.chunk == 32 ? launch_chunk(std::integral_constant<int, 32>{}) : launch_chunk(std::integral_constant<int, 16>{});
     }

@@ -1,11 +1,10 @@
 // Convolution of stride 1 by mma.sync, on any tensor core from sm_80 up: what conv_sm90.cuh does, cut by the same tiles and with
 // the same operands, where there are no wgmma, TMA and warps that only load.
 //
-// A block is two warpgroups, with other rows or other positions each. Each of a warpgroup's four warps has all of its 64 rows and a
-// quarter of its positions, which balances what it reads of shared memory for both operands. Weights come by cp.async through a ring
-// of stages, one for each tap and chunk of GEMM_K; a box of the source comes with its first tap. One thread finds out what comes next, some
-// steps ahead; all load it, one warpgroup while the other multiplies; there is a barrier a step. With 128 positions a warpgroup, two
-// blocks share a multiprocessor.
+// A block is four warps, each with all 64 rows of a tile and a quarter of its positions, which balances what it reads of shared memory for
+// both operands. Weights come by cp.async through a ring of stages, one for each tap and chunk of GEMM_K; a box of the source comes with its
+// first tap. One warp finds out what comes next, many steps ahead; all load it; there is a barrier a step. Two to four blocks share a
+// multiprocessor, so that the tensor cores have products of one while another loads a box, waits, or stores its outputs.
 //
 // The epilogue stages the outputs where the stages were, half a row tile at a time, and whole warps store rows of memory.
 // Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
@@ -16,7 +15,7 @@
 
 namespace conv_sm80 {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 
 struct Operands {
     Parameters a;
@@ -29,18 +28,18 @@ struct RowConstants { float scale, bias; };
 // What is loaded at a time: the weights of a tap and a chunk of GEMM_K, and a box where it is the first tap of one.
 struct Step {
     int rows;                       // of shared memory, by which the tap is shifted in its box; and flags
-    int tap, column;                // of the packed weights
+    int weights;                    // the first vector of 16 bytes of its weights
     int plane, source_row, channel; // of the box
 };
 constexpr int kOpensBox = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
-constexpr int kStepSlots = 8;
-static_assert(kStepSlots > kMaxWeightStages, "the step that is multiplied and those ahead");
+constexpr int kStepBatch = 8, kStepSlots = 2 * kStepBatch;    // found out at a time, those behind the ones that are being read
+static_assert(kStepBatch > kMaxWeightStages, "loads are fewer steps ahead");
 
 struct SharedHead {
     Tile tile;
-    RowConstants rows[2][kRows];
-    int4 table_keys[2];             // what the warpgroups' tables were made for
-    Cursor at;                      // of the walk over the tile's steps: in shared memory, since one thread walks and all need registers
+    RowConstants rows[kRows];
+    int4 table_key;                 // what the table was made for
+    Cursor at;                      // of the walk over the tile's steps: in shared memory, since one warp walks and all need registers
     int tap;                        // the next one of the box
     Step steps[kStepSlots];
 };
@@ -48,27 +47,33 @@ static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind t
 
 // ------------------------------------------------------------------------------------------------------------ Walk
 
-// One thread: a tile's steps from `begin` to `end`, to be called without gaps.
-__device__ __forceinline__ void publish_steps(const Problem& p, SharedHead& head, int begin, int end) {
+// A warp: a tile's steps from `begin` to `end`, to be called without gaps.
+__device__ __forceinline__ void publish_steps(const Operands& o, SharedHead& head, int begin, int end) {
+    const Problem& p = o.a.p;
+    const int lane = threadIdx.x % 32;
     Cursor at = begin == 0 ? Cursor(p, head.tile) : head.at;
     at.p = &p;
     int tap = begin == 0 ? 0 : head.tap;
     bool in_box = begin > 0;
 #pragma unroll 1
-    for (int i = begin; i < end; i++) {
-        Step& step = head.steps[i % kStepSlots];
+    while (begin < end) {
         if (!in_box || tap == BoxTaps(at).count) {
             if (head.tile.empty || !at.next_box()) {
-                step.rows = kNoMore;
+                if (lane == 0) head.steps[unsigned(begin) % kStepSlots].rows = kNoMore;
                 break;
             }
             tap = 0, in_box = true;
         }
-        const BoxTaps::Tap t = BoxTaps(at)[tap];
-        step = {t.rows | (tap == 0 ? kOpensBox : 0), t.tap, t.column, at.plane(), at.source_row(), at.c};
-        tap++;
+        const BoxTaps taps(at);
+        const int count = min(end - begin, taps.count - tap);
+        if (lane < count) {
+            const BoxTaps::Tap own = taps[tap + lane];
+            head.steps[unsigned(begin + lane) % kStepSlots] = {own.rows | (tap + lane == 0 ? kOpensBox : 0), int(((int64_t(own.tap) * p.t.M_pad + head.tile.run[0].row_tile * kRows) * o.w_pitch + own.column) / 8), at.plane(), at.source_row(), at.c};
+        }
+        tap += count, begin += count;
     }
-    head.at = at, head.tap = tap;
+    __syncwarp();
+    if (lane == 0) head.at = at, head.tap = tap;
 }
 
 // The next stage of a ring.
@@ -81,18 +86,18 @@ template <int kChunk> struct Loader {
     static constexpr int kRowBytes = kChunk * 2, kPieces = kRowBytes / 16, kAtOnce = kThreads / kPieces;    // rows that the block loads at a time
     const Operands& o;
     const SharedHead& head;
-    uint32_t stages;                // in shared memory
+    uint32_t boxes_at, weights_at;  // the stages, in shared memory
+    const uint4* weights;           // what this thread loads of each tap's
     int issued = 0;                 // steps so far
     int boxes = 0;                  // whose stages are in use, or were until now
     int box_slot = 0, slot = 0;     // the stages of the next ones
 
-    __device__ __forceinline__ Loader(const Operands& o, const SharedHead& head, uint32_t stages) : o(o), head(head), stages(stages) {}
+    __device__ __forceinline__ Loader(const Operands& o, const SharedHead& head, uint32_t stages)
+        : o(o), head(head), boxes_at(stages), weights_at(stages + o.a.p.t.input_stages * o.a.p.t.input_bytes),
+          weights(reinterpret_cast<const uint4*>(o.w + int64_t(threadIdx.x / kPieces) * o.w_pitch) + threadIdx.x % kPieces) {}
 
-    __device__ __forceinline__ uint32_t input_stage(int slot) const { return stages + slot * o.a.p.t.input_bytes; }
-    __device__ __forceinline__ uint32_t weight_stage(int slot) const {
-        const Tiling& t = o.a.p.t;
-        return stages + t.input_stages * t.input_bytes + slot * t.weight_bytes;
-    }
+    __device__ __forceinline__ uint32_t input_stage(int slot) const { return boxes_at + slot * o.a.p.t.input_bytes; }
+    __device__ __forceinline__ uint32_t weight_stage(int slot) const { return weights_at + slot * (kRows * kRowBytes); }
 
     // Behind the box there are the zeros that rows share.
     __device__ __forceinline__ void load_box(const Step& step) const {
@@ -114,13 +119,12 @@ template <int kChunk> struct Loader {
     }
 
     __device__ __forceinline__ void load_weights(const Step& step) const {
-        const Tiling& t = o.a.p.t;
-        const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, rows = t.split_m ? 2 * kRows : kRows;
-        const __half* from = o.w + (int64_t(step.tap) * t.M_pad + head.tile.run[0].row_tile * kRows + row) * o.w_pitch + step.column + piece * 8;
+        const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, stride = kAtOnce * o.w_pitch / 8;
+        const uint4* from = weights + step.weights;
         const uint32_t to = weight_stage(slot) + swizzled(row, piece, kRowBytes);    // kAtOnce rows on, the swizzle is the same
 #pragma unroll
-        for (int i = 0; i < (2 * kRows + kAtOnce - 1) / kAtOnce; i++)
-            if (row + i * kAtOnce < rows) cp_async_16(to + i * kAtOnce * kRowBytes, from + int64_t(i * kAtOnce) * o.w_pitch, true);
+        for (int i = 0; i < (kRows + kAtOnce - 1) / kAtOnce; i++, from += stride)
+            if (kAtOnce <= kRows || row < kRows) cp_async_16(to + i * kAtOnce * kRowBytes, from, true);
     }
 
     // Loads for the next steps until the ring is full, or until a box is needed whose stage is in use. done: steps that nobody reads any more.
@@ -128,7 +132,7 @@ template <int kChunk> struct Loader {
         const Tiling& t = o.a.p.t;
 #pragma unroll 1
         while (issued < done + t.weight_stages) {
-            const Step& step = head.steps[issued % kStepSlots];
+            const Step& step = head.steps[unsigned(issued) % kStepSlots];
             const bool opens_box = step.rows & kOpensBox;
             if (step.rows & kNoMore || (opens_box && boxes >= most_boxes)) break;
             if (opens_box) {
@@ -141,14 +145,12 @@ template <int kChunk> struct Loader {
         }
     }
 
-    // Waits for this thread's copies of a step.
+    // Waits for this thread's copies of a step, of all that were issued where those are not as many as they mostly are.
     __device__ __forceinline__ void wait_for(int step) const {
-        switch (issued - 1 - step) {
-            case 0: cp_async_wait_group<0>(); break;
-            case 1: cp_async_wait_group<1>(); break;
-            case 2: cp_async_wait_group<2>(); break;
-            default: cp_async_wait_group<3>();
-        }
+        const int later = issued - 1 - step;
+        if (later == 2) cp_async_wait_group<2>();
+        else if (later == 1) cp_async_wait_group<1>();
+        else cp_async_wait_group<0>();
     }
 };
 
@@ -164,11 +166,12 @@ template <int kColumns> struct Sums {
 template <int kColumns, int kChunk>
 __device__ __forceinline__ void multiply(uint32_t weights, uint32_t box, int row, Sums<kColumns>& sums) {
     constexpr int kRowBytes = kChunk * 2, kSteps = kChunk / 16;
-    const int lane = threadIdx.x % 32, a_row = lane % 16, a_half = lane / 16, b_row = row + lane / 16 * 8 + lane % 8, b_half = lane / 8 % 2;
-    // 16 rows on, the swizzle is the same.
-    const auto from_a = [&](int step) { return weights + swizzled(a_row, step * 2 + a_half, kRowBytes); };
-    const auto from_b = [&](int step) { return box + swizzled(b_row, step * 2 + b_half, kRowBytes); };
-    if constexpr (blocks_of(kColumns * kColumnWarps) == 1) {    // few warps, many registers: operands are loaded a step in advance
+    const int lane = threadIdx.x % 32;
+    const uint32_t first_a = weights + swizzled(lane % 16, lane / 16, kRowBytes), first_b = box + swizzled(row + lane / 16 * 8 + lane % 8, lane / 8 % 2, kRowBytes);
+    // A step is two pieces on, which only the swizzle's bits tell of; 16 rows on, the swizzle is the same.
+    const auto from_a = [&](int step) { return first_a ^ step << 5; };
+    const auto from_b = [&](int step) { return first_b ^ step << 5; };
+    if constexpr (blocks_of(kColumns * kColumnWarps) == 2) {    // few warps, many registers: operands are loaded a step in advance
         uint32_t a[2][4][4], b[2][kColumns / 16][4];
         auto load = [&](int step) {
 #pragma unroll
@@ -295,31 +298,29 @@ __device__ __forceinline__ void stage(const Parameters& a, const Tile& tile, con
 
 // Stages and stores a tile's outputs, and leaves the moments where they are wanted.
 template <int kColumns>
-__device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, int* tables, float* buffers, Sums<kColumns>& sums) {
+__device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, int* table, float* buffer, Sums<kColumns>& sums) {
     const Problem& p = a.p;
     const Tiling& t = p.t;
     const Tile& tile = head.tile;
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
-    const Run& run = tile.run[warpgroup];
+    const int warp = threadIdx.x / 32;
+    const Run& run = tile.run[0];
     const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.sample]));
     const int phases_hw = packed_phases(t, p.s, 1) * p.s.axis[2].phases, regions = regions_of(p, run);
-    int* table = tables + warpgroup * (t.table_bytes / 4);
-    float* buffer = buffers + warpgroup * (t.buffer_bytes / 8);
-    if (threadIdx.x % 128 < kRows) {
-        const LaneRow row = lane_row(p, run, threadIdx.x % 128);
+    if (threadIdx.x < kRows) {
+        const LaneRow row = lane_row(p, run, threadIdx.x);
         const int channel = run.channel0 + row.channel;
-        head.rows[warpgroup][threadIdx.x % 128] = {row.live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])) : 0.0f, row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f};
+        head.rows[threadIdx.x] = {row.live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[channel])) : 0.0f, row.live && a.bias ? load_as_float(a.bias, a.dtype, channel) : 0.0f};
     }
     const int4 key = table_key(p, tile, run);
-    if (!same_key(key, head.table_keys[warpgroup])) fill_table<kColumns * kColumnWarps>(p, tile, run, [&] { return table; });
+    if (!same_key(key, head.table_key)) fill_table<kColumns * kColumnWarps>(p, tile, run, [&] { return table; });
     __syncthreads();
-    if (threadIdx.x % 128 == 0) head.table_keys[warpgroup] = key;
+    if (threadIdx.x == 0) head.table_key = key;
     const int* lane_table = table + warp * kColumns + threadIdx.x % 4 * 2;
     const bool turns = halves_are_phases(p);
 #pragma unroll 1
     for (int half = 0; half < 2; half++) {
-        if (half == 0) stage<kColumns, 0>(a, tile, run, head.rows[warpgroup], lane_table, buffer, first_scale, sums);
-        else stage<kColumns, 1>(a, tile, run, head.rows[warpgroup], lane_table, buffer, first_scale, sums);
+        if (half == 0) stage<kColumns, 0>(a, tile, run, head.rows, lane_table, buffer, first_scale, sums);
+        else stage<kColumns, 1>(a, tile, run, head.rows, lane_table, buffer, first_scale, sums);
         __syncthreads();
         const int first = turns ? half + 2 * warp : half * regions / 2 + warp, end = turns ? regions : (half + 1) * regions / 2;
         for_each_piece(p, tile, run, first, end, turns ? 8 : 4, [&](int64_t at, int region, int offset, int count) {
@@ -328,7 +329,7 @@ __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, in
         __syncthreads();
     }
     if (a.workspace.moments) {
-        leave_moments<kColumns>(a, index_of_run(p, tile, warpgroup) * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
+        leave_moments<kColumns>(a, index_of_run(p, tile, 0) * kColumnWarps + warp, run, valid_positions<kColumns>(t, phases_hw, lane_table), sums);
     }
 }
 
@@ -341,42 +342,37 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
     const Problem& p = o.a.p;
     const Tiling& t = p.t;
     SharedHead& head = *reinterpret_cast<SharedHead*>(base);
-    int* tables = reinterpret_cast<int*>(base + kSharedHeadBytes);
-    uint8_t* stages = base + kSharedHeadBytes + 2 * t.table_bytes;
+    int* table = reinterpret_cast<int*>(base + kSharedHeadBytes);
+    uint8_t* stages = base + kSharedHeadBytes + t.table_bytes;
     constexpr int kColumns = kBlockN / kColumnWarps;
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
-    if (threadIdx.x < 2) head.table_keys[threadIdx.x] = make_int4(-1, 0, 0, 0);
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) head.table_key = make_int4(-1, 0, 0, 0);
     for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
         __syncthreads();
-        if (threadIdx.x == 0) {
-            locate(p, index, head.tile);
-            publish_steps(p, head, 0, t.weight_stages);
-        }
+        if (threadIdx.x == 0) locate(p, index, head.tile);
+        __syncwarp();
+        if (warp == 0) publish_steps(o, head, 0, kStepSlots);
         Sums<kColumns> sums = {};
         Loader<kChunk> loader(o, head, shared_address(stages));
-        int slot = 0, box_slot = -1;    // the stages of this step and of its box
+        int slot = 0, box_slot = -1, b_row = 0;    // the stages of this step and of its box; the warp's first position in it
         for (int done = 0;;) {
             const bool ready = done < loader.issued;    // else nothing is under way: at the beginning, in the end, and where a box had to wait for its stage
             if (ready) loader.wait_for(done);
             __syncthreads();
-            const int step = ready ? head.steps[done % kStepSlots].rows : 0;
+            if (done == 0) b_row = head.tile.run[0].b_row + warp * kColumns;
+            const int step = ready ? head.steps[unsigned(done) % kStepSlots].rows : 0;
             const bool opened = box_slot >= 0;
             if (step & kOpensBox) loader.boxes -= opened, box_slot = next_of(box_slot, t.input_stages);
-            // One warpgroup loads while the other multiplies.
-#pragma unroll 1
-            for (int turn = 0; turn < 2; turn++) {
-                if (turn == warpgroup) {
-                    loader.advance(done, t.input_stages + (!ready && opened));
-                    if (ready && threadIdx.x == 0) publish_steps(p, head, done + t.weight_stages, done + t.weight_stages + 1);
-                } else if (ready) {
-                    multiply<kColumns, kChunk>(loader.weight_stage(slot) + (t.split_m ? warpgroup * kRows * kChunk * 2 : 0), loader.input_stage(box_slot),
-                                               head.tile.run[warpgroup].b_row + warp * kColumns + (step & kRowsOfStep), sums);
-                }
+            loader.advance(done, t.input_stages + (!ready && opened));
+            if (!ready) {
+                if (done == loader.issued) break;
+                continue;
             }
-            if (ready) done++, slot = next_of(slot, t.weight_stages);
-            else if (done == loader.issued) break;
+            if (warp == 0 && done > 0 && done % kStepBatch == 0) publish_steps(o, head, done + kStepBatch, done + kStepSlots);
+            multiply<kColumns, kChunk>(loader.weight_stage(slot), loader.input_stage(box_slot), b_row + (step & kRowsOfStep), sums);
+            done++, slot = next_of(slot, t.weight_stages);
         }
-        finish<kColumns>(o.a, head, tables, reinterpret_cast<float*>(stages), sums);
+        finish<kColumns>(o.a, head, table, reinterpret_cast<float*>(stages), sums);
     }
 }
 

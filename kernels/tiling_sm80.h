@@ -10,36 +10,40 @@ namespace conv_sm80 {
 
 using namespace conv;
 
-constexpr int kSharedHeadBytes = 3072;
+constexpr int kSharedHeadBytes = 2560;
 constexpr int kMaxWeightStages = 4;
-constexpr int kColumnWarps = 4;    // of a warpgroup, each with a quarter of the positions
+constexpr int kColumnWarps = 4;    // of a block, each with a quarter of the positions
 
 // Blocks of a multiprocessor, as many as its registers hold.
-HOST_DEVICE constexpr int blocks_of(int block_n) { return block_n == 128 ? 2 : 1; }
+HOST_DEVICE constexpr int blocks_of(int block_n) { return block_n == 128 ? 4 : block_n == 192 ? 3 : 2; }
 
-// Shared memory of a block: the pipeline's stages, and behind the last product, in their place, half of each warpgroup's staged outputs.
+// Shared memory of a block: the pipeline's stages, and behind the last product, in their place, half of the staged outputs.
 inline int64_t pipeline_bytes(const Tiling& t) { return int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_stages) * t.weight_bytes; }
 inline int64_t shared_bytes(const Tiling& t) {
-    const int64_t pipeline = pipeline_bytes(t), staged = t.buffer_bytes;
-    return kSharedHeadBytes + 2 * t.table_bytes + (pipeline > staged ? pipeline : staged);
+    const int64_t pipeline = pipeline_bytes(t), staged = t.buffer_bytes / 2;
+    return kSharedHeadBytes + t.table_bytes + (pipeline > staged ? pipeline : staged);
+}
+
+// Blocks that a multiprocessor's shared memory has room for: it has a kilobyte more than a block can have, and keeps one for each block.
+inline int resident_blocks(const Tiling& t, int64_t most_shared) {
+    return int(std::min<int64_t>(blocks_of(t.block_n), (most_shared + 1024) / (shared_bytes(t) + 1024)));
 }
 
 // The tiling of least estimated time, or one of block_n 0 where none fits. groups: of the split, or 1. most_shared: bytes that a block
-// can have; a multiprocessor has a kilobyte more, and keeps one for each block.
+// can have.
 inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int64_t most_shared) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     Tiling best = {};
     for (int packing = 0; packing < 3; packing++)
-    for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {256, 128})
+    for (int block_n : {256, 192, 128})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (int chunk : {64, 32, 16})
-    for (int input_stages : {1, 2}) {
+    for (int input_stages : {1, 2})
+    for (int blocks = blocks_of(block_n); blocks > 0; blocks--) {
         Tiling t = {};
-        t.warpgroups = 2, t.queues = 1, t.planes = 1;
-        t.block_n = block_n, t.split_m = split_m, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
-        const int blocks = blocks_of(block_n);
+        t.warpgroups = 1, t.queues = 1, t.planes = 1;
+        t.block_n = block_n, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
         const int64_t shared = (most_shared + 1024) / blocks - 1024;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
@@ -63,22 +67,18 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int64_t reach = first + block_n + halo_h * t.pitch + halo_w;
         const int64_t loaded = int64_t(t.box_rows) * t.pitch + halo_w;
         t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 1024);
-        t.weight_bytes = (split_m ? 2 : 1) * kRows * row_bytes, t.weight_rings = 1;
-        const int64_t left = shared - kSharedHeadBytes - 2 * t.table_bytes - int64_t(input_stages) * t.input_bytes;
+        t.weight_bytes = kRows * row_bytes, t.weight_rings = 1;
+        const int64_t left = shared - kSharedHeadBytes - t.table_bytes - int64_t(input_stages) * t.input_bytes;
         t.weight_stages = int(left / t.weight_bytes < kMaxWeightStages ? left / t.weight_bytes : kMaxWeightStages);
         if (t.weight_stages < 3 || shared_bytes(t) > shared) continue;
         if (!count_tiles(t, s, samples)) continue;
-        // Cycles that a tile costs its multiprocessor, as measured (NOTES.md): steps of the pipeline, boxes, and outputs, which a warp
-        // stores piece after piece; or what it loads, at 20 bytes a cycle.
-        const double taps = steps_of(t, s) / (chunk / 16), boxes = boxes_of(t, s), wide = blocks == 1;
-        const double out_bytes = out_bytes_of(t);
-        const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), values = out_bytes / 8 / pieces;
-        const double pipeline = taps * (wide ? 700 + 300 * chunk / 16 : 350 + 200 * chunk / 16) + boxes * (t.box_bytes() / (wide ? 9 : 12) + (input_stages > 1 ? 0 : wide ? 3000 + t.box_bytes() / 20 : 500));
-        const double epilogue = 0.2 * out_bytes + pieces / kColumnWarps / blocks * (150 + values / (t.bulk ? 128 : 32) * 50) + 2000;
-        const double loads = (taps * t.weight_bytes + boxes * t.box_bytes()) / 20;
+        // Cycles of a tile from begin to end, fitted to the times of 28 layers and tilings (NOTES.md): steps, whose loads and barriers products do not
+        // cover, boxes, less where another stage is being loaded, and outputs. The blocks share tensor cores and the way to memory.
+        const double steps = steps_of(t, s), pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
+        const double shared_units = 0.51 * steps * block_n + 0.0225 * out_bytes_of(t), boxes = boxes_of(t, s) * (265 + 0.117 * t.box_bytes()) * (input_stages > 1 ? 0.8 : 1);
+        const double cycles = 16000 + 990 * steps / (chunk / 16) + boxes + (t.contiguous ? 108 : 200) * pieces + blocks * shared_units;
         const int64_t at_once = int64_t(multiprocessors) * blocks;
-        const double waves = t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) * blocks : double(t.tiles) / multiprocessors + 0.5;
-        const double time = waves * ((pipeline > loads ? pipeline : loads) + epilogue);
+        const double time = cycles * (t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5);
         if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;
     }
     return with_divisors(best);

@@ -1,5 +1,7 @@
 """The tensor cores' paths: as accurate as PyTorch at the same flags, on shapes that reach every branch of its tiling."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,11 @@ def run(function, *arguments, **keywords):
     return output
 
 
+def run_if_tiled(stride, function, /, *arguments, **keywords):
+    """As ``run``, but for a stride of 3 along W, whose phases do not fill the row tiles of mma.sync."""
+    return (function if PATH == "sm80" and stride in (3, (3, 3, 3)) else functools.partial(run, function))(*arguments, **keywords)
+
+
 @pytest.mark.parametrize("shape, channels, kernel, stride, padding, output_padding, dilation", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_plain(shape, channels, kernel, stride, padding, output_padding, dilation, dtype):
@@ -130,10 +137,10 @@ def test_float32_accurate(shape, channels, groups, kernel, stride, padding, outp
     x[0] *= 1e-6
     sizes = (stride, padding, output_padding, groups, dilation)
     if fused:
-        y = run(model_new.conv_transpose3d_relu_group_norm, x, w, None, None, None, 4, 0.0, *sizes)
+        y = run_if_tiled(stride, model_new.conv_transpose3d_relu_group_norm, x, w, None, None, None, 4, 0.0, *sizes)
         truth = F.group_norm(F.conv_transpose3d(x.double(), w.double(), None, *sizes).relu(), 4, eps=0.0)
     else:
-        y, truth = run(model_new.conv_transpose3d, x, w, None, *sizes), F.conv_transpose3d(x.double(), w.double(), None, *sizes)
+        y, truth = run_if_tiled(stride, model_new.conv_transpose3d, x, w, None, *sizes), F.conv_transpose3d(x.double(), w.double(), None, *sizes)
     assert worst_relative_error(y, truth, (1, 2, 3, 4)) <= 1e-6
 
 
@@ -159,7 +166,7 @@ def test_groups_of_many_channels(shape, channels, groups, kernel, fused):
 def test_non_finite_values_stay_in_their_group(value, channels, groups, stride):
     x, w = tensors((2, channels, 10, 12, 16), channels // groups, 3)
     x[1, 3, 4, 5, 6] = value
-    y, truth = run(model_new.conv_transpose3d, x, w, stride=stride, padding=1, groups=groups), F.conv_transpose3d(x.double().cpu(), w.double().cpu(), stride=stride, padding=1, groups=groups).cuda()
+    y, truth = run_if_tiled(stride, model_new.conv_transpose3d, x, w, stride=stride, padding=1, groups=groups), F.conv_transpose3d(x.double().cpu(), w.double().cpu(), stride=stride, padding=1, groups=groups).cuda()
     assert torch.equal(y.isfinite(), truth.isfinite()) and torch.equal(y.isnan(), truth.isnan())
 
 
