@@ -273,7 +273,7 @@ def _tensor_cores(path, operation, geometry, dtype, tf32, device):
 
 
 def _has_tf32(geometry):
-    """Strides with which cuDNN computes in TF32 where that is allowed; with all others it is float32-accurate (kernels/NOTES.md). As has_tf32 in conv_plan.cuh."""
+    """Strides with which cuDNN computes in TF32 where that is allowed; with all others it is float32-accurate (kernels/NOTES.md). As has_tf32 in precision.h."""
     axes, strides = geometry.axis, {axis.stride for axis in geometry.axis}
     return strides == {1} or (strides <= {1, 2} and all(axis.dilation == 1 for axis in axes)
                               and (strides == {2} or any(axis.kernel > axis.stride for axis in axes)))
@@ -290,13 +290,13 @@ def _has_float32_dinput(geometry, dtype):
     return dtype == torch.float32 and geometry.C_out <= 3
 
 
-_MOST_SPLIT_TERMS = 128    # of several groups; as kMostSplitTerms in conv_plan.cuh
+_MOST_SPLIT_TERMS = 128    # of several groups; as kMostSplitTerms in precision.h
 _MOST_THIRD_TERMS = 256    # of one group
 _MOST_THIRD_CHANNELS = 640    # of one group where no taps overlap: all small products are added first
 
 
 def _terms(geometry):
-    """Products of an output, at most."""
+    """Products of an output, at most. As terms_of in precision.h."""
     terms = geometry.C_in // geometry.groups
     for axis in geometry.axis:
         terms *= -(-axis.kernel // (axis.stride // math.gcd(axis.stride, axis.dilation)))    # taps of a phase
@@ -997,6 +997,38 @@ HOST_DEVICE Range valid_range(const Phase& p, int64_t j) {
     end = end < p.count ? end : p.count;
     return {begin, end > begin ? end : begin};
 }
+'''
+
+_SOURCES['precision.h'] = r'''
+// Where a float32 forward on the tensor cores has split operands (scaled_half.cuh): where cuDNN's is float32-accurate although TF32 is allowed (NOTES.md). Which forwards
+// come to the tensor cores at all is up to the table of paths in model_new.py, whose `_terms` and `_has_tf32` are the functions of these names (tests/test_paths.py).
+#pragma once
+
+#include <numeric>
+
+#include "geometry.h"
+
+// Several groups: as accurate as float32 where no sum has more products than this; with more, they are computed as one group, with zeros between them.
+constexpr int64_t kMostSplitTerms = 128;
+
+// Products of an output, at most.
+inline int64_t terms_of(const Geometry& g) {
+    int64_t terms = g.C_in / g.groups;
+    for (const Axis& a : g.axis) terms *= ceil_div(a.kernel, a.stride / std::gcd(a.stride, a.dilation));    // taps of a phase
+    return terms;
+}
+
+// Strides with which cuDNN computes a single group in TF32.
+inline bool has_tf32(const Geometry& g) {
+    bool ones = true, twos = true, up_to_two = true, dilated = false, overlaps = false;
+    for (const Axis& a : g.axis) ones &= a.stride == 1, twos &= a.stride == 2, up_to_two &= a.stride <= 2, dilated |= a.dilation > 1, overlaps |= a.kernel > a.stride;
+    return ones || (up_to_two && !dilated && (twos || overlaps));
+}
+
+inline bool splits_groups(const Geometry& g) { return g.groups > 1 && terms_of(g) <= kMostSplitTerms; }
+
+// Channels of a third of GEMM_K, which is [low, high, high] then; or 0.
+inline int third_of(const Geometry& g) { return g.groups == 1 && !has_tf32(g) ? int(ceil_div(g.C_in, 8)) * 8 : 0; }
 '''
 
 _SOURCES['stencil.h'] = r'''
@@ -3603,11 +3635,11 @@ _SOURCES['conv_plan.cuh'] = r'''
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <numeric>
 
 #include "add_parts.cuh"
 #include "conv_statistics.cuh"
 #include "direct_generic.cuh"
+#include "precision.h"
 
 namespace conv {
 
@@ -3639,27 +3671,10 @@ struct Plan {
     Problem problem;
     Direction direction;
     int64_t source_channels;
-    int third;                   // of GEMM_K, where operands of a single group are split (scaled_half.cuh), or 0
+    int third;                   // channels of a third of GEMM_K (precision.h), or 0
     bool repairs;                // some packed weights are zeros that stand for nothing, and must not meet an infinite input
     int multiprocessors;
 };
-
-// A forward with several groups has split operands where no sum has more products than this, which then are as accurate as float32; else it is computed as one group,
-// with zeros between them. One group has them where cuDNN is float32-accurate. Which of all those come here at all is up to the table of paths (`_forward_on` in model_new.py).
-constexpr int64_t kMostSplitTerms = 128;
-
-inline int64_t terms_of(const Geometry& g) {
-    int64_t terms = g.C_in / g.groups;
-    for (const Axis& a : g.axis) terms *= ceil_div(a.kernel, a.stride / std::gcd(a.stride, a.dilation));    // taps of a phase
-    return terms;
-}
-
-// Whether cuDNN computes a single group in TF32, where that is allowed: as `_has_tf32` in model_new.py.
-inline bool has_tf32(const Geometry& g) {
-    bool ones = true, twos = true, up_to_two = true, dilated = false, overlaps = false;
-    for (const Axis& a : g.axis) ones &= a.stride == 1, twos &= a.stride == 2, up_to_two &= a.stride <= 2, dilated |= a.dilation > 1, overlaps |= a.kernel > a.stride;
-    return ones || (up_to_two && !dilated && (twos || overlaps));
-}
 
 // Path: the launches of an architecture (conv_launch_sm90.cuh, conv_launch_sm80.cuh).
 template <typename Path> Plan make_plan(const Geometry& g, Direction direction, int device) {
@@ -3671,11 +3686,11 @@ template <typename Path> Plan make_plan(const Geometry& g, Direction direction, 
     plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
     if (has_stencil(g)) {
         plan.problem.s = make_stencil(plan.direction, g);
-        plan.third = forward && g.groups == 1 && !has_tf32(g) ? round_up(g.C_in, 8) : 0;
+        plan.third = forward ? third_of(g) : 0;
         plan.repairs = g.groups > 1 || plan.third;
         for (const StencilAxis& a : plan.problem.s.axis)
             for (int phase = 0; phase < a.phases; phase++) plan.repairs |= a.phases > 1 && a.live[phase] != (1 << a.taps) - 1;
-        const bool split = forward && g.groups > 1 && terms_of(g) <= kMostSplitTerms;
+        const bool split = forward && splits_groups(g);
         if (!split || can_split(g))
             plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.third ? 3 * plan.third : plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
     }

@@ -12,6 +12,7 @@ MODEL_NEW = FOLDER.parent / "model_new.py"
 #: In the order of reading: what is included comes first.
 SOURCES = (
     "geometry.h",
+    "precision.h",
     "stencil.h",
     "launch.cuh",
     "group_norm.cuh",

@@ -1,0 +1,34 @@
+"""What the table of paths in model_new.py and the plans of the kernels both have to know is the same: it needs no GPU."""
+
+import ctypes
+import itertools
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import model_new
+
+
+@pytest.fixture(scope="module")
+def precision(tmp_path_factory):
+    """kernels/precision.h as a library."""
+    folder = tmp_path_factory.mktemp("precision")
+    (folder / "precision.cpp").write_text(f"""#include "{Path(__file__).parents[1] / "kernels" / "precision.h"}"
+        extern "C" int64_t terms(const Geometry* g) {{ return terms_of(*g); }}
+        extern "C" int64_t tf32(const Geometry* g) {{ return has_tf32(*g); }}
+        extern "C" int64_t most_split_terms() {{ return kMostSplitTerms; }}""")
+    subprocess.run([os.environ.get("CXX", "g++"), "-std=c++17", "-shared", "-fPIC", "-o", folder / "precision.so", folder / "precision.cpp"], check=True)
+    library = ctypes.CDLL(str(folder / "precision.so"))
+    library.terms.restype = library.most_split_terms.restype = ctypes.c_int64
+    return library
+
+
+def test_rules_agree(precision):
+    assert precision.most_split_terms() == model_new._MOST_SPLIT_TERMS
+    for strides, kernels, dilations, groups in itertools.product(itertools.product((1, 2, 3, 4), repeat=3), ((1, 2, 2), (2, 2, 2), (3, 4, 5), (1, 1, 1)), ((1, 1, 1), (2, 1, 1), (1, 2, 3), (4, 4, 2)), (1, 4)):
+        geometry, _ = model_new._geometry((2, 24, 9, 9, 9), (24, 16, *kernels), strides, (0, 0, 0), (0, 0, 0), groups, dilations)
+        address = ctypes.addressof(geometry)
+        assert precision.terms(ctypes.c_void_p(address)) == model_new._terms(geometry)
+        assert bool(precision.tf32(ctypes.c_void_p(address))) == model_new._has_tf32(geometry)
