@@ -29,8 +29,7 @@ inline int resident_blocks(const Tiling& t, int64_t most_shared) {
     return int(std::min<int64_t>(blocks_of(t.block_n), (most_shared + 1024) / (shared_bytes(t) + 1024)));
 }
 
-// The tiling of least estimated time, or one of block_n 0 where none fits. groups: of the split, or 1. most_shared: bytes that a block
-// can have.
+// The tiling of least estimated time, or one of block_n 0 where none fits. groups: of the split, or 1. most_shared: bytes that a block can have.
 inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int64_t most_shared) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     Tiling best = {};
@@ -39,12 +38,10 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (int chunk : {64, 32, 16})
-    for (int input_stages : {1, 2})
-    for (int blocks = blocks_of(block_n); blocks > 0; blocks--) {
+    for (int input_stages : {1, 2}) {
         Tiling t = {};
         t.warpgroups = 1, t.queues = 1, t.planes = 1;
         t.block_n = block_n, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
-        const int64_t shared = (most_shared + 1024) / blocks - 1024;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
         t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
@@ -68,18 +65,20 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int64_t loaded = int64_t(t.box_rows) * t.pitch + halo_w;
         t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 1024);
         t.weight_bytes = kRows * row_bytes, t.weight_rings = 1;
-        const int64_t left = shared - kSharedHeadBytes - t.table_bytes - int64_t(input_stages) * t.input_bytes;
-        t.weight_stages = int(left / t.weight_bytes < kMaxWeightStages ? left / t.weight_bytes : kMaxWeightStages);
-        if (t.weight_stages < 3 || shared_bytes(t) > shared) continue;
         if (!count_tiles(t, s, samples)) continue;
         // Cycles of a tile from begin to end, fitted to the times of 28 layers and tilings (NOTES.md): steps, whose loads and barriers products do not
         // cover, boxes, less where another stage is being loaded, and outputs. The blocks share tensor cores and the way to memory.
         const double steps = steps_of(t, s), pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
         const double shared_units = 0.51 * steps * block_n + 0.0225 * out_bytes_of(t), boxes = boxes_of(t, s) * (265 + 0.117 * t.box_bytes()) * (input_stages > 1 ? 0.8 : 1);
-        const double cycles = 16000 + 990 * steps / (chunk / 16) + boxes + (t.contiguous ? 108 : 200) * pieces + blocks * shared_units;
-        const int64_t at_once = int64_t(multiprocessors) * blocks;
-        const double time = cycles * (t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5);
-        if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;
+        const double alone = 16000 + 990 * steps / (chunk / 16) + boxes + (t.contiguous ? 108 : 200) * pieces;
+        for (int blocks = blocks_of(block_n); blocks > 0; blocks--) {
+            const int64_t shared = (most_shared + 1024) / blocks - 1024, left = shared - kSharedHeadBytes - t.table_bytes - int64_t(input_stages) * t.input_bytes;
+            t.weight_stages = int(left / t.weight_bytes < kMaxWeightStages ? left / t.weight_bytes : kMaxWeightStages);
+            if (t.weight_stages < 3 || shared_bytes(t) > shared) continue;
+            const int64_t at_once = int64_t(multiprocessors) * blocks;
+            const double time = (alone + blocks * shared_units) * (t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5);
+            if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;
+        }
     }
     return with_divisors(best);
 }
