@@ -279,14 +279,19 @@ def _has_tf32(geometry):
                               and (strides == {2} or any(axis.kernel > axis.stride for axis in axes)))
 
 
-def _has_float32_forward(geometry, dtype):
-    """Where channels are few, cuDNN computes float32 in float32 though TF32 is allowed (kernels/NOTES.md), and so do the generic kernels."""
+def _has_few_channels(geometry):
+    """Where they are few, cuDNN computes a float32 forward in float32 though TF32 is allowed (kernels/NOTES.md). As has_few_channels in precision.h."""
     overlaps = any(axis.kernel > axis.stride > 1 for axis in geometry.axis)
-    return dtype == torch.float32 and geometry.groups == 1 and not overlaps and (geometry.C_out <= 8 or (geometry.C_in <= 4 and geometry.C_out < 64))
+    return geometry.groups == 1 and not overlaps and (geometry.C_out <= 8 or (geometry.C_in <= 4 and geometry.C_out < 64))
+
+
+def _forward_in_float32(geometry):
+    """Whether a float32 forward has to be float32-accurate though TF32 is allowed. As forward_in_float32 in precision.h."""
+    return not _merges_groups(geometry) if geometry.groups > 1 else _has_few_channels(geometry) or not _has_tf32(geometry)
 
 
 def _has_float32_dinput(geometry, dtype):
-    """The same of the input's gradient."""
+    """The same of the input's gradient and few output channels."""
     return dtype == torch.float32 and geometry.C_out <= 3
 
 
@@ -304,15 +309,33 @@ def _terms(geometry):
 
 
 def _merges_groups(geometry):
-    """Where groups have many channels and strides are 1, cuDNN computes in TF32, and so do we, as one group with zeros between; short sums are split."""
+    """Where groups have many channels and strides are 1, cuDNN computes in TF32, and so do we, as one group with zeros between; short sums are split. As merges_groups in precision.h."""
     channels = min(geometry.C_in, geometry.C_out) // geometry.groups
     return geometry.groups > 1 and channels >= 32 and all(axis.stride == 1 for axis in geometry.axis) and _terms(geometry) > _MOST_SPLIT_TERMS
+
+
+def _gemm(geometry, dtype, tf32, device):
+    """No padding, and kernels as large as strides, so that every output has one tap; channels and positions enough for tiles, and not too many of these."""
+    axes, channels, positions = geometry.axis, geometry.C_in // geometry.groups, math.prod(axis.in_size for axis in geometry.axis)
+    rows = geometry.C_out // geometry.groups * math.prod(axis.kernel for axis in axes)
+    return ((tf32 if dtype == torch.float32 else dtype != torch.float64)
+            and all(axis.kernel == axis.stride and axis.out_size == axis.in_size * axis.stride for axis in axes)
+            and channels >= 8 and rows >= 32 and positions >= 32 and geometry.N * geometry.groups * rows * positions <= 2**40)
+
+
+def _gemm_first(geometry, dtype, tf32, device):
+    """Where that is faster than copies in fp16 and wgmma: few products, short sums, one tap (kernels/NOTES.md)."""
+    wgmma, split = _tensor_core_path(_capability(device.index)) == "sm90", dtype == torch.float32 and _forward_in_float32(geometry)
+    channels = geometry.C_in // geometry.groups
+    products = geometry.N * channels * geometry.C_out * math.prod(axis.out_size for axis in geometry.axis)
+    first = not wgmma or products <= (2**29 if split else 5 * 2**28) or channels <= 32 or all(axis.kernel == 1 for axis in geometry.axis)
+    return first and _gemm(geometry, dtype, tf32, device)
 
 
 def _forward_on(path):
     def condition(geometry, dtype, tf32, device):
         """Where cuDNN's forward is float32-accurate, so are split operands, as long as no sum is too long."""
-        if _has_float32_forward(geometry, dtype):
+        if dtype == torch.float32 and _has_few_channels(geometry):
             return False
         if geometry.groups > 1:
             possible = _merges_groups(geometry) or (dtype == torch.float32 and _terms(geometry) <= _MOST_SPLIT_TERMS)
@@ -351,8 +374,8 @@ def _multiply_adds(geometry):
 
 _PATHS = {
     # operation: ((path, condition), ...)
-    # sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
-    "conv_transpose3d_forward": (("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("generic", _always)),
+    # gemm: mma.sync, where no taps overlap. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
+    "conv_transpose3d_forward": (("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
     "conv_transpose3d_relu_group_norm_forward": (("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
     "conv_transpose3d_gradients": (("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("composed", _always)),
     "conv_transpose3d_relu_group_norm_gradients": (("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
@@ -951,6 +974,25 @@ HOST_DEVICE unsigned multiply_high(unsigned a, unsigned b) {
 #endif
 }
 
+// Division by what is known when a plan is made, of numbers from 0 to 2^31 - 1: n / d = (n + n * magic / 2^32) / 2^shift (Granlund, Montgomery: "Division by Invariant
+// Integers using Multiplication"). A division takes a warp 100 cycles, and locating a tile is a chain of a dozen.
+struct Divisor {
+    unsigned magic;
+    int shift, value;
+    HOST_DEVICE int divide(int n) const { return int((multiply_high(unsigned(n), magic) + unsigned(n)) >> shift); }
+    // The remainder; n becomes the quotient.
+    HOST_DEVICE int take(int& n) const {
+        const int quotient = divide(n), rest = n - quotient * value;
+        n = quotient;
+        return rest;
+    }
+};
+inline Divisor make_divisor(int value) {
+    int shift = 0;
+    while (int64_t(1) << shift < value) shift++;
+    return {unsigned((uint64_t(1) << 32) * ((uint64_t(1) << shift) - value) / value + 1), shift, value};
+}
+
 // ------------------------------------------------------------------------------------------------------ Phases
 
 enum class Direction {
@@ -1000,8 +1042,8 @@ HOST_DEVICE Range valid_range(const Phase& p, int64_t j) {
 '''
 
 _SOURCES['precision.h'] = r'''
-// Where a float32 forward on the tensor cores has split operands (scaled_half.cuh): where cuDNN's is float32-accurate although TF32 is allowed (NOTES.md). Which forwards
-// come to the tensor cores at all is up to the table of paths in model_new.py, whose `_terms` and `_has_tf32` are the functions of these names (tests/test_paths.py).
+// Where a float32 forward on the tensor cores has split operands: where cuDNN's is float32-accurate although TF32 is allowed (NOTES.md). Which forwards come to the
+// tensor cores at all is up to the table of paths in model_new.py, which has functions of the same names (tests/test_paths.py).
 #pragma once
 
 #include <numeric>
@@ -1024,6 +1066,22 @@ inline bool has_tf32(const Geometry& g) {
     for (const Axis& a : g.axis) ones &= a.stride == 1, twos &= a.stride == 2, up_to_two &= a.stride <= 2, dilated |= a.dilation > 1, overlaps |= a.kernel > a.stride;
     return ones || (up_to_two && !dilated && (twos || overlaps));
 }
+
+// Channels so few that cuDNN computes float32 in float32.
+inline bool has_few_channels(const Geometry& g) {
+    bool overlaps = false;
+    for (const Axis& a : g.axis) overlaps |= a.kernel > a.stride && a.stride > 1;
+    return g.groups == 1 && !overlaps && (g.C_out <= 8 || (g.C_in <= 4 && g.C_out < 64));
+}
+
+// Groups of many channels, which cuDNN computes in TF32.
+inline bool merges_groups(const Geometry& g) {
+    bool ones = true;
+    for (const Axis& a : g.axis) ones &= a.stride == 1;
+    return g.groups > 1 && ones && (g.C_in < g.C_out ? g.C_in : g.C_out) / g.groups >= 32 && terms_of(g) > kMostSplitTerms;
+}
+
+inline bool forward_in_float32(const Geometry& g) { return g.groups > 1 ? !merges_groups(g) : has_few_channels(g) || !has_tf32(g); }
 
 inline bool splits_groups(const Geometry& g) { return g.groups > 1 && terms_of(g) <= kMostSplitTerms; }
 
@@ -1483,6 +1541,466 @@ inline int add(const Parts& p, int dtype, const void* bias, bool apply_relu, voi
 }
 
 }  // namespace parts
+'''
+
+_SOURCES['ptx_sm80.cuh'] = r'''
+// PTX instructions of sm_80 and up, one per wrapper, named after it. Reference: the PTX ISA's chapters "mma.m16n8k16", "ldmatrix" and
+// "cp.async".
+#pragma once
+
+#include "launch.cuh"
+
+// ----------------------------------------------------------------------------------------------------- Arithmetic
+
+// v as TF32, in the bits of a float32 of which the tensor cores take the upper 19: rounded to nearest, ties away from zero, as cvt.rna.tf32 does, which has no instruction.
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+    const float magnitude = __uint_as_float(__float_as_uint(v) & 0xff800000);    // a power of two, half of whose TF32 unit is added
+    return __float_as_uint(fmaf(magnitude, 1.0f / 2048, v));
+}
+// What that leaves of v, likewise.
+__device__ __forceinline__ uint32_t tf32_rest(float v) { return to_tf32(v - __uint_as_float(to_tf32(v) & 0xffffe000)); }
+
+// max that keeps NaN
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float v;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
+
+// -------------------------------------------------------------------------------------------------- Shared memory
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void shared_store(uint32_t address, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory"); }
+
+// Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
+__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(inside ? 16 : 0) : "memory");
+}
+// The same of 4 bytes.
+__device__ __forceinline__ void cp_async_4(uint32_t destination, const void* source, bool inside) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(inside ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but kPending of this thread's groups are complete.
+template <int kPending> __device__ __forceinline__ void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+
+// Rows of a tile in shared memory, 32, 64 or 128 bytes each, are swizzled as the TMA unit does it: by the row's place in 128-byte lines,
+// so that eight neighbouring rows' equal pieces lie in different banks. The offset of a 16-byte piece:
+__device__ __forceinline__ uint32_t swizzled(int row, int piece, int row_bytes) {
+    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
+    return row * row_bytes + ((piece ^ turn) << 4);
+}
+
+// --------------------------------------------------------------------------------------------------- Tensor cores
+
+// Four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 give the rows of matrix i, 16 bytes each. Element (lane / 4, lane % 4 * 2)
+// and its neighbour go to a lane; transposed: element (lane % 4 * 2, lane / 4) and the one below it.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+
+// d (16, 8) += a (16, 16) * b (16, 8): fp16 operands, fp32 sums. Element i of a lane is row lane / 4 + i / 2 * 8, column lane % 4 * 2 + i % 2.
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d (16, 8) += a (16, 8) * b (8, 8): TF32 operands, fp32 sums. a: rows lane / 4 and 8 further of column lane % 4, then of the one 4 further; b: rows lane % 4 and 4
+// further of column lane / 4; d as above.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+'''
+
+_SOURCES['gemm.cuh'] = r'''
+// Transposed convolution whose kernel is its stride, without padding. Each output then has one tap, so that it is a product of matrices, which are read as they lie in
+// memory and multiplied on the tensor cores in TF32: one kernel, without copies, scales or scratch memory.
+//
+//   out[n, co, i * stride + k] = bias[co] + sum over ci of w[ci, co, k] * x[n, ci, i]
+//
+//   GEMM_M = (co, k) of a group   GEMM_N = the positions i of a sample   GEMM_K = the group's ci
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out / groups, K_d, K_h, K_w)
+//
+// Where float32 accuracy is wanted, an operand is high + low, both TF32, and high * high + high * low + low * high is added up (precision.h tells where).
+// Formula: torch.nn.ConvTranspose3d.
+#pragma once
+
+#include "ptx_sm80.cuh"
+
+namespace gemm {
+
+constexpr int kChunk = 16;                     // of GEMM_K: a stage of shared memory
+constexpr int kBlockRows = 32, kBlockColumns = 32;    // that a warp multiplies at a time
+
+// Warps of a block, the blocks of rows that a warp has, stages of shared memory, blocks on a multiprocessor.
+template <int kWarpsM_, int kWarpsN_, int kBlocks_, int kStages_, int kResident_> struct Cut {
+    static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kBlocks = kBlocks_, kStages = kStages_, kResident = kResident_;
+    static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kRows = kWarpsM * kBlocks * kBlockRows, kColumns = kWarpsN * kBlockColumns;
+};
+
+// Outputs that are neighbours in memory: those of two rows, with a kernel of 2 along W, and there of two positions; or those of four positions.
+enum class Neighbours { kNone, kPairs, kPairsOfTwo, kFour };
+
+struct Parameters {
+    int M, K, positions;                       // GEMM_M and GEMM_K of a group, GEMM_N
+    int groups, samples;
+    int tiles;
+    Divisor by_row_tiles, by_column_tiles, by_groups;    // tiles: (sample, group, columns, rows)
+    Divisor by_volume, by_kernel_w, by_kernel_h, by_in_w, by_in_h;
+    int64_t out_h, out_w, out_volume, sample_outputs;
+    int stride_d, stride_h, stride_w;
+    bool aligned_w, aligned_x;                 // whether rows of the operands are whole vectors
+    Neighbours neighbours;
+    bool apply_relu;
+    const void *w, *x, *bias;                  // bias may be null
+    void* out;
+};
+
+// ------------------------------------------------------------------------------------------------------- Operands
+
+// A stage of an operand: (kChunk, kColumns) elements. Rows begin 8 banks apart, so that the lanes of a fragment read different ones.
+template <typename T, int kColumns, int kThreads> struct Operand {
+    static constexpr int kVector = 16 / sizeof(T), kPieces = kColumns / kVector, kStep = kThreads / kPieces, kPitch = kColumns + 32 / int(sizeof(T));
+    static_assert(kThreads % kPieces == 0 && kChunk % kStep == 0, "every thread has the same columns of some rows");
+    const T* source;     // the thread's columns of its first row of the next stage
+    int64_t pitch;       // from row to row
+    int columns, rows;   // that there are yet, from the thread's on
+    bool aligned;
+
+    // first: element of row 0; `columns` and `rows` from there on.
+    __device__ __forceinline__ Operand(const void* first, int64_t pitch, int columns, int rows, bool aligned)
+        : source(static_cast<const T*>(first) + own_row() * pitch + own_column()), pitch(pitch), columns(columns - own_column()), rows(rows - own_row()), aligned(aligned) {}
+    static __device__ __forceinline__ int own_row() { return threadIdx.x / kPieces; }
+    static __device__ __forceinline__ int own_column() { return threadIdx.x % kPieces * kVector; }
+
+    __device__ __forceinline__ void load(T* stage) {
+        T* const to = stage + own_row() * kPitch + own_column();
+        if (aligned) {
+#pragma unroll
+            for (int i = 0; i < kChunk; i += kStep) cp_async_16(shared_address(to + i * kPitch), source + i * pitch, i < rows && columns > 0);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < kChunk; i += kStep)
+#pragma unroll
+                for (int j = 0; j < kVector; j++) copy_element(to + i * kPitch + j, source + i * pitch + j, i < rows && j < columns);
+        }
+        source += kChunk * pitch, rows -= kChunk;
+    }
+    static __device__ __forceinline__ void copy_element(T* to, const T* from, bool inside) {
+        if constexpr (sizeof(T) == 4) cp_async_4(shared_address(to), from, inside);
+        else *to = inside ? *from : T();
+    }
+};
+
+// Four neighbouring elements.
+template <typename T> __device__ __forceinline__ void load_four(float (&v)[4], const T* p) {
+    const auto four = *reinterpret_cast<const Vector<T, 4>*>(p);
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = to_acc(four.v[i]);
+}
+
+// ------------------------------------------------------------------------------------------------------- Products
+
+// The sums of a warp, in fragments of 16 rows and 8 columns. Rows and columns are dealt to them so that a lane has neighbours: rows lane / 4 * 4 to + 3 are those of two
+// fragments, columns lane % 4 * 8 to + 7 those of four.
+template <int kBlocks> struct Sums {
+    float v[kBlocks * 2][4][4];
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (auto& row : v)
+#pragma unroll
+            for (auto& fragment : row)
+#pragma unroll
+                for (float& sum : fragment) sum = 0;
+    }
+    __device__ __forceinline__ void add(const Sums& other) {
+#pragma unroll
+        for (int i = 0; i < kBlocks * 2; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) v[i][j][k] += other.v[i][j][k];
+    }
+};
+
+// What a warp multiplies at a time, 8 of GEMM_K: high parts, or low ones.
+template <int kBlocks> struct Fragments {
+    uint32_t a[kBlocks * 2][4], b[4][2];
+    __device__ __forceinline__ void put_row(int i, int half, uint32_t v) { a[i / 2][half * 2 + i % 2] = v; }
+    __device__ __forceinline__ void put_column(int j, int half, uint32_t v) { b[j][half] = v; }
+};
+
+template <int kBlocks> __device__ __forceinline__ void multiply(Sums<kBlocks>& sums, const Fragments<kBlocks>& rows, const Fragments<kBlocks>& columns) {
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) mma_m16n8k8_tf32(sums.v[i][j], rows.a[i], columns.b[j][0], columns.b[j][1]);
+}
+
+// sums += the product of a stage. a and b: the warp's first row and column of it.
+template <typename T, bool kSplit, int kBlocks>
+__device__ __forceinline__ void multiply_stage(Sums<kBlocks>& sums, const T* a, int a_pitch, const T* b, int b_pitch) {
+    const int lane = threadIdx.x % 32;
+    a += lane % 4 * a_pitch + lane / 4 * 4, b += lane % 4 * b_pitch + lane / 4 * 4;
+#pragma unroll
+    for (int k = 0; k < kChunk; k += 8) {
+        Fragments<kBlocks> high, low;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float v[4];
+#pragma unroll
+            for (int block = 0; block < kBlocks; block++) {
+                load_four(v, a + (k + half * 4) * a_pitch + block * kBlockRows);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    high.put_row(block * 4 + i, half, to_tf32(v[i]));
+                    if (kSplit) low.put_row(block * 4 + i, half, tf32_rest(v[i]));
+                }
+            }
+            load_four(v, b + (k + half * 4) * b_pitch);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                high.put_column(j, half, to_tf32(v[j]));
+                if (kSplit) low.put_column(j, half, tf32_rest(v[j]));
+            }
+        }
+        if (kSplit) multiply(sums, low, high), multiply(sums, high, low);
+        multiply(sums, high, high);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- Epilogue
+
+// A tile: its first row, column, and its group and sample.
+struct Place { int row, column, group, n; };
+
+// Of a row of a tile: its first output in a sample, or -1 where there is none, and its bias.
+struct Row {
+    int64_t place;
+    float bias;
+};
+
+template <typename T> __device__ __forceinline__ Row row_of(const Parameters& a, int row, int group) {
+    if (row >= a.M) return {-1, 0};
+    const int tap = a.by_volume.take(row), channel = group * a.by_volume.divide(a.M) + row;
+    int k = tap;
+    const int kw = a.by_kernel_w.take(k), kh = a.by_kernel_h.take(k);
+    return {channel * a.out_volume + (k * a.out_h + kh) * a.out_w + kw, a.bias ? to_acc(static_cast<const T*>(a.bias)[channel]) : 0.0f};
+}
+
+// A sum in float32.
+template <typename T> __device__ __noinline__ float sum_again(const Parameters& a, const Place& tile, int row, int column) {
+    const T* w = static_cast<const T*>(a.w) + int64_t(tile.group) * a.K * a.M + row;
+    const T* x = static_cast<const T*>(a.x) + (int64_t(tile.n) * a.groups + tile.group) * a.K * a.positions + column;
+    float sum = 0;
+    for (int k = 0; k < a.K; k++) sum = fmaf(to_acc(w[int64_t(k) * a.M]), to_acc(x[int64_t(k) * a.positions]), sum);
+    return sum;
+}
+
+// A warp's sums go by way of shared memory, 16 rows at a time, (16, kStagingPitch), each two of which are neighbours.
+constexpr int kStagedRows = 16, kStagingPitch = kBlockColumns + 4;
+
+// Stores them. A lane has kPositions neighbours along W of kRows neighbouring rows, which are outputs that are neighbours in memory. rows: the warp's.
+template <typename T, bool kSplit, int kPositions, int kRows>
+__device__ __forceinline__ void store_staged(const Parameters& a, const Place& tile, int first_row, int column, const Row* rows, int first, const float* staging) {
+    const int lane = threadIdx.x % 32, position = column + lane * kPositions % 32;
+    if (position >= a.positions) return;
+    int d = position;
+    const int w = a.by_in_w.take(d), h = a.by_in_h.take(d);
+    T* const out = static_cast<T*>(a.out) + tile.n * a.sample_outputs + (d * a.stride_d * a.out_h + h * a.stride_h) * a.out_w + w * a.stride_w;
+#pragma unroll 2
+    for (int staged = lane * kPositions / 32 * kRows; staged < kStagedRows; staged += kPositions * kRows) {
+        const int row = first + staged / 2 * 4 + staged % 2;
+        const int64_t place = rows[row].place;
+        if (place < 0) continue;
+        Vector<T, kPositions * kRows> outputs;
+#pragma unroll
+        for (int i = 0; i < kRows; i++) {
+            const auto sums = *reinterpret_cast<const Vector<float, kPositions>*>(staging + (staged + i) * kStagingPitch + position - column);
+#pragma unroll
+            for (int j = 0; j < kPositions; j++) {
+                float v = sums.v[j];
+                // The parts of what is not finite, or rounds to what is not, make NaN of what may be Inf.
+                if (kSplit && !(fabsf(v) < __int_as_float(0x7f800000))) v = sum_again<T>(a, tile, first_row + row + i, position + j);
+                v += rows[row + i].bias;
+                outputs.v[j * kRows + i] = from_acc<T>(a.apply_relu ? relu(v) : v);
+            }
+        }
+        *reinterpret_cast<Vector<T, kPositions * kRows>*>(out + place) = outputs;
+    }
+}
+
+template <typename T, bool kSplit, int kBlocks>
+__device__ __forceinline__ void store(const Parameters& a, const Place& tile, int warp_row, int column, const Row* rows, const Sums<kBlocks>& sums, float* staging) {
+    const int lane = threadIdx.x % 32, first_row = tile.row + warp_row;
+#pragma unroll 1
+    for (int i = 0; i < kBlocks * 2; i++) {
+        __syncwarp();
+#pragma unroll
+        for (int own = 0; own < kBlocks * 2; own++) {
+            if (own != i) continue;
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int k = 0; k < 2; k++)
+                    *reinterpret_cast<float4*>(staging + (lane / 4 * 2 + half) * kStagingPitch + lane % 4 * 8 + k * 4) =
+                        make_float4(sums.v[own][0][half * 2 + k], sums.v[own][1][half * 2 + k], sums.v[own][2][half * 2 + k], sums.v[own][3][half * 2 + k]);
+        }
+        __syncwarp();
+        const int first = i / 2 * kBlockRows + i % 2 * 2;
+        switch (a.neighbours) {
+            case Neighbours::kPairsOfTwo: store_staged<T, kSplit, 2, 2>(a, tile, first_row, column, rows, first, staging); break;
+            case Neighbours::kPairs: store_staged<T, kSplit, 1, 2>(a, tile, first_row, column, rows, first, staging); break;
+            case Neighbours::kFour: store_staged<T, kSplit, 4, 1>(a, tile, first_row, column, rows, first, staging); break;
+            default: store_staged<T, kSplit, 1, 1>(a, tile, first_row, column, rows, first, staging);
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------- Kernel
+
+template <typename T, typename C> struct Shared {
+    struct {
+        T rows[kChunk * Operand<T, C::kRows, C::kThreads>::kPitch], columns[kChunk * Operand<T, C::kColumns, C::kThreads>::kPitch];
+    } stages[C::kStages];
+    float staging[C::kThreads / 32][kStagedRows * kStagingPitch];    // of the warps
+    Row rows[2][C::kRows];                                  // of the tile, and of the one before
+};
+
+template <typename T, bool kSplit, typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kResident) gemm_kernel(const __grid_constant__ Parameters a) {
+    wait_for_previous_kernel();
+    using Rows = Operand<T, C::kRows, C::kThreads>;
+    using Columns = Operand<T, C::kColumns, C::kThreads>;
+    extern __shared__ __align__(16) uint8_t base[];
+    Shared<T, C>& shared = *reinterpret_cast<Shared<T, C>*>(base);
+    const int warp = threadIdx.x / 32, warp_row = warp % C::kWarpsM * C::kBlocks * kBlockRows, warp_column = warp / C::kWarpsM * kBlockColumns;
+    const int steps = (a.K + kChunk - 1) / kChunk;
+
+    const auto place_of = [&](int tile) {
+        const int row = a.by_row_tiles.take(tile), column = a.by_column_tiles.take(tile), group = a.by_groups.take(tile);
+        return Place{row * C::kRows, column * C::kColumns, group, tile};
+    };
+    // Loads go on from tile to tile, so that the next one's are on their way while outputs are stored.
+    const auto rows_of = [&](const Place& p) { return Rows(static_cast<const T*>(a.w) + int64_t(p.group) * a.K * a.M + p.row, a.M, a.M - p.row, a.K, a.aligned_w); };
+    const auto columns_of = [&](const Place& p) {
+        return Columns(static_cast<const T*>(a.x) + (int64_t(p.n) * a.groups + p.group) * a.K * a.positions + p.column, a.positions, a.positions - p.column, a.K, a.aligned_x);
+    };
+    int next_tile = blockIdx.x, next_step = 0, next_stage = 0;
+    Rows rows = rows_of(place_of(next_tile));
+    Columns columns = columns_of(place_of(next_tile));
+    const auto load_next = [&] {
+        if (next_tile < a.tiles) {
+            if (next_step == steps) {
+                next_step = 0, next_tile += gridDim.x;
+                if (next_tile < a.tiles) {
+                    const Place place = place_of(next_tile);
+                    rows = rows_of(place), columns = columns_of(place);
+                }
+            }
+            if (next_tile < a.tiles) rows.load(shared.stages[next_stage].rows), columns.load(shared.stages[next_stage].columns), next_step++;
+        }
+        cp_async_commit_group();
+        next_stage = next_stage + 1 == C::kStages ? 0 : next_stage + 1;
+    };
+#pragma unroll 1
+    for (int i = 0; i < C::kStages - 1; i++) load_next();
+
+    int stage = 0;
+    bool odd = false;
+    for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x, odd = !odd) {
+        const Place place = place_of(tile);
+        Row* const own_rows = shared.rows[odd];    // some warps may still be at the tile before
+#pragma unroll 1
+        for (int i = threadIdx.x; i < C::kRows; i += C::kThreads) own_rows[i] = row_of<T>(a, place.row + i, place.group);
+        Sums<C::kBlocks> sums;
+        sums.clear();
+#pragma unroll 1
+        for (int step = 0; step < steps; step++) {
+            cp_async_wait_group<C::kStages - 2>();
+            __syncthreads();
+            load_next();
+            const T *const w = shared.stages[stage].rows + warp_row, *const x = shared.stages[stage].columns + warp_column;
+            if constexpr (kSplit) {    // short sums on the tensor cores, which truncate each, and the long one rounded
+                Sums<C::kBlocks> part;
+                part.clear();
+                multiply_stage<T, true>(part, w, Rows::kPitch, x, Columns::kPitch);
+                sums.add(part);
+            } else {
+                multiply_stage<T, false>(sums, w, Rows::kPitch, x, Columns::kPitch);
+            }
+            stage = stage + 1 == C::kStages ? 0 : stage + 1;
+        }
+        store<T, kSplit>(a, place, warp_row, place.column + warp_column, own_rows + warp_row, sums, shared.staging[warp]);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- Launcher
+
+template <typename T, bool kSplit, typename C> int launch_cut(Parameters a, int multiprocessors, void* stream) {
+    const int64_t row_tiles = ceil_div(a.M, C::kRows), column_tiles = ceil_div(a.positions, C::kColumns), tiles = row_tiles * column_tiles * a.groups * a.samples;
+    if (tiles > 1 << 30) return cudaErrorInvalidConfiguration;
+    a.by_row_tiles = make_divisor(int(row_tiles)), a.by_column_tiles = make_divisor(int(column_tiles)), a.tiles = int(tiles);
+    const int64_t most = int64_t(multiprocessors) * C::kResident;
+    return launch_with_shared(gemm_kernel<T, kSplit, C>, tiles < most ? tiles : most, C::kThreads, sizeof(Shared<T, C>), stream, a);
+}
+
+// Split operands take more registers, and small tiles were as fast (NOTES.md).
+template <typename T, bool kSplit> int multiply(const Parameters& a, int multiprocessors, void* stream) {
+    using Small = Cut<2, 2, 1, 8, 2>;
+    if constexpr (!kSplit) {
+        using Large = Cut<1, 4, 2, 3, 4>;
+        const auto time = [&](int rows, int columns, double tile) { return ceil_div(ceil_div(a.M, rows) * ceil_div(a.positions, columns) * a.groups * a.samples, multiprocessors) * tile; };
+        if (time(Large::kRows, Large::kColumns, 1.3) <= time(Small::kRows, Small::kColumns, 1)) return launch_cut<T, kSplit, Large>(a, multiprocessors, stream);
+    }
+    return launch_cut<T, kSplit, Small>(a, multiprocessors, stream);
+}
+
+// float32_accurate: more than TF32 is wanted of float32.
+inline int forward(const Geometry& g, int dtype, bool float32_accurate, int device, void* stream, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
+    const Axis &d = g.axis[0], &h = g.axis[1], &v = g.axis[2];
+    Parameters a = {};
+    a.M = int(g.C_out / g.groups * kernel_volume(g)), a.K = int(g.C_in / g.groups), a.positions = int(in_volume(g)), a.groups = int(g.groups), a.samples = int(g.N);
+    a.by_groups = make_divisor(a.groups), a.by_volume = make_divisor(int(kernel_volume(g))), a.by_kernel_w = make_divisor(int(v.kernel)), a.by_kernel_h = make_divisor(int(h.kernel));
+    a.by_in_w = make_divisor(int(v.in)), a.by_in_h = make_divisor(int(h.in));
+    a.out_h = h.out, a.out_w = v.out, a.out_volume = out_volume(g), a.sample_outputs = g.C_out * a.out_volume, a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(v.stride);
+    a.apply_relu = apply_relu, a.w = w, a.x = x, a.bias = bias, a.out = out;
+    int multiprocessors = 0;
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    return with_dtype(dtype, [&](auto element) -> int {
+        using T = decltype(element);
+        if constexpr (sizeof(T) == 8) {
+            return cudaErrorNotSupported;
+        } else {
+            a.aligned_w = a.M * sizeof(T) % 16 == 0 && holds<uint4>(w), a.aligned_x = a.positions * sizeof(T) % 16 == 0 && holds<uint4>(x);
+            const bool vectors = holds<Vector<T, 4>>(out);
+            if (v.kernel == 2 && vectors) a.neighbours = v.in % 2 == 0 ? Neighbours::kPairsOfTwo : Neighbours::kPairs;
+            if (v.kernel == 1 && vectors && v.in % 4 == 0) a.neighbours = Neighbours::kFour;
+            if (sizeof(T) == 4 && float32_accurate) return multiply<T, sizeof(T) == 4>(a, multiprocessors, stream);
+            return multiply<T, false>(a, multiprocessors, stream);
+        }
+    });
+}
+
+}  // namespace gemm
+'''
+
+_SOURCES['conv_transpose3d_gemm.cu'] = r'''
+// Transposed convolution whose kernel is its stride: the launcher.
+
+#include "gemm.cuh"
+#include "precision.h"
+
+extern "C" int64_t conv_transpose3d_forward_gemm_workspace(const Geometry*, int, int) { return 0; }
+
+extern "C" int conv_transpose3d_forward_gemm(const Geometry* g, int dtype, int device, void* stream, void*, const void* x, const void* w, const void* bias, int apply_relu, void* out) {
+    DeviceGuard guard(device);
+    return gemm::forward(*g, dtype, forward_in_float32(*g), device, stream, x, w, bias, apply_relu != 0, out);
+}
 '''
 
 _SOURCES['direct_generic.cuh'] = r'''
@@ -2855,25 +3373,6 @@ constexpr int kMaxWarpgroups = 3;              // that multiply
 constexpr int kMostPaired = 136;               // the largest block_n whose epilogue knows paired runs, and runs with outputs of the next one (conv_tiles.h)
 constexpr int kSector = 8, kLine = 32;         // floats of memory that are written at once, and requested at once: parts of a sector cost more than all of it
 
-// Division by what is known when a plan is made, of numbers from 0 to 2^31 - 1: n / d = (n + n * magic / 2^32) / 2^shift (Granlund, Montgomery: "Division by Invariant
-// Integers using Multiplication"). A division takes a warp 100 cycles, and locating a tile is a chain of a dozen.
-struct Divisor {
-    unsigned magic;
-    int shift, value;
-    HOST_DEVICE int divide(int n) const { return int((multiply_high(unsigned(n), magic) + unsigned(n)) >> shift); }
-    // The remainder; n becomes the quotient.
-    HOST_DEVICE int take(int& n) const {
-        const int quotient = divide(n), rest = n - quotient * value;
-        n = quotient;
-        return rest;
-    }
-};
-inline Divisor make_divisor(int value) {
-    int shift = 0;
-    while (int64_t(1) << shift < value) shift++;
-    return {unsigned((uint64_t(1) << 32) * ((uint64_t(1) << shift) - value) / value + 1), shift, value};
-}
-
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
 // Positions. A strip of tile_w columns of an (n, d) plane of the grid at a time, in runs of `run` positions for each warpgroup: neighbouring runs of one
@@ -3415,60 +3914,6 @@ template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Ti
 }
 
 }  // namespace conv
-'''
-
-_SOURCES['ptx_sm80.cuh'] = r'''
-// PTX instructions of sm_80 and up, one per wrapper, named after it. Reference: the PTX ISA's chapters "mma.m16n8k16", "ldmatrix" and
-// "cp.async".
-#pragma once
-
-#include "launch.cuh"
-
-// ----------------------------------------------------------------------------------------------------- Arithmetic
-
-// max that keeps NaN
-__device__ __forceinline__ float max_nan(float a, float b) {
-    float v;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-    return v;
-}
-
-// -------------------------------------------------------------------------------------------------- Shared memory
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ void shared_store(uint32_t address, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory"); }
-
-// Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
-__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(inside ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all but kPending of this thread's groups are complete.
-template <int kPending> __device__ __forceinline__ void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
-
-// Rows of a tile in shared memory, 32, 64 or 128 bytes each, are swizzled as the TMA unit does it: by the row's place in 128-byte lines,
-// so that eight neighbouring rows' equal pieces lie in different banks. The offset of a 16-byte piece:
-__device__ __forceinline__ uint32_t swizzled(int row, int piece, int row_bytes) {
-    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
-    return row * row_bytes + ((piece ^ turn) << 4);
-}
-
-// --------------------------------------------------------------------------------------------------- Tensor cores
-
-// Four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 give the rows of matrix i, 16 bytes each. Element (lane / 4, lane % 4 * 2)
-// and its neighbour go to a lane; transposed: element (lane % 4 * 2, lane / 4) and the one below it.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&v)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&v)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
-}
-
-// d (16, 8) += a (16, 16) * b (16, 8): fp16 operands, fp32 sums. Element i of a lane is row lane / 4 + i / 2 * 8, column lane % 4 * 2 + i % 2.
-__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 '''
 
 _SOURCES['conv_epilogue.cuh'] = r'''

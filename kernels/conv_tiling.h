@@ -10,25 +10,6 @@ constexpr int kMaxWarpgroups = 3;              // that multiply
 constexpr int kMostPaired = 136;               // the largest block_n whose epilogue knows paired runs, and runs with outputs of the next one (conv_tiles.h)
 constexpr int kSector = 8, kLine = 32;         // floats of memory that are written at once, and requested at once: parts of a sector cost more than all of it
 
-// Division by what is known when a plan is made, of numbers from 0 to 2^31 - 1: n / d = (n + n * magic / 2^32) / 2^shift (Granlund, Montgomery: "Division by Invariant
-// Integers using Multiplication"). A division takes a warp 100 cycles, and locating a tile is a chain of a dozen.
-struct Divisor {
-    unsigned magic;
-    int shift, value;
-    HOST_DEVICE int divide(int n) const { return int((multiply_high(unsigned(n), magic) + unsigned(n)) >> shift); }
-    // The remainder; n becomes the quotient.
-    HOST_DEVICE int take(int& n) const {
-        const int quotient = divide(n), rest = n - quotient * value;
-        n = quotient;
-        return rest;
-    }
-};
-inline Divisor make_divisor(int value) {
-    int shift = 0;
-    while (int64_t(1) << shift < value) shift++;
-    return {unsigned((uint64_t(1) << 32) * ((uint64_t(1) << shift) - value) / value + 1), shift, value};
-}
-
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
 // Positions. A strip of tile_w columns of an (n, d) plane of the grid at a time, in runs of `run` positions for each warpgroup: neighbouring runs of one

@@ -46,6 +46,25 @@ HOST_DEVICE unsigned multiply_high(unsigned a, unsigned b) {
 #endif
 }
 
+// Division by what is known when a plan is made, of numbers from 0 to 2^31 - 1: n / d = (n + n * magic / 2^32) / 2^shift (Granlund, Montgomery: "Division by Invariant
+// Integers using Multiplication"). A division takes a warp 100 cycles, and locating a tile is a chain of a dozen.
+struct Divisor {
+    unsigned magic;
+    int shift, value;
+    HOST_DEVICE int divide(int n) const { return int((multiply_high(unsigned(n), magic) + unsigned(n)) >> shift); }
+    // The remainder; n becomes the quotient.
+    HOST_DEVICE int take(int& n) const {
+        const int quotient = divide(n), rest = n - quotient * value;
+        n = quotient;
+        return rest;
+    }
+};
+inline Divisor make_divisor(int value) {
+    int shift = 0;
+    while (int64_t(1) << shift < value) shift++;
+    return {unsigned((uint64_t(1) << 32) * ((uint64_t(1) << shift) - value) / value + 1), shift, value};
+}
+
 // ------------------------------------------------------------------------------------------------------ Phases
 
 enum class Direction {

@@ -1,5 +1,5 @@
-// Where a float32 forward on the tensor cores has split operands (scaled_half.cuh): where cuDNN's is float32-accurate although TF32 is allowed (NOTES.md). Which forwards
-// come to the tensor cores at all is up to the table of paths in model_new.py, whose `_terms` and `_has_tf32` are the functions of these names (tests/test_paths.py).
+// Where a float32 forward on the tensor cores has split operands: where cuDNN's is float32-accurate although TF32 is allowed (NOTES.md). Which forwards come to the
+// tensor cores at all is up to the table of paths in model_new.py, which has functions of the same names (tests/test_paths.py).
 #pragma once
 
 #include <numeric>
@@ -22,6 +22,22 @@ inline bool has_tf32(const Geometry& g) {
     for (const Axis& a : g.axis) ones &= a.stride == 1, twos &= a.stride == 2, up_to_two &= a.stride <= 2, dilated |= a.dilation > 1, overlaps |= a.kernel > a.stride;
     return ones || (up_to_two && !dilated && (twos || overlaps));
 }
+
+// Channels so few that cuDNN computes float32 in float32.
+inline bool has_few_channels(const Geometry& g) {
+    bool overlaps = false;
+    for (const Axis& a : g.axis) overlaps |= a.kernel > a.stride && a.stride > 1;
+    return g.groups == 1 && !overlaps && (g.C_out <= 8 || (g.C_in <= 4 && g.C_out < 64));
+}
+
+// Groups of many channels, which cuDNN computes in TF32.
+inline bool merges_groups(const Geometry& g) {
+    bool ones = true;
+    for (const Axis& a : g.axis) ones &= a.stride == 1;
+    return g.groups > 1 && ones && (g.C_in < g.C_out ? g.C_in : g.C_out) / g.groups >= 32 && terms_of(g) > kMostSplitTerms;
+}
+
+inline bool forward_in_float32(const Geometry& g) { return g.groups > 1 ? !merges_groups(g) : has_few_channels(g) || !has_tf32(g); }
 
 inline bool splits_groups(const Geometry& g) { return g.groups > 1 && terms_of(g) <= kMostSplitTerms; }
 

@@ -6,6 +6,14 @@
 
 // ----------------------------------------------------------------------------------------------------- Arithmetic
 
+// v as TF32, in the bits of a float32 of which the tensor cores take the upper 19: rounded to nearest, ties away from zero, as cvt.rna.tf32 does, which has no instruction.
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+    const float magnitude = __uint_as_float(__float_as_uint(v) & 0xff800000);    // a power of two, half of whose TF32 unit is added
+    return __float_as_uint(fmaf(magnitude, 1.0f / 2048, v));
+}
+// What that leaves of v, likewise.
+__device__ __forceinline__ uint32_t tf32_rest(float v) { return to_tf32(v - __uint_as_float(to_tf32(v) & 0xffffe000)); }
+
 // max that keeps NaN
 __device__ __forceinline__ float max_nan(float a, float b) {
     float v;
@@ -21,6 +29,10 @@ __device__ __forceinline__ void shared_store(uint32_t address, float v) { asm vo
 // Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
 __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(inside ? 16 : 0) : "memory");
+}
+// The same of 4 bytes.
+__device__ __forceinline__ void cp_async_4(uint32_t destination, const void* source, bool inside) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(inside ? 4 : 0) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until all but kPending of this thread's groups are complete.
@@ -47,5 +59,12 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&v)[4], uint32_
 // d (16, 8) += a (16, 16) * b (16, 8): fp16 operands, fp32 sums. Element i of a lane is row lane / 4 + i / 2 * 8, column lane % 4 * 2 + i % 2.
 __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d (16, 8) += a (16, 8) * b (8, 8): TF32 operands, fp32 sums. a: rows lane / 4 and 8 further of column lane % 4, then of the one 4 further; b: rows lane % 4 and 4
+// further of column lane / 4; d as above.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -18,6 +18,7 @@ def precision(tmp_path_factory):
     (folder / "precision.cpp").write_text(f"""#include "{Path(__file__).parents[1] / "kernels" / "precision.h"}"
         extern "C" int64_t terms(const Geometry* g) {{ return terms_of(*g); }}
         extern "C" int64_t tf32(const Geometry* g) {{ return has_tf32(*g); }}
+        extern "C" int64_t in_float32(const Geometry* g) {{ return forward_in_float32(*g); }}
         extern "C" int64_t most_split_terms() {{ return kMostSplitTerms; }}""")
     subprocess.run([os.environ.get("CXX", "g++"), "-std=c++17", "-shared", "-fPIC", "-o", folder / "precision.so", folder / "precision.cpp"], check=True)
     library = ctypes.CDLL(str(folder / "precision.so"))
@@ -27,8 +28,10 @@ def precision(tmp_path_factory):
 
 def test_rules_agree(precision):
     assert precision.most_split_terms() == model_new._MOST_SPLIT_TERMS
-    for strides, kernels, dilations, groups in itertools.product(itertools.product((1, 2, 3, 4), repeat=3), ((1, 2, 2), (2, 2, 2), (3, 4, 5), (1, 1, 1)), ((1, 1, 1), (2, 1, 1), (1, 2, 3), (4, 4, 2)), (1, 4)):
-        geometry, _ = model_new._geometry((2, 24, 9, 9, 9), (24, 16, *kernels), strides, (0, 0, 0), (0, 0, 0), groups, dilations)
-        address = ctypes.addressof(geometry)
-        assert precision.terms(ctypes.c_void_p(address)) == model_new._terms(geometry)
-        assert bool(precision.tf32(ctypes.c_void_p(address))) == model_new._has_tf32(geometry)
+    for strides, kernels, dilations, (C_in, C_out, groups) in itertools.product(
+            itertools.product((1, 2, 3, 4), repeat=3), ((1, 2, 2), (2, 2, 2), (3, 4, 5), (1, 1, 1)), ((1, 1, 1), (2, 1, 1), (1, 2, 3), (4, 4, 2)), ((24, 64, 1), (24, 64, 4), (4, 63, 1), (64, 8, 1), (64, 64, 2))):
+        geometry, _ = model_new._geometry((2, C_in, 9, 9, 9), (C_in, C_out // groups, *kernels), strides, (0, 0, 0), (0, 0, 0), groups, dilations)
+        address = ctypes.c_void_p(ctypes.addressof(geometry))
+        assert precision.terms(address) == model_new._terms(geometry)
+        assert bool(precision.tf32(address)) == model_new._has_tf32(geometry)
+        assert bool(precision.in_float32(address)) == model_new._forward_in_float32(geometry)

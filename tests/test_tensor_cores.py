@@ -12,6 +12,21 @@ from harness.verify import relative_error
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PATH = torch.cuda.is_available() and model_new._tensor_core_path(model_new._capability(0))
 
+
+@pytest.fixture(scope="module", autouse=True)
+def without_gemm():
+    """These are the paths for any kernel; tests/test_gemm.py has the other one."""
+    table = model_new._PATHS["conv_transpose3d_forward"]
+
+    def use(rows):
+        model_new._PATHS["conv_transpose3d_forward"] = rows
+        model_new._select.cache_clear(), model_new._resolve.cache_clear()
+
+    use(tuple(row for row in table if row[0] != "gemm"))
+    yield
+    use(table)
+
+
 PLAIN = [
     # input, output channels, kernel, stride, padding, output_padding, dilation
     ((2, 64, 8, 32, 32), 128, 3, 1, 0, 0, 1),
