@@ -314,22 +314,58 @@ def _merges_groups(geometry):
     return geometry.groups > 1 and channels >= 32 and all(axis.stride == 1 for axis in geometry.axis) and _terms(geometry) > _MOST_SPLIT_TERMS
 
 
+_MOST_PRODUCTS = 2**23    # that are stored, or elements of spread gradients: so many stay in the L2 cache
+
+
+def _has_single_taps(geometry):
+    """Whether every output has one tap. As has_single_taps in conv_transpose3d_gemm.cu."""
+    return all(axis.kernel == axis.stride and axis.out_size == axis.in_size * axis.stride for axis in geometry.axis)
+
+
+def _products(geometry):
+    """Of elements of kernels and positions of the input, for each output channel and sample."""
+    return geometry.N * geometry.C_out * math.prod(axis.kernel * axis.in_size for axis in geometry.axis)
+
+
+def _has_tiles(geometry):
+    """Channels and positions enough for tiles of products of matrices, and not too many of these."""
+    channels, positions = geometry.C_in // geometry.groups, math.prod(axis.in_size for axis in geometry.axis)
+    rows = geometry.C_out // geometry.groups * math.prod(axis.kernel for axis in geometry.axis)
+    return channels >= 8 and rows >= 32 and positions >= 32 and _products(geometry) <= 2**40 and max(rows, positions) < 2**30
+
+
 def _gemm(geometry, dtype, tf32, device):
-    """No padding, and kernels as large as strides, so that every output has one tap; channels and positions enough for tiles, and not too many of these."""
-    axes, channels, positions = geometry.axis, geometry.C_in // geometry.groups, math.prod(axis.in_size for axis in geometry.axis)
-    rows = geometry.C_out // geometry.groups * math.prod(axis.kernel for axis in axes)
-    return ((tf32 if dtype == torch.float32 else dtype != torch.float64)
-            and all(axis.kernel == axis.stride and axis.out_size == axis.in_size * axis.stride for axis in axes)
-            and channels >= 8 and rows >= 32 and positions >= 32 and geometry.N * geometry.groups * rows * positions <= 2**40)
+    """Where outputs have several taps, products are stored, and must not be too many."""
+    allowed = tf32 if dtype == torch.float32 else dtype != torch.float64
+    return allowed and _has_tiles(geometry) and (_has_single_taps(geometry) or (dtype == torch.float32 and _products(geometry) < _MOST_PRODUCTS))
 
 
 def _gemm_first(geometry, dtype, tf32, device):
-    """Where that is faster than copies in fp16 and wgmma: few products, short sums, one tap (kernels/NOTES.md)."""
-    wgmma, split = _tensor_core_path(_capability(device.index)) == "sm90", dtype == torch.float32 and _forward_in_float32(geometry)
-    channels = geometry.C_in // geometry.groups
-    products = geometry.N * channels * geometry.C_out * math.prod(axis.out_size for axis in geometry.axis)
-    first = not wgmma or products <= (2**29 if split else 5 * 2**28) or channels <= 32 or all(axis.kernel == 1 for axis in geometry.axis)
+    """Where that is faster than packed copies (kernels/NOTES.md): on Hopper, few products; where none are stored, short sums and kernels of 1 too."""
+    split, products, channels = dtype == torch.float32 and _forward_in_float32(geometry), _products(geometry), geometry.C_in // geometry.groups
+    if _tensor_core_path(_capability(device.index)) != "sm90":
+        first = True
+    elif _has_single_taps(geometry):
+        first = products * channels <= (2**29 if split else 5 * 2**28) or channels <= 32 or all(axis.kernel == 1 for axis in geometry.axis)
+    else:
+        first = products <= 2**22 and products * channels <= (2**29 if split else 2**30)
     return first and _gemm(geometry, dtype, tf32, device)
+
+
+def _gemm_norm_first(geometry, dtype, tf32, device):
+    """The same behind ReLU + GroupNorm, whose statistics then are a pass of their own: on Hopper, where outputs nearly stay in the L2 cache."""
+    few = geometry.N * geometry.C_out * math.prod(axis.out_size for axis in geometry.axis) <= 2**25
+    return (few or _tensor_core_path(_capability(device.index)) != "sm90") and _gemm_first(geometry, dtype, tf32, device)
+
+
+def _gemm_gradients(geometry, dtype, tf32, device):
+    return dtype == torch.float32 and tf32 and _has_tiles(geometry) and _products(geometry) < _MOST_PRODUCTS
+
+
+def _gemm_gradients_first(geometry, dtype, tf32, device):
+    """Where that is faster than packed copies (kernels/NOTES.md): on Hopper, small problems, and weights of more elements than there are products."""
+    few = _products(geometry) <= 1.2e6 or geometry.N * math.prod(axis.in_size for axis in geometry.axis) <= 0.9 * geometry.C_in / geometry.groups
+    return (few or _tensor_core_path(_capability(device.index)) != "sm90") and _gemm_gradients(geometry, dtype, tf32, device)
 
 
 def _forward_on(path):
@@ -374,11 +410,11 @@ def _multiply_adds(geometry):
 
 _PATHS = {
     # operation: ((path, condition), ...)
-    # gemm: mma.sync, where no taps overlap. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
+    # gemm: products of matrices by mma.sync. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
     "conv_transpose3d_forward": (("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
-    "conv_transpose3d_relu_group_norm_forward": (("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
-    "conv_transpose3d_gradients": (("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("composed", _always)),
-    "conv_transpose3d_relu_group_norm_gradients": (("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
+    "conv_transpose3d_relu_group_norm_forward": (("composed", _gemm_norm_first), ("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
+    "conv_transpose3d_gradients": (("gemm", _gemm_gradients_first), ("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("gemm", _gemm_gradients), ("composed", _always)),
+    "conv_transpose3d_relu_group_norm_gradients": (("composed", _gemm_gradients_first), ("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
     "conv_transpose3d_dinput": (("generic", _always),),
     "conv_transpose3d_dweight": (("generic", _always),),
     "conv_transpose3d_dbias": (("generic", _always),),
@@ -1543,6 +1579,716 @@ inline int add(const Parts& p, int dtype, const void* bias, bool apply_relu, voi
 }  // namespace parts
 '''
 
+_SOURCES['taps.cuh'] = r'''
+// A layer's outputs as sums of products, one for each element k of the kernel and position i of the input, and its outputs' gradient spread out likewise:
+//
+//   out[n, co, o] = bias[co] + sum over k, i with i * stride - padding + k * dilation = o of products[n, co, k, i]
+//   spread[n, co, k, i] = dout[n, co, i * stride - padding + k * dilation], or 0 outside
+//
+//   products, spread (N, C_out, kernel volume, positions of the input)   out, dout (N, C_out, D_out, H_out, W_out)
+#pragma once
+
+#include "launch.cuh"
+
+namespace taps {
+
+constexpr int kThreads = 256;
+
+// Of an axis: the taps k, k + period, ... of an output read the positions i, i - step, ...
+struct TapAxis {
+    int in, out, kernel, stride, padding, dilation, period, step;
+    Divisor by_in, by_out, by_kernel;
+};
+
+struct Layer {
+    TapAxis d, h, w;
+    int64_t rows;                              // (sample, output channel)
+    int C_out, volume, positions, outputs;     // volume: of a kernel; positions and outputs: of a channel
+};
+
+inline TapAxis make_axis(const Axis& a) {
+    const int64_t common = gcd(a.stride, a.dilation);
+    return {int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation), int(a.stride / common), int(a.dilation / common),
+            make_divisor(int(a.in)), make_divisor(int(a.out)), make_divisor(int(a.kernel))};
+}
+inline Layer make_layer(const Geometry& g) {
+    return {make_axis(g.axis[0]), make_axis(g.axis[1]), make_axis(g.axis[2]), g.N * g.C_out, int(g.C_out), int(kernel_volume(g)), int(in_volume(g)), int(out_volume(g))};
+}
+
+struct Tap { int k, i; };
+
+// The first tap that output o has inside the input, or one behind the kernel.
+__device__ __forceinline__ Tap first_tap(const TapAxis& a, int o) {
+    int k = 0;
+    while (k < a.period && (o + a.padding - k * a.dilation) % a.stride != 0) k++;
+    if (k == a.period) return {a.kernel, 0};
+    Tap tap = {k, (o + a.padding - k * a.dilation) / a.stride};
+    while (tap.i >= a.in && tap.k < a.kernel) tap.k += a.period, tap.i -= a.step;
+    return tap;
+}
+
+// Grid: (sample, output channel, kThreads outputs). bias may be null.
+__global__ void __launch_bounds__(kThreads, 4) add_kernel(const __grid_constant__ Layer layer, const float* products, const float* bias, bool apply_relu, float* out) {
+    wait_for_previous_kernel();
+    const TapAxis &ad = layer.d, &ah = layer.h, &aw = layer.w;
+    const int spans = (layer.outputs + kThreads - 1) / kThreads, row = blockIdx.x / spans, o = (blockIdx.x - row * spans) * kThreads + threadIdx.x;
+    if (o >= layer.outputs) return;
+    int od = o;
+    const int ow = aw.by_out.take(od), oh = ah.by_out.take(od);
+    const float* const own = products + int64_t(row) * layer.volume * layer.positions;
+    const Tap first_h = first_tap(ah, oh), first_w = first_tap(aw, ow);
+    float sum = 0;
+    for (Tap d = first_tap(ad, od); d.k < ad.kernel && d.i >= 0; d.k += ad.period, d.i -= ad.step)
+        for (Tap h = first_h; h.k < ah.kernel && h.i >= 0; h.k += ah.period, h.i -= ah.step)
+#pragma unroll 4
+            for (Tap w = first_w; w.k < aw.kernel && w.i >= 0; w.k += aw.period, w.i -= aw.step)
+                sum += own[int64_t((d.k * ah.kernel + h.k) * aw.kernel + w.k) * layer.positions + (d.i * ah.in + h.i) * aw.in + w.i];
+    if (bias) sum += bias[row % layer.C_out];
+    out[int64_t(row) * layer.outputs + o] = apply_relu ? relu(sum) : sum;
+}
+
+inline int add(const Layer& layer, void* stream, const float* products, const float* bias, bool apply_relu, float* out) {
+    return launch(add_kernel, layer.rows * ceil_div(layer.outputs, kThreads), kThreads, stream, layer, products, bias, apply_relu, out);
+}
+
+// Grid: (sample, output channel, k, kThreads positions).
+__global__ void __launch_bounds__(kThreads) spread_kernel(const __grid_constant__ Layer layer, const float* dout, float* spread) {
+    wait_for_previous_kernel();
+    const TapAxis &ad = layer.d, &ah = layer.h, &aw = layer.w;
+    const int spans = (layer.positions + kThreads - 1) / kThreads, tap = blockIdx.x / spans, i = (blockIdx.x - tap * spans) * kThreads + threadIdx.x, row = tap / layer.volume;
+    if (i >= layer.positions) return;
+    int kd = tap - row * layer.volume, id = i;
+    const int kw = aw.by_kernel.take(kd), kh = ah.by_kernel.take(kd), iw = aw.by_in.take(id), ih = ah.by_in.take(id);
+    const int od = id * ad.stride - ad.padding + kd * ad.dilation, oh = ih * ah.stride - ah.padding + kh * ah.dilation, ow = iw * aw.stride - aw.padding + kw * aw.dilation;
+    const bool inside = unsigned(od) < unsigned(ad.out) && unsigned(oh) < unsigned(ah.out) && unsigned(ow) < unsigned(aw.out);
+    spread[int64_t(tap) * layer.positions + i] = inside ? dout[int64_t(row) * layer.outputs + (od * ah.out + oh) * aw.out + ow] : 0.0f;
+}
+
+inline int spread(const Layer& layer, void* stream, const float* dout, float* spread) {
+    return launch(spread_kernel, layer.rows * layer.volume * ceil_div(layer.positions, kThreads), kThreads, stream, layer, dout, spread);
+}
+
+}  // namespace taps
+'''
+
+_SOURCES['gemm.cuh'] = r'''
+// Products of matrices on the tensor cores in TF32, of operands as they lie in memory, which are elements of tensors (sample, channel, position): no copies, no scales.
+//
+//   out[m, n] = bias[m] + sum over k of rows[m, k] * columns[k, n]
+//
+// An operand whose neighbours in memory are rows (columns) of equal k is an outer one, one whose neighbours are k of a row (column) an inner one.
+// Where float32 accuracy is wanted, an operand is high + low, both TF32, and high * high + high * low + low * high is added up.
+// conv_transpose3d_gemm.cu tells what is multiplied.
+#pragma once
+
+#include "ptx_sm80.cuh"
+
+namespace gemm {
+
+constexpr int kChunk = 16;                     // of GEMM_K: a stage of shared memory
+constexpr int kBlockRows = 32, kBlockColumns = 32;    // that a warp multiplies at a time
+
+// Warps of a block, the blocks of rows that a warp has, stages of shared memory, blocks on a multiprocessor.
+template <int kWarpsM_, int kWarpsN_, int kBlocks_, int kStages_, int kResident_> struct Cut {
+    static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kBlocks = kBlocks_, kStages = kStages_, kResident = kResident_;
+    static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kRows = kWarpsM * kBlocks * kBlockRows, kColumns = kWarpsN * kBlockColumns;
+};
+
+// Where an operand lies: element (sample, group, i, j) at sample * sample_pitch + group * group_pitch + i * pitch + j. i is k of an outer one, j of an inner one.
+struct Matrix {
+    const void* data;
+    int64_t sample_pitch, group_pitch, pitch;
+    bool aligned;                              // whether neighbours are whole vectors
+};
+
+// Outputs that are neighbours in memory: those of two rows, with a kernel of 2 along W, and there of two positions; or those of four positions.
+enum class Neighbours { kNone, kPairs, kPairsOfTwo, kFour };
+
+struct Parameters {
+    Matrix rows, columns;
+    int groups, M, N, K;                       // of a group. N: the positions of all samples, where vectors of them are of one sample, or of one; K: of a sample
+    int column_samples, k_samples;             // samples that are not part of N; samples to be summed
+    int k_parts, part_steps;                   // the sum in parts, each of so many stages; each part has an output of its own
+    int tiles;
+    Divisor by_row_tiles, by_column_tiles, by_groups, by_column_samples;    // tiles: (part of the sum, sample, group, columns, rows)
+    // Outputs: row m is element k of channel c's kernel, column n position i of its sample, and out[n, c, i * stride + k] the output.
+    int positions;                             // of a sample
+    Divisor by_positions, by_volume, by_kernel_w, by_kernel_h, by_in_w, by_in_h;
+    int64_t out_h, out_w, out_volume, sample_outputs, part_outputs;
+    int stride_d, stride_h, stride_w;
+    Neighbours neighbours;
+    bool apply_relu;
+    const void* bias;                          // or null
+    void* out;
+    __host__ __device__ __forceinline__ int sample_steps() const { return (K + kChunk - 1) / kChunk; }
+};
+
+// ------------------------------------------------------------------------------------------------------- Operands
+//
+// A stage has kChunk of GEMM_K, of which lane % 4 = t multiplies 4 t to 4 t + 3: with the tensor cores' k = t and t + 4 of the first 8 and of the last 8, which are any
+// four as long as both operands have the same.
+
+// Four neighbouring elements.
+template <typename T> __device__ __forceinline__ void load_four(float (&v)[4], const T* p) {
+    const auto four = *reinterpret_cast<const Vector<T, 4>*>(p);
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = to_acc(four.v[i]);
+}
+
+template <typename T> __device__ __forceinline__ void copy_element(T* to, const T* from, bool inside) {
+    if constexpr (sizeof(T) == 4) cp_async_4(shared_address(to), from, inside);
+    else *to = inside ? *from : T();
+}
+
+// A stage: (kChunk, kCount), k = 4 t + i as row 4 i + t. Rows begin 8 banks apart, so that a fragment's lanes read different ones.
+template <typename T, int kCount, int kThreads> struct Outer {
+    static constexpr int kVector = 16 / sizeof(T), kPieces = kCount / kVector, kStep = kThreads / kPieces, kPitch = kCount + 32 / int(sizeof(T)), kElements = kChunk * kPitch;
+    static_assert(kThreads % kPieces == 0 && kChunk % kStep == 0 && kStep % 4 == 0, "every thread has the same neighbours of some k");
+    const T* source;     // the thread's neighbours of its first k of the next stage
+    int64_t pitch;
+    int count, left;     // neighbours and k that there are, from there on
+    bool aligned;
+
+    // first: its first neighbour for k = 0, of `count`.
+    __device__ __forceinline__ Outer(const Parameters& a, const Matrix& m, const T* first, int count, int step)
+        : source(first + (own_k() + step * kChunk) * m.pitch), pitch(m.pitch), count(count), left(a.K - own_k() - step * kChunk), aligned(m.aligned) {}
+    static __device__ __forceinline__ int own_k() { return threadIdx.x / kPieces; }
+    static __device__ __forceinline__ int own() { return threadIdx.x % kPieces * kVector; }    // neighbours
+
+    __device__ __forceinline__ void load(T* stage) {
+        T* const to = stage + (own_k() % 4 * 4 + own_k() / 4) * kPitch + own();
+        if (aligned) {
+#pragma unroll
+            for (int i = 0; i < kChunk; i += kStep) cp_async_16(shared_address(to + i / 4 * kPitch), source + i * pitch, i < left && count > 0);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < kChunk; i += kStep)
+#pragma unroll
+                for (int j = 0; j < kVector; j++) copy_element(to + i / 4 * kPitch + j, source + i * pitch + j, i < left && j < count);
+        }
+        source += kChunk * pitch, left -= kChunk;
+    }
+    // v[i][k]: of the lane's rows or columns, four neighbours of each block of 32 from `first` on.
+    template <int kBlocks> static __device__ __forceinline__ void fragment(float (&v)[kBlocks * 4][4], const T* stage, int first) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int block = 0; block < kBlocks; block++) {
+                float four[4];
+                load_four(four, stage + (k * 4 + lane % 4) * kPitch + first + block * 32 + lane / 4 * 4);
+#pragma unroll
+                for (int i = 0; i < 4; i++) v[block * 4 + i][k] = four[i];
+            }
+    }
+};
+
+// A stage: (kCount, kChunk). Rows begin 20 banks apart.
+template <typename T, int kCount, int kThreads> struct Inner {
+    static_assert(sizeof(T) == 4, "a vector has four k");
+    static constexpr int kVector = 4, kPieces = kChunk / kVector, kStep = kThreads / kPieces, kPitch = kChunk + 4, kElements = kCount * kPitch;
+    static_assert(kCount % kStep == 0, "every thread has the same k of some rows");
+    const T* source;     // the thread's k of its first row of the next stage
+    int64_t pitch, jump; // jump: to the next sample, at a sample's end
+    int count, left;     // rows and k of the sample that there are, from there on
+    int K;
+    bool aligned;
+
+    // first: the tile's first row of sample 0 for k = 0, of `count`.
+    __device__ __forceinline__ Inner(const Parameters& a, const Matrix& m, const T* first, int count, int step)
+        : pitch(m.pitch), jump(m.sample_pitch - a.sample_steps() * kChunk), count(count - own_row()), K(a.K - own_k()), aligned(m.aligned) {
+        const int sample = step / a.sample_steps(), k = (step - sample * a.sample_steps()) * kChunk;
+        source = first + sample * m.sample_pitch + own_row() * pitch + own_k() + k, left = K - k;
+    }
+    static __device__ __forceinline__ int own_row() { return threadIdx.x / kPieces; }
+    static __device__ __forceinline__ int own_k() { return threadIdx.x % kPieces * kVector; }
+    static __device__ __forceinline__ int own() { return 0; }
+
+    __device__ __forceinline__ void load(T* stage) {
+        T* const to = stage + own_row() * kPitch + own_k();
+        if (aligned) {
+#pragma unroll
+            for (int i = 0; i < kCount; i += kStep) cp_async_16(shared_address(to + i * kPitch), source + i * pitch, i < count && left > 0);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < kCount; i += kStep)
+#pragma unroll
+                for (int j = 0; j < kVector; j++) copy_element(to + i * kPitch + j, source + i * pitch + j, i < count && j < left);
+        }
+        source += kChunk, left -= kChunk;
+        if (left + own_k() <= 0) source += jump, left = K;
+    }
+    template <int kBlocks> static __device__ __forceinline__ void fragment(float (&v)[kBlocks * 4][4], const T* stage, int first) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int block = 0; block < kBlocks; block++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) load_four(v[block * 4 + i], stage + (first + block * 32 + lane / 4 * 4 + i) * kPitch + lane % 4 * 4);
+    }
+};
+
+// Which operands are inner ones.
+template <bool kRows_, bool kColumns_> struct Layout {
+    static constexpr bool kRows = kRows_, kColumns = kColumns_;
+};
+
+// ------------------------------------------------------------------------------------------------------- Products
+
+// The sums of a warp, in fragments of 16 rows and 8 columns. Rows and columns are dealt to them so that a lane has neighbours: rows lane / 4 * 4 to + 3 are those of two
+// fragments, columns lane % 4 * 8 to + 7 those of four.
+template <int kBlocks> struct Sums {
+    float v[kBlocks * 2][4][4];
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (auto& row : v)
+#pragma unroll
+            for (auto& fragment : row)
+#pragma unroll
+                for (float& sum : fragment) sum = 0;
+    }
+    __device__ __forceinline__ void add(const Sums& other) {
+#pragma unroll
+        for (int i = 0; i < kBlocks * 2; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) v[i][j][k] += other.v[i][j][k];
+    }
+};
+
+// What a warp multiplies at a time, 8 of GEMM_K: high parts, or low ones.
+template <int kBlocks> struct Fragments {
+    uint32_t a[kBlocks * 2][4], b[4][2];
+    __device__ __forceinline__ void put_row(int i, int half, uint32_t v) { a[i / 2][half * 2 + i % 2] = v; }
+    __device__ __forceinline__ void put_column(int j, int half, uint32_t v) { b[j][half] = v; }
+};
+
+template <int kBlocks> __device__ __forceinline__ void multiply(Sums<kBlocks>& sums, const Fragments<kBlocks>& rows, const Fragments<kBlocks>& columns) {
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) mma_m16n8k8_tf32(sums.v[i][j], rows.a[i], columns.b[j][0], columns.b[j][1]);
+}
+
+// sums += the product of a stage. rows and columns: the lane's values of it.
+template <bool kSplit, int kBlocks> __device__ __forceinline__ void multiply_stage(Sums<kBlocks>& sums, const float (&rows)[kBlocks * 4][4], const float (&columns)[4][4]) {
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+        Fragments<kBlocks> high, low;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int k = step * 2 + half;
+#pragma unroll
+            for (int i = 0; i < kBlocks * 4; i++) {
+                high.put_row(i, half, to_tf32(rows[i][k]));
+                if (kSplit) low.put_row(i, half, tf32_rest(rows[i][k]));
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                high.put_column(j, half, to_tf32(columns[j][k]));
+                if (kSplit) low.put_column(j, half, tf32_rest(columns[j][k]));
+            }
+        }
+        if (kSplit) multiply(sums, low, high), multiply(sums, high, low);
+        multiply(sums, high, high);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- Epilogue
+
+// A tile: its first row and column, its group, sample and part of the sum.
+struct Place { int row, column, group, sample, part; };
+
+// A column of a tile: its sample and position.
+struct Column { int n, position; };
+__device__ __forceinline__ Column column_of(const Parameters& a, const Place& tile, int column) {
+    int n = column;
+    const int position = a.by_positions.take(n);
+    return {tile.sample + n, position};
+}
+
+// Of a row of a tile: its first output in a sample, or -1 where there is none, and its bias.
+struct Row {
+    int64_t place;
+    float bias;
+};
+
+template <typename T> __device__ __forceinline__ Row row_of(const Parameters& a, int row, int group) {
+    if (row >= a.M) return {-1, 0};
+    const int tap = a.by_volume.take(row), channel = group * a.by_volume.divide(a.M) + row;
+    int k = tap;
+    const int kw = a.by_kernel_w.take(k), kh = a.by_kernel_h.take(k);
+    return {channel * a.out_volume + (k * a.out_h + kh) * a.out_w + kw, a.bias ? to_acc(static_cast<const T*>(a.bias)[channel]) : 0.0f};
+}
+
+// A sum in float32, of outer operands.
+template <typename T> __device__ __noinline__ float sum_again(const Parameters& a, int group, int row, const Column& column) {
+    const T* m = static_cast<const T*>(a.rows.data) + group * a.rows.group_pitch + row;
+    const T* n = static_cast<const T*>(a.columns.data) + column.n * a.columns.sample_pitch + group * a.columns.group_pitch + column.position;
+    float sum = 0;
+    for (int k = 0; k < a.K; k++) sum = fmaf(to_acc(m[k * a.rows.pitch]), to_acc(n[k * a.columns.pitch]), sum);
+    return sum;
+}
+
+// A warp's sums go by way of shared memory, 16 rows at a time, (16, kStagingPitch), each two of which are neighbours.
+constexpr int kStagedRows = 16, kStagingPitch = kBlockColumns + 4;
+
+// Stores them. A lane has kPositions neighbours along W of kRows neighbouring rows, which are outputs that are neighbours in memory. rows: the warp's.
+template <typename T, bool kSplit, int kPositions, int kRows>
+__device__ __forceinline__ void store_staged(const Parameters& a, const Place& tile, int first_row, int column, const Row* rows, int first, const float* staging) {
+    const int lane = threadIdx.x % 32, own = lane * kPositions % 32;
+    if (column + own >= a.N) return;
+    const Column first_column = column_of(a, tile, column + own);
+    int d = first_column.position;
+    const int w = a.by_in_w.take(d), h = a.by_in_h.take(d);
+    T* const out = static_cast<T*>(a.out) + tile.part * a.part_outputs + first_column.n * a.sample_outputs + (d * a.stride_d * a.out_h + h * a.stride_h) * a.out_w + w * a.stride_w;
+#pragma unroll 2
+    for (int staged = lane * kPositions / 32 * kRows; staged < kStagedRows; staged += kPositions * kRows) {
+        const int row = first + staged / 2 * 4 + staged % 2;
+        const int64_t place = rows[row].place;
+        if (place < 0) continue;
+        Vector<T, kPositions * kRows> outputs;
+#pragma unroll
+        for (int i = 0; i < kRows; i++) {
+            const auto sums = *reinterpret_cast<const Vector<float, kPositions>*>(staging + (staged + i) * kStagingPitch + own);
+#pragma unroll
+            for (int j = 0; j < kPositions; j++) {
+                float v = sums.v[j];
+                // The parts of what is not finite, or rounds to what is not, make NaN of what may be Inf.
+                if (kSplit && !(fabsf(v) < __int_as_float(0x7f800000))) v = sum_again<T>(a, tile.group, first_row + row + i, {first_column.n, first_column.position + j});
+                v += rows[row + i].bias;
+                outputs.v[j * kRows + i] = from_acc<T>(a.apply_relu ? relu(v) : v);
+            }
+        }
+        *reinterpret_cast<Vector<T, kPositions * kRows>*>(out + place) = outputs;
+    }
+}
+
+template <typename T, bool kSplit, int kBlocks>
+__device__ __forceinline__ void store(const Parameters& a, const Place& tile, int warp_row, int column, const Row* rows, const Sums<kBlocks>& sums, float* staging) {
+    const int lane = threadIdx.x % 32, first_row = tile.row + warp_row;
+#pragma unroll 1
+    for (int i = 0; i < kBlocks * 2; i++) {
+        __syncwarp();
+#pragma unroll
+        for (int own = 0; own < kBlocks * 2; own++) {
+            if (own != i) continue;
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int k = 0; k < 2; k++)
+                    *reinterpret_cast<float4*>(staging + (lane / 4 * 2 + half) * kStagingPitch + lane % 4 * 8 + k * 4) =
+                        make_float4(sums.v[own][0][half * 2 + k], sums.v[own][1][half * 2 + k], sums.v[own][2][half * 2 + k], sums.v[own][3][half * 2 + k]);
+        }
+        __syncwarp();
+        const int first = i / 2 * kBlockRows + i % 2 * 2;
+        switch (a.neighbours) {
+            case Neighbours::kPairsOfTwo: store_staged<T, kSplit, 2, 2>(a, tile, first_row, column, rows, first, staging); break;
+            case Neighbours::kPairs: store_staged<T, kSplit, 1, 2>(a, tile, first_row, column, rows, first, staging); break;
+            case Neighbours::kFour: store_staged<T, kSplit, 4, 1>(a, tile, first_row, column, rows, first, staging); break;
+            default: store_staged<T, kSplit, 1, 1>(a, tile, first_row, column, rows, first, staging);
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------- Kernel
+
+template <typename T, typename L, typename C> struct Shared {
+    using Rows = std::conditional_t<L::kRows, Inner<T, C::kRows, C::kThreads>, Outer<T, C::kRows, C::kThreads>>;
+    using Columns = std::conditional_t<L::kColumns, Inner<T, C::kColumns, C::kThreads>, Outer<T, C::kColumns, C::kThreads>>;
+    struct {
+        T rows[Rows::kElements], columns[Columns::kElements];
+    } stages[C::kStages];
+    float staging[C::kThreads / 32][kStagedRows * kStagingPitch];    // of the warps
+    Row rows[2][C::kRows];                                  // of the tile, and of the one before
+};
+
+template <typename T, bool kSplit, typename L, typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kResident) gemm_kernel(const __grid_constant__ Parameters a) {
+    wait_for_previous_kernel();
+    using Memory = Shared<T, L, C>;
+    using Rows = typename Memory::Rows;
+    using Columns = typename Memory::Columns;
+    extern __shared__ __align__(16) uint8_t base[];
+    Memory& shared = *reinterpret_cast<Memory*>(base);
+    const int warp = threadIdx.x / 32, warp_row = warp % C::kWarpsM * C::kBlocks * kBlockRows, warp_column = warp / C::kWarpsM * kBlockColumns;
+    const int all_steps = a.sample_steps() * a.k_samples;
+
+    const auto place_of = [&](int tile) {
+        const int row = a.by_row_tiles.take(tile), column = a.by_column_tiles.take(tile), group = a.by_groups.take(tile), sample = a.by_column_samples.take(tile);
+        return Place{row * C::kRows, column * C::kColumns, group, sample, tile};
+    };
+    const auto steps_of = [&](const Place& p) { return min(a.part_steps, all_steps - p.part * a.part_steps); };
+    // Loads go on from tile to tile, so that the next one's are on their way while outputs are stored.
+    const auto rows_of = [&](const Place& p) {
+        const int row = p.row + Rows::own();
+        return Rows(a, a.rows, static_cast<const T*>(a.rows.data) + p.group * a.rows.group_pitch + row * (L::kRows ? a.rows.pitch : 1), a.M - row, p.part * a.part_steps);
+    };
+    const auto columns_of = [&](const Place& p) {
+        const int column = p.column + Columns::own();
+        const T* const first = static_cast<const T*>(a.columns.data) + p.group * a.columns.group_pitch;
+        const Column own = column_of(a, p, column);
+        return Columns(a, a.columns, L::kColumns ? first + column * a.columns.pitch : first + own.n * a.columns.sample_pitch + own.position, a.N - column, p.part * a.part_steps);
+    };
+    int next_tile = blockIdx.x, next_step = 0, next_stage = 0;
+    Place next = place_of(next_tile);
+    int next_steps = steps_of(next);
+    Rows rows = rows_of(next);
+    Columns columns = columns_of(next);
+    const auto load_next = [&] {
+        if (next_tile < a.tiles) {
+            if (next_step == next_steps) {
+                next_step = 0, next_tile += gridDim.x;
+                if (next_tile < a.tiles) {
+                    next = place_of(next_tile);
+                    next_steps = steps_of(next), rows = rows_of(next), columns = columns_of(next);
+                }
+            }
+            if (next_tile < a.tiles) rows.load(shared.stages[next_stage].rows), columns.load(shared.stages[next_stage].columns), next_step++;
+        }
+        cp_async_commit_group();
+        next_stage = next_stage + 1 == C::kStages ? 0 : next_stage + 1;
+    };
+#pragma unroll 1
+    for (int i = 0; i < C::kStages - 1; i++) load_next();
+
+    int stage = 0;
+    bool odd = false;
+    for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x, odd = !odd) {
+        const Place place = place_of(tile);
+        Row* const own_rows = shared.rows[odd];    // some warps may still be at the tile before
+#pragma unroll 1
+        for (int i = threadIdx.x; i < C::kRows; i += C::kThreads) own_rows[i] = row_of<T>(a, place.row + i, place.group);
+        Sums<C::kBlocks> sums;
+        sums.clear();
+        const int steps = steps_of(place);
+#pragma unroll 1
+        for (int step = 0; step < steps; step++) {
+            cp_async_wait_group<C::kStages - 2>();
+            __syncthreads();
+            load_next();
+            float own_rows_values[C::kBlocks * 4][4], own_columns[4][4];
+            Rows::template fragment<C::kBlocks>(own_rows_values, shared.stages[stage].rows, warp_row);
+            Columns::template fragment<1>(own_columns, shared.stages[stage].columns, warp_column);
+            if constexpr (kSplit) {    // short sums on the tensor cores, which truncate each, and the long one rounded
+                Sums<C::kBlocks> part;
+                part.clear();
+                multiply_stage<true>(part, own_rows_values, own_columns);
+                sums.add(part);
+            } else {
+                multiply_stage<false>(sums, own_rows_values, own_columns);
+            }
+            stage = stage + 1 == C::kStages ? 0 : stage + 1;
+        }
+        store<T, kSplit>(a, place, warp_row, place.column + warp_column, own_rows + warp_row, sums, shared.staging[warp]);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- Launcher
+
+template <typename T, bool kSplit, typename L, typename C> int launch_cut(Parameters a, int multiprocessors, void* stream) {
+    const int64_t row_tiles = ceil_div(a.M, C::kRows), column_tiles = ceil_div(a.N, C::kColumns), tiles = row_tiles * column_tiles * a.groups * a.column_samples * a.k_parts;
+    if (tiles > 1 << 30) return cudaErrorInvalidConfiguration;
+    a.by_row_tiles = make_divisor(int(row_tiles)), a.by_column_tiles = make_divisor(int(column_tiles)), a.by_groups = make_divisor(a.groups), a.by_column_samples = make_divisor(a.column_samples);
+    a.tiles = int(tiles);
+    const int64_t most = int64_t(multiprocessors) * C::kResident;
+    return launch_with_shared(gemm_kernel<T, kSplit, L, C>, tiles < most ? tiles : most, C::kThreads, sizeof(Shared<T, L, C>), stream, a);
+}
+
+template <typename L> using Large = Cut<1, 4, 2, 3, L::kRows ? 3 : 4>;    // inner operands take more registers
+using Small = Cut<2, 2, 1, 8, 2>;
+
+// Tiles that a multiprocessor has, in numbers of small ones.
+template <typename C> double time_of(const Parameters& a, int multiprocessors) {
+    return double(ceil_div(ceil_div(a.M, C::kRows) * ceil_div(a.N, C::kColumns) * a.groups * a.column_samples * a.k_parts, multiprocessors)) * (C::kBlocks > 1 ? 1.3 : 1);
+}
+
+// Split operands take more registers too, and small tiles were as fast (NOTES.md).
+template <typename T, bool kSplit, typename L> int multiply(const Parameters& a, int multiprocessors, void* stream) {
+    if constexpr (!kSplit)
+        if (time_of<Large<L>>(a, multiprocessors) <= time_of<Small>(a, multiprocessors)) return launch_cut<T, kSplit, L, Large<L>>(a, multiprocessors, stream);
+    return launch_cut<T, kSplit, L, Small>(a, multiprocessors, stream);
+}
+
+}  // namespace gemm
+'''
+
+_SOURCES['conv_transpose3d_gemm.cu'] = r'''
+// Transposed convolution and its gradients as products of matrices (gemm.cuh): the launchers. With i the positions of a sample, and k the elements of a kernel,
+//
+//   forward   products[n, (co, k), i] = sum over ci of w[ci, (co, k)] * x[n, ci, i], which are the outputs where each has one tap; otherwise taps.cuh adds them up
+//   dx        dx[n, ci, i] = sum over co, k of w[ci, (co, k)] * spread[n, (co, k), i], dout as taps.cuh spreads it
+//   dweight   dw[ci, (co, k)] = sum over n, i of x[n, ci, i] * spread[n, (co, k), i]
+//
+// Formula: torch.nn.ConvTranspose3d.
+
+#include "add_parts.cuh"
+#include "gemm.cuh"
+#include "precision.h"
+#include "taps.cuh"
+
+namespace gemm {
+
+using Forward = Layout<false, false>;
+using DInput = Layout<true, false>;
+using DWeight = Layout<true, true>;
+
+constexpr int kLeastSteps = 8;                 // of a part of the sum
+
+inline int multiprocessors_of(int device) {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
+template <typename T> Matrix matrix_of(const void* data, int64_t sample_pitch, int64_t group_pitch, int64_t pitch) {
+    const auto whole = [](int64_t elements) { return elements * int64_t(sizeof(T)) % 16 == 0; };
+    return {data, sample_pitch, group_pitch, pitch, whole(sample_pitch) && whole(group_pitch) && whole(pitch) && holds<uint4>(data)};
+}
+
+// The positions of samples as GEMM_N.
+inline void set_columns(Parameters& a, int64_t positions, int64_t samples, bool whole) {
+    const bool together = whole && samples * positions < 1 << 30;
+    a.positions = int(positions), a.by_positions = make_divisor(a.positions);
+    a.N = int(together ? samples * positions : positions), a.column_samples = int(together ? 1 : samples);
+}
+
+// Outputs (channels, positions) of a sample, a row each.
+inline void set_outputs(Parameters& a, int64_t channels, void* out) {
+    a.by_volume = a.by_kernel_w = a.by_kernel_h = a.by_in_h = make_divisor(1), a.by_in_w = make_divisor(a.positions);
+    a.out_w = a.out_volume = a.positions, a.out_h = 1, a.sample_outputs = channels * a.positions, a.stride_d = a.stride_h = a.stride_w = 1;
+    a.neighbours = a.positions % 4 == 0 && holds<float4>(out) ? Neighbours::kFour : Neighbours::kNone, a.out = out;
+}
+
+// Whether each output has one tap.
+inline bool has_single_taps(const Geometry& g) {
+    bool single = true;
+    for (const Axis& a : g.axis) single &= a.kernel == a.stride && a.out == a.in * a.stride;
+    return single;
+}
+
+// ------------------------------------------------------------------------------------------------------- Forward
+
+inline int64_t products_of(const Geometry& g) { return g.N * g.C_out * kernel_volume(g) * in_volume(g); }
+
+inline int64_t forward_workspace(const Geometry& g) { return has_single_taps(g) ? 0 : products_of(g) * int64_t(sizeof(float)); }
+
+template <typename T> int forward(const Geometry& g, int device, void* stream, void* workspace, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
+    const int64_t in = g.C_in / g.groups, rows = g.C_out / g.groups * kernel_volume(g), positions = in_volume(g);
+    const bool single = has_single_taps(g);
+    if (!single && sizeof(T) != 4) return cudaErrorNotSupported;
+    Parameters a = {};
+    a.rows = matrix_of<T>(w, 0, in * rows, rows), a.columns = matrix_of<T>(x, g.C_in * positions, in * positions, positions);
+    a.groups = int(g.groups), a.M = int(rows), a.K = int(in), a.k_samples = a.k_parts = 1, a.part_steps = a.sample_steps();
+    set_columns(a, positions, g.N, positions * sizeof(T) % 16 == 0);
+    set_outputs(a, g.C_out * kernel_volume(g), workspace);
+    if (single) {
+        const Axis &d = g.axis[0], &h = g.axis[1], &v = g.axis[2];
+        a.by_volume = make_divisor(int(kernel_volume(g))), a.by_kernel_w = make_divisor(int(v.kernel)), a.by_kernel_h = make_divisor(int(h.kernel));
+        a.by_in_w = make_divisor(int(v.in)), a.by_in_h = make_divisor(int(h.in));
+        a.out_h = h.out, a.out_w = v.out, a.out_volume = out_volume(g), a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(v.stride);
+        a.neighbours = Neighbours::kNone;
+        if (v.kernel == 2 && holds<Vector<T, 4>>(out)) a.neighbours = v.in % 2 == 0 ? Neighbours::kPairsOfTwo : Neighbours::kPairs;
+        if (v.kernel == 1 && holds<Vector<T, 4>>(out) && v.in % 4 == 0) a.neighbours = Neighbours::kFour;
+        a.bias = bias, a.apply_relu = apply_relu, a.out = out;
+    }
+    const int multiprocessors = multiprocessors_of(device);
+    RETURN_IF_ERROR((sizeof(T) == 4 && forward_in_float32(g) ? multiply<T, sizeof(T) == 4, Forward>(a, multiprocessors, stream) : multiply<T, false, Forward>(a, multiprocessors, stream)));
+    return single ? cudaSuccess : taps::add(taps::make_layer(g), stream, static_cast<const float*>(workspace), static_cast<const float*>(bias), apply_relu, static_cast<float*>(out));
+}
+
+// ----------------------------------------------------------------------------------------------------- Gradients
+
+// The sum in so many parts that all multiprocessors have tiles.
+inline void cut_sum(Parameters& a, int multiprocessors) {
+    const int64_t tiles = ceil_div(a.M, Small::kRows) * ceil_div(a.N, Small::kColumns) * a.groups * a.column_samples, steps = int64_t(a.sample_steps()) * a.k_samples;
+    const int64_t wanted = Small::kResident * multiprocessors / tiles, most = ceil_div(steps, kLeastSteps), parts = wanted < 1 ? 1 : wanted < most ? wanted : most;
+    a.part_steps = int(ceil_div(steps, parts)), a.k_parts = int(ceil_div(steps, a.part_steps));
+}
+
+// dx, without its addresses.
+inline Parameters dinput_of(const Geometry& g, int multiprocessors) {
+    Parameters a = {};
+    a.groups = int(g.groups), a.M = int(g.C_in / g.groups), a.K = int(g.C_out / g.groups * kernel_volume(g)), a.k_samples = 1;
+    set_columns(a, in_volume(g), g.N, in_volume(g) % 4 == 0);
+    cut_sum(a, multiprocessors);
+    return a;
+}
+// dweight, likewise: rows are input channels, columns elements of their kernels, as the positions of one sample.
+inline Parameters dweight_of(const Geometry& g, int multiprocessors) {
+    Parameters a = {};
+    a.groups = int(g.groups), a.M = int(g.C_in / g.groups), a.K = int(in_volume(g)), a.k_samples = int(g.N);
+    set_columns(a, g.C_out / g.groups * kernel_volume(g), 1, true);
+    cut_sum(a, multiprocessors);
+    return a;
+}
+
+struct GradientsMemory {
+    float *spread, *parts;
+    int64_t bytes;
+    GradientsMemory(const Geometry& g, const Parameters& dinput, const Parameters& dweight, void* base) {
+        const int64_t spread_count = kernel_volume(g) == 1 && has_single_taps(g) ? 0 : ceil_div(products_of(g), 64) * 64;
+        const auto count = [](const Parameters& a, int64_t outputs) { return a.k_parts > 1 ? a.k_parts * outputs : 0; };
+        const int64_t dinput_count = count(dinput, g.N * g.C_in * in_volume(g)), dweight_count = count(dweight, g.C_in * (g.C_out / g.groups) * kernel_volume(g));
+        spread = spread_count > 0 ? static_cast<float*>(base) : nullptr, parts = static_cast<float*>(base) + spread_count;
+        bytes = (spread_count + (dinput_count > dweight_count ? dinput_count : dweight_count)) * int64_t(sizeof(float));    // one after the other
+    }
+};
+
+inline int64_t gradients_workspace(const Geometry& g, int device) {
+    const int multiprocessors = multiprocessors_of(device);
+    return GradientsMemory(g, dinput_of(g, multiprocessors), dweight_of(g, multiprocessors), nullptr).bytes;
+}
+
+// out (samples, channels, positions): the product, or the sum of its parts.
+template <typename L> int multiply_parts(Parameters& a, int64_t samples, int64_t channels, float* parts, float* out, int multiprocessors, void* stream) {
+    set_outputs(a, channels, a.k_parts > 1 ? parts : out);
+    a.part_outputs = samples * a.sample_outputs;
+    RETURN_IF_ERROR((multiply<float, false, L>(a, multiprocessors, stream)));
+    return a.k_parts == 1 ? cudaSuccess : parts::add({parts, a.k_parts, samples, int(channels), a.positions}, kFloat32, nullptr, false, out, {}, stream);
+}
+
+// dx and dweight may be null.
+inline int gradients(const Geometry& g, int device, void* stream, void* workspace, const float* dout, const float* x, const float* w, float* dx, float* dweight) {
+    const int multiprocessors = multiprocessors_of(device);
+    const int64_t in = g.C_in / g.groups, elements = g.C_out / g.groups * kernel_volume(g), positions = in_volume(g), spread_channels = g.C_out * kernel_volume(g);
+    Parameters dinput_product = dinput_of(g, multiprocessors), dweight_product = dweight_of(g, multiprocessors);
+    const GradientsMemory memory(g, dinput_product, dweight_product, workspace);
+    if (memory.spread) RETURN_IF_ERROR(taps::spread(taps::make_layer(g), stream, dout, memory.spread));
+    const Matrix spread = matrix_of<float>(memory.spread ? memory.spread : dout, spread_channels * positions, elements * positions, positions);
+    if (dx) {
+        dinput_product.rows = matrix_of<float>(w, 0, in * elements, elements), dinput_product.columns = spread;
+        RETURN_IF_ERROR(multiply_parts<DInput>(dinput_product, g.N, g.C_in, memory.parts, dx, multiprocessors, stream));
+    }
+    if (!dweight) return cudaSuccess;
+    dweight_product.rows = matrix_of<float>(x, g.C_in * positions, in * positions, positions), dweight_product.columns = spread;
+    return multiply_parts<DWeight>(dweight_product, 1, g.C_in, memory.parts, dweight, multiprocessors, stream);
+}
+
+}  // namespace gemm
+
+extern "C" int64_t conv_transpose3d_forward_gemm_workspace(const Geometry* g, int, int) { return gemm::forward_workspace(*g); }
+
+// bias may be null; apply_relu writes relu(out).
+extern "C" int conv_transpose3d_forward_gemm(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* x, const void* w, const void* bias, int apply_relu, void* out) {
+    DeviceGuard guard(device);
+    return with_dtype(dtype, [&](auto element) -> int {
+        using T = decltype(element);
+        if constexpr (sizeof(T) == 8) return cudaErrorNotSupported;
+        else return gemm::forward<T>(*g, device, stream, workspace, x, w, bias, apply_relu != 0, out);
+    });
+}
+
+extern "C" int64_t conv_transpose3d_gradients_gemm_workspace(const Geometry* g, int, int device) { return gemm::gradients_workspace(*g, device); }
+
+// float32. dx and dweight may be null.
+extern "C" int conv_transpose3d_gradients_gemm(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dout, const void* x, const void* w, void* dx, void* dweight) {
+    DeviceGuard guard(device);
+    if (dtype != kFloat32) return cudaErrorNotSupported;
+    return gemm::gradients(*g, device, stream, workspace, static_cast<const float*>(dout), static_cast<const float*>(x), static_cast<const float*>(w), static_cast<float*>(dx), static_cast<float*>(dweight));
+}
+'''
+
 _SOURCES['ptx_sm80.cuh'] = r'''
 // PTX instructions of sm_80 and up, one per wrapper, named after it. Reference: the PTX ISA's chapters "mma.m16n8k16", "ldmatrix" and
 // "cp.async".
@@ -1613,393 +2359,6 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-'''
-
-_SOURCES['gemm.cuh'] = r'''
-// Transposed convolution whose kernel is its stride, without padding. Each output then has one tap, so that it is a product of matrices, which are read as they lie in
-// memory and multiplied on the tensor cores in TF32: one kernel, without copies, scales or scratch memory.
-//
-//   out[n, co, i * stride + k] = bias[co] + sum over ci of w[ci, co, k] * x[n, ci, i]
-//
-//   GEMM_M = (co, k) of a group   GEMM_N = the positions i of a sample   GEMM_K = the group's ci
-//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out / groups, K_d, K_h, K_w)
-//
-// Where float32 accuracy is wanted, an operand is high + low, both TF32, and high * high + high * low + low * high is added up (precision.h tells where).
-// Formula: torch.nn.ConvTranspose3d.
-#pragma once
-
-#include "ptx_sm80.cuh"
-
-namespace gemm {
-
-constexpr int kChunk = 16;                     // of GEMM_K: a stage of shared memory
-constexpr int kBlockRows = 32, kBlockColumns = 32;    // that a warp multiplies at a time
-
-// Warps of a block, the blocks of rows that a warp has, stages of shared memory, blocks on a multiprocessor.
-template <int kWarpsM_, int kWarpsN_, int kBlocks_, int kStages_, int kResident_> struct Cut {
-    static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kBlocks = kBlocks_, kStages = kStages_, kResident = kResident_;
-    static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kRows = kWarpsM * kBlocks * kBlockRows, kColumns = kWarpsN * kBlockColumns;
-};
-
-// Outputs that are neighbours in memory: those of two rows, with a kernel of 2 along W, and there of two positions; or those of four positions.
-enum class Neighbours { kNone, kPairs, kPairsOfTwo, kFour };
-
-struct Parameters {
-    int M, K, positions;                       // GEMM_M and GEMM_K of a group, GEMM_N
-    int groups, samples;
-    int tiles;
-    Divisor by_row_tiles, by_column_tiles, by_groups;    // tiles: (sample, group, columns, rows)
-    Divisor by_volume, by_kernel_w, by_kernel_h, by_in_w, by_in_h;
-    int64_t out_h, out_w, out_volume, sample_outputs;
-    int stride_d, stride_h, stride_w;
-    bool aligned_w, aligned_x;                 // whether rows of the operands are whole vectors
-    Neighbours neighbours;
-    bool apply_relu;
-    const void *w, *x, *bias;                  // bias may be null
-    void* out;
-};
-
-// ------------------------------------------------------------------------------------------------------- Operands
-
-// A stage of an operand: (kChunk, kColumns) elements. Rows begin 8 banks apart, so that the lanes of a fragment read different ones.
-template <typename T, int kColumns, int kThreads> struct Operand {
-    static constexpr int kVector = 16 / sizeof(T), kPieces = kColumns / kVector, kStep = kThreads / kPieces, kPitch = kColumns + 32 / int(sizeof(T));
-    static_assert(kThreads % kPieces == 0 && kChunk % kStep == 0, "every thread has the same columns of some rows");
-    const T* source;     // the thread's columns of its first row of the next stage
-    int64_t pitch;       // from row to row
-    int columns, rows;   // that there are yet, from the thread's on
-    bool aligned;
-
-    // first: element of row 0; `columns` and `rows` from there on.
-    __device__ __forceinline__ Operand(const void* first, int64_t pitch, int columns, int rows, bool aligned)
-        : source(static_cast<const T*>(first) + own_row() * pitch + own_column()), pitch(pitch), columns(columns - own_column()), rows(rows - own_row()), aligned(aligned) {}
-    static __device__ __forceinline__ int own_row() { return threadIdx.x / kPieces; }
-    static __device__ __forceinline__ int own_column() { return threadIdx.x % kPieces * kVector; }
-
-    __device__ __forceinline__ void load(T* stage) {
-        T* const to = stage + own_row() * kPitch + own_column();
-        if (aligned) {
-#pragma unroll
-            for (int i = 0; i < kChunk; i += kStep) cp_async_16(shared_address(to + i * kPitch), source + i * pitch, i < rows && columns > 0);
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < kChunk; i += kStep)
-#pragma unroll
-                for (int j = 0; j < kVector; j++) copy_element(to + i * kPitch + j, source + i * pitch + j, i < rows && j < columns);
-        }
-        source += kChunk * pitch, rows -= kChunk;
-    }
-    static __device__ __forceinline__ void copy_element(T* to, const T* from, bool inside) {
-        if constexpr (sizeof(T) == 4) cp_async_4(shared_address(to), from, inside);
-        else *to = inside ? *from : T();
-    }
-};
-
-// Four neighbouring elements.
-template <typename T> __device__ __forceinline__ void load_four(float (&v)[4], const T* p) {
-    const auto four = *reinterpret_cast<const Vector<T, 4>*>(p);
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = to_acc(four.v[i]);
-}
-
-// ------------------------------------------------------------------------------------------------------- Products
-
-// The sums of a warp, in fragments of 16 rows and 8 columns. Rows and columns are dealt to them so that a lane has neighbours: rows lane / 4 * 4 to + 3 are those of two
-// fragments, columns lane % 4 * 8 to + 7 those of four.
-template <int kBlocks> struct Sums {
-    float v[kBlocks * 2][4][4];
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (auto& row : v)
-#pragma unroll
-            for (auto& fragment : row)
-#pragma unroll
-                for (float& sum : fragment) sum = 0;
-    }
-    __device__ __forceinline__ void add(const Sums& other) {
-#pragma unroll
-        for (int i = 0; i < kBlocks * 2; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-#pragma unroll
-                for (int k = 0; k < 4; k++) v[i][j][k] += other.v[i][j][k];
-    }
-};
-
-// What a warp multiplies at a time, 8 of GEMM_K: high parts, or low ones.
-template <int kBlocks> struct Fragments {
-    uint32_t a[kBlocks * 2][4], b[4][2];
-    __device__ __forceinline__ void put_row(int i, int half, uint32_t v) { a[i / 2][half * 2 + i % 2] = v; }
-    __device__ __forceinline__ void put_column(int j, int half, uint32_t v) { b[j][half] = v; }
-};
-
-template <int kBlocks> __device__ __forceinline__ void multiply(Sums<kBlocks>& sums, const Fragments<kBlocks>& rows, const Fragments<kBlocks>& columns) {
-#pragma unroll
-    for (int i = 0; i < kBlocks * 2; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) mma_m16n8k8_tf32(sums.v[i][j], rows.a[i], columns.b[j][0], columns.b[j][1]);
-}
-
-// sums += the product of a stage. a and b: the warp's first row and column of it.
-template <typename T, bool kSplit, int kBlocks>
-__device__ __forceinline__ void multiply_stage(Sums<kBlocks>& sums, const T* a, int a_pitch, const T* b, int b_pitch) {
-    const int lane = threadIdx.x % 32;
-    a += lane % 4 * a_pitch + lane / 4 * 4, b += lane % 4 * b_pitch + lane / 4 * 4;
-#pragma unroll
-    for (int k = 0; k < kChunk; k += 8) {
-        Fragments<kBlocks> high, low;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float v[4];
-#pragma unroll
-            for (int block = 0; block < kBlocks; block++) {
-                load_four(v, a + (k + half * 4) * a_pitch + block * kBlockRows);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    high.put_row(block * 4 + i, half, to_tf32(v[i]));
-                    if (kSplit) low.put_row(block * 4 + i, half, tf32_rest(v[i]));
-                }
-            }
-            load_four(v, b + (k + half * 4) * b_pitch);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                high.put_column(j, half, to_tf32(v[j]));
-                if (kSplit) low.put_column(j, half, tf32_rest(v[j]));
-            }
-        }
-        if (kSplit) multiply(sums, low, high), multiply(sums, high, low);
-        multiply(sums, high, high);
-    }
-}
-
-// ------------------------------------------------------------------------------------------------------- Epilogue
-
-// A tile: its first row, column, and its group and sample.
-struct Place { int row, column, group, n; };
-
-// Of a row of a tile: its first output in a sample, or -1 where there is none, and its bias.
-struct Row {
-    int64_t place;
-    float bias;
-};
-
-template <typename T> __device__ __forceinline__ Row row_of(const Parameters& a, int row, int group) {
-    if (row >= a.M) return {-1, 0};
-    const int tap = a.by_volume.take(row), channel = group * a.by_volume.divide(a.M) + row;
-    int k = tap;
-    const int kw = a.by_kernel_w.take(k), kh = a.by_kernel_h.take(k);
-    return {channel * a.out_volume + (k * a.out_h + kh) * a.out_w + kw, a.bias ? to_acc(static_cast<const T*>(a.bias)[channel]) : 0.0f};
-}
-
-// A sum in float32.
-template <typename T> __device__ __noinline__ float sum_again(const Parameters& a, const Place& tile, int row, int column) {
-    const T* w = static_cast<const T*>(a.w) + int64_t(tile.group) * a.K * a.M + row;
-    const T* x = static_cast<const T*>(a.x) + (int64_t(tile.n) * a.groups + tile.group) * a.K * a.positions + column;
-    float sum = 0;
-    for (int k = 0; k < a.K; k++) sum = fmaf(to_acc(w[int64_t(k) * a.M]), to_acc(x[int64_t(k) * a.positions]), sum);
-    return sum;
-}
-
-// A warp's sums go by way of shared memory, 16 rows at a time, (16, kStagingPitch), each two of which are neighbours.
-constexpr int kStagedRows = 16, kStagingPitch = kBlockColumns + 4;
-
-// Stores them. A lane has kPositions neighbours along W of kRows neighbouring rows, which are outputs that are neighbours in memory. rows: the warp's.
-template <typename T, bool kSplit, int kPositions, int kRows>
-__device__ __forceinline__ void store_staged(const Parameters& a, const Place& tile, int first_row, int column, const Row* rows, int first, const float* staging) {
-    const int lane = threadIdx.x % 32, position = column + lane * kPositions % 32;
-    if (position >= a.positions) return;
-    int d = position;
-    const int w = a.by_in_w.take(d), h = a.by_in_h.take(d);
-    T* const out = static_cast<T*>(a.out) + tile.n * a.sample_outputs + (d * a.stride_d * a.out_h + h * a.stride_h) * a.out_w + w * a.stride_w;
-#pragma unroll 2
-    for (int staged = lane * kPositions / 32 * kRows; staged < kStagedRows; staged += kPositions * kRows) {
-        const int row = first + staged / 2 * 4 + staged % 2;
-        const int64_t place = rows[row].place;
-        if (place < 0) continue;
-        Vector<T, kPositions * kRows> outputs;
-#pragma unroll
-        for (int i = 0; i < kRows; i++) {
-            const auto sums = *reinterpret_cast<const Vector<float, kPositions>*>(staging + (staged + i) * kStagingPitch + position - column);
-#pragma unroll
-            for (int j = 0; j < kPositions; j++) {
-                float v = sums.v[j];
-                // The parts of what is not finite, or rounds to what is not, make NaN of what may be Inf.
-                if (kSplit && !(fabsf(v) < __int_as_float(0x7f800000))) v = sum_again<T>(a, tile, first_row + row + i, position + j);
-                v += rows[row + i].bias;
-                outputs.v[j * kRows + i] = from_acc<T>(a.apply_relu ? relu(v) : v);
-            }
-        }
-        *reinterpret_cast<Vector<T, kPositions * kRows>*>(out + place) = outputs;
-    }
-}
-
-template <typename T, bool kSplit, int kBlocks>
-__device__ __forceinline__ void store(const Parameters& a, const Place& tile, int warp_row, int column, const Row* rows, const Sums<kBlocks>& sums, float* staging) {
-    const int lane = threadIdx.x % 32, first_row = tile.row + warp_row;
-#pragma unroll 1
-    for (int i = 0; i < kBlocks * 2; i++) {
-        __syncwarp();
-#pragma unroll
-        for (int own = 0; own < kBlocks * 2; own++) {
-            if (own != i) continue;
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-                for (int k = 0; k < 2; k++)
-                    *reinterpret_cast<float4*>(staging + (lane / 4 * 2 + half) * kStagingPitch + lane % 4 * 8 + k * 4) =
-                        make_float4(sums.v[own][0][half * 2 + k], sums.v[own][1][half * 2 + k], sums.v[own][2][half * 2 + k], sums.v[own][3][half * 2 + k]);
-        }
-        __syncwarp();
-        const int first = i / 2 * kBlockRows + i % 2 * 2;
-        switch (a.neighbours) {
-            case Neighbours::kPairsOfTwo: store_staged<T, kSplit, 2, 2>(a, tile, first_row, column, rows, first, staging); break;
-            case Neighbours::kPairs: store_staged<T, kSplit, 1, 2>(a, tile, first_row, column, rows, first, staging); break;
-            case Neighbours::kFour: store_staged<T, kSplit, 4, 1>(a, tile, first_row, column, rows, first, staging); break;
-            default: store_staged<T, kSplit, 1, 1>(a, tile, first_row, column, rows, first, staging);
-        }
-    }
-}
-
-// --------------------------------------------------------------------------------------------------------- Kernel
-
-template <typename T, typename C> struct Shared {
-    struct {
-        T rows[kChunk * Operand<T, C::kRows, C::kThreads>::kPitch], columns[kChunk * Operand<T, C::kColumns, C::kThreads>::kPitch];
-    } stages[C::kStages];
-    float staging[C::kThreads / 32][kStagedRows * kStagingPitch];    // of the warps
-    Row rows[2][C::kRows];                                  // of the tile, and of the one before
-};
-
-template <typename T, bool kSplit, typename C>
-__global__ void __launch_bounds__(C::kThreads, C::kResident) gemm_kernel(const __grid_constant__ Parameters a) {
-    wait_for_previous_kernel();
-    using Rows = Operand<T, C::kRows, C::kThreads>;
-    using Columns = Operand<T, C::kColumns, C::kThreads>;
-    extern __shared__ __align__(16) uint8_t base[];
-    Shared<T, C>& shared = *reinterpret_cast<Shared<T, C>*>(base);
-    const int warp = threadIdx.x / 32, warp_row = warp % C::kWarpsM * C::kBlocks * kBlockRows, warp_column = warp / C::kWarpsM * kBlockColumns;
-    const int steps = (a.K + kChunk - 1) / kChunk;
-
-    const auto place_of = [&](int tile) {
-        const int row = a.by_row_tiles.take(tile), column = a.by_column_tiles.take(tile), group = a.by_groups.take(tile);
-        return Place{row * C::kRows, column * C::kColumns, group, tile};
-    };
-    // Loads go on from tile to tile, so that the next one's are on their way while outputs are stored.
-    const auto rows_of = [&](const Place& p) { return Rows(static_cast<const T*>(a.w) + int64_t(p.group) * a.K * a.M + p.row, a.M, a.M - p.row, a.K, a.aligned_w); };
-    const auto columns_of = [&](const Place& p) {
-        return Columns(static_cast<const T*>(a.x) + (int64_t(p.n) * a.groups + p.group) * a.K * a.positions + p.column, a.positions, a.positions - p.column, a.K, a.aligned_x);
-    };
-    int next_tile = blockIdx.x, next_step = 0, next_stage = 0;
-    Rows rows = rows_of(place_of(next_tile));
-    Columns columns = columns_of(place_of(next_tile));
-    const auto load_next = [&] {
-        if (next_tile < a.tiles) {
-            if (next_step == steps) {
-                next_step = 0, next_tile += gridDim.x;
-                if (next_tile < a.tiles) {
-                    const Place place = place_of(next_tile);
-                    rows = rows_of(place), columns = columns_of(place);
-                }
-            }
-            if (next_tile < a.tiles) rows.load(shared.stages[next_stage].rows), columns.load(shared.stages[next_stage].columns), next_step++;
-        }
-        cp_async_commit_group();
-        next_stage = next_stage + 1 == C::kStages ? 0 : next_stage + 1;
-    };
-#pragma unroll 1
-    for (int i = 0; i < C::kStages - 1; i++) load_next();
-
-    int stage = 0;
-    bool odd = false;
-    for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x, odd = !odd) {
-        const Place place = place_of(tile);
-        Row* const own_rows = shared.rows[odd];    // some warps may still be at the tile before
-#pragma unroll 1
-        for (int i = threadIdx.x; i < C::kRows; i += C::kThreads) own_rows[i] = row_of<T>(a, place.row + i, place.group);
-        Sums<C::kBlocks> sums;
-        sums.clear();
-#pragma unroll 1
-        for (int step = 0; step < steps; step++) {
-            cp_async_wait_group<C::kStages - 2>();
-            __syncthreads();
-            load_next();
-            const T *const w = shared.stages[stage].rows + warp_row, *const x = shared.stages[stage].columns + warp_column;
-            if constexpr (kSplit) {    // short sums on the tensor cores, which truncate each, and the long one rounded
-                Sums<C::kBlocks> part;
-                part.clear();
-                multiply_stage<T, true>(part, w, Rows::kPitch, x, Columns::kPitch);
-                sums.add(part);
-            } else {
-                multiply_stage<T, false>(sums, w, Rows::kPitch, x, Columns::kPitch);
-            }
-            stage = stage + 1 == C::kStages ? 0 : stage + 1;
-        }
-        store<T, kSplit>(a, place, warp_row, place.column + warp_column, own_rows + warp_row, sums, shared.staging[warp]);
-    }
-}
-
-// ------------------------------------------------------------------------------------------------------- Launcher
-
-template <typename T, bool kSplit, typename C> int launch_cut(Parameters a, int multiprocessors, void* stream) {
-    const int64_t row_tiles = ceil_div(a.M, C::kRows), column_tiles = ceil_div(a.positions, C::kColumns), tiles = row_tiles * column_tiles * a.groups * a.samples;
-    if (tiles > 1 << 30) return cudaErrorInvalidConfiguration;
-    a.by_row_tiles = make_divisor(int(row_tiles)), a.by_column_tiles = make_divisor(int(column_tiles)), a.tiles = int(tiles);
-    const int64_t most = int64_t(multiprocessors) * C::kResident;
-    return launch_with_shared(gemm_kernel<T, kSplit, C>, tiles < most ? tiles : most, C::kThreads, sizeof(Shared<T, C>), stream, a);
-}
-
-// Split operands take more registers, and small tiles were as fast (NOTES.md).
-template <typename T, bool kSplit> int multiply(const Parameters& a, int multiprocessors, void* stream) {
-    using Small = Cut<2, 2, 1, 8, 2>;
-    if constexpr (!kSplit) {
-        using Large = Cut<1, 4, 2, 3, 4>;
-        const auto time = [&](int rows, int columns, double tile) { return ceil_div(ceil_div(a.M, rows) * ceil_div(a.positions, columns) * a.groups * a.samples, multiprocessors) * tile; };
-        if (time(Large::kRows, Large::kColumns, 1.3) <= time(Small::kRows, Small::kColumns, 1)) return launch_cut<T, kSplit, Large>(a, multiprocessors, stream);
-    }
-    return launch_cut<T, kSplit, Small>(a, multiprocessors, stream);
-}
-
-// float32_accurate: more than TF32 is wanted of float32.
-inline int forward(const Geometry& g, int dtype, bool float32_accurate, int device, void* stream, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
-    const Axis &d = g.axis[0], &h = g.axis[1], &v = g.axis[2];
-    Parameters a = {};
-    a.M = int(g.C_out / g.groups * kernel_volume(g)), a.K = int(g.C_in / g.groups), a.positions = int(in_volume(g)), a.groups = int(g.groups), a.samples = int(g.N);
-    a.by_groups = make_divisor(a.groups), a.by_volume = make_divisor(int(kernel_volume(g))), a.by_kernel_w = make_divisor(int(v.kernel)), a.by_kernel_h = make_divisor(int(h.kernel));
-    a.by_in_w = make_divisor(int(v.in)), a.by_in_h = make_divisor(int(h.in));
-    a.out_h = h.out, a.out_w = v.out, a.out_volume = out_volume(g), a.sample_outputs = g.C_out * a.out_volume, a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(v.stride);
-    a.apply_relu = apply_relu, a.w = w, a.x = x, a.bias = bias, a.out = out;
-    int multiprocessors = 0;
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    return with_dtype(dtype, [&](auto element) -> int {
-        using T = decltype(element);
-        if constexpr (sizeof(T) == 8) {
-            return cudaErrorNotSupported;
-        } else {
-            a.aligned_w = a.M * sizeof(T) % 16 == 0 && holds<uint4>(w), a.aligned_x = a.positions * sizeof(T) % 16 == 0 && holds<uint4>(x);
-            const bool vectors = holds<Vector<T, 4>>(out);
-            if (v.kernel == 2 && vectors) a.neighbours = v.in % 2 == 0 ? Neighbours::kPairsOfTwo : Neighbours::kPairs;
-            if (v.kernel == 1 && vectors && v.in % 4 == 0) a.neighbours = Neighbours::kFour;
-            if (sizeof(T) == 4 && float32_accurate) return multiply<T, sizeof(T) == 4>(a, multiprocessors, stream);
-            return multiply<T, false>(a, multiprocessors, stream);
-        }
-    });
-}
-
-}  // namespace gemm
-'''
-
-_SOURCES['conv_transpose3d_gemm.cu'] = r'''
-// Transposed convolution whose kernel is its stride: the launcher.
-
-#include "gemm.cuh"
-#include "precision.h"
-
-extern "C" int64_t conv_transpose3d_forward_gemm_workspace(const Geometry*, int, int) { return 0; }
-
-extern "C" int conv_transpose3d_forward_gemm(const Geometry* g, int dtype, int device, void* stream, void*, const void* x, const void* w, const void* bias, int apply_relu, void* out) {
-    DeviceGuard guard(device);
-    return gemm::forward(*g, dtype, forward_in_float32(*g), device, stream, x, w, bias, apply_relu != 0, out);
 }
 '''
 

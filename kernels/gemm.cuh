@@ -1,13 +1,10 @@
-// Transposed convolution whose kernel is its stride, without padding. Each output then has one tap, so that it is a product of matrices, which are read as they lie in
-// memory and multiplied on the tensor cores in TF32: one kernel, without copies, scales or scratch memory.
+// Products of matrices on the tensor cores in TF32, of operands as they lie in memory, which are elements of tensors (sample, channel, position): no copies, no scales.
 //
-//   out[n, co, i * stride + k] = bias[co] + sum over ci of w[ci, co, k] * x[n, ci, i]
+//   out[m, n] = bias[m] + sum over k of rows[m, k] * columns[k, n]
 //
-//   GEMM_M = (co, k) of a group   GEMM_N = the positions i of a sample   GEMM_K = the group's ci
-//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out / groups, K_d, K_h, K_w)
-//
-// Where float32 accuracy is wanted, an operand is high + low, both TF32, and high * high + high * low + low * high is added up (precision.h tells where).
-// Formula: torch.nn.ConvTranspose3d.
+// An operand whose neighbours in memory are rows (columns) of equal k is an outer one, one whose neighbours are k of a row (column) an inner one.
+// Where float32 accuracy is wanted, an operand is high + low, both TF32, and high * high + high * low + low * high is added up.
+// conv_transpose3d_gemm.cu tells what is multiplied.
 #pragma once
 
 #include "ptx_sm80.cuh"
@@ -23,59 +20,39 @@ template <int kWarpsM_, int kWarpsN_, int kBlocks_, int kStages_, int kResident_
     static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kRows = kWarpsM * kBlocks * kBlockRows, kColumns = kWarpsN * kBlockColumns;
 };
 
+// Where an operand lies: element (sample, group, i, j) at sample * sample_pitch + group * group_pitch + i * pitch + j. i is k of an outer one, j of an inner one.
+struct Matrix {
+    const void* data;
+    int64_t sample_pitch, group_pitch, pitch;
+    bool aligned;                              // whether neighbours are whole vectors
+};
+
 // Outputs that are neighbours in memory: those of two rows, with a kernel of 2 along W, and there of two positions; or those of four positions.
 enum class Neighbours { kNone, kPairs, kPairsOfTwo, kFour };
 
 struct Parameters {
-    int M, K, positions;                       // GEMM_M and GEMM_K of a group, GEMM_N
-    int groups, samples;
+    Matrix rows, columns;
+    int groups, M, N, K;                       // of a group. N: the positions of all samples, where vectors of them are of one sample, or of one; K: of a sample
+    int column_samples, k_samples;             // samples that are not part of N; samples to be summed
+    int k_parts, part_steps;                   // the sum in parts, each of so many stages; each part has an output of its own
     int tiles;
-    Divisor by_row_tiles, by_column_tiles, by_groups;    // tiles: (sample, group, columns, rows)
-    Divisor by_volume, by_kernel_w, by_kernel_h, by_in_w, by_in_h;
-    int64_t out_h, out_w, out_volume, sample_outputs;
+    Divisor by_row_tiles, by_column_tiles, by_groups, by_column_samples;    // tiles: (part of the sum, sample, group, columns, rows)
+    // Outputs: row m is element k of channel c's kernel, column n position i of its sample, and out[n, c, i * stride + k] the output.
+    int positions;                             // of a sample
+    Divisor by_positions, by_volume, by_kernel_w, by_kernel_h, by_in_w, by_in_h;
+    int64_t out_h, out_w, out_volume, sample_outputs, part_outputs;
     int stride_d, stride_h, stride_w;
-    bool aligned_w, aligned_x;                 // whether rows of the operands are whole vectors
     Neighbours neighbours;
     bool apply_relu;
-    const void *w, *x, *bias;                  // bias may be null
+    const void* bias;                          // or null
     void* out;
+    __host__ __device__ __forceinline__ int sample_steps() const { return (K + kChunk - 1) / kChunk; }
 };
 
 // ------------------------------------------------------------------------------------------------------- Operands
-
-// A stage of an operand: (kChunk, kColumns) elements. Rows begin 8 banks apart, so that the lanes of a fragment read different ones.
-template <typename T, int kColumns, int kThreads> struct Operand {
-    static constexpr int kVector = 16 / sizeof(T), kPieces = kColumns / kVector, kStep = kThreads / kPieces, kPitch = kColumns + 32 / int(sizeof(T));
-    static_assert(kThreads % kPieces == 0 && kChunk % kStep == 0, "every thread has the same columns of some rows");
-    const T* source;     // the thread's columns of its first row of the next stage
-    int64_t pitch;       // from row to row
-    int columns, rows;   // that there are yet, from the thread's on
-    bool aligned;
-
-    // first: element of row 0; `columns` and `rows` from there on.
-    __device__ __forceinline__ Operand(const void* first, int64_t pitch, int columns, int rows, bool aligned)
-        : source(static_cast<const T*>(first) + own_row() * pitch + own_column()), pitch(pitch), columns(columns - own_column()), rows(rows - own_row()), aligned(aligned) {}
-    static __device__ __forceinline__ int own_row() { return threadIdx.x / kPieces; }
-    static __device__ __forceinline__ int own_column() { return threadIdx.x % kPieces * kVector; }
-
-    __device__ __forceinline__ void load(T* stage) {
-        T* const to = stage + own_row() * kPitch + own_column();
-        if (aligned) {
-#pragma unroll
-            for (int i = 0; i < kChunk; i += kStep) cp_async_16(shared_address(to + i * kPitch), source + i * pitch, i < rows && columns > 0);
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < kChunk; i += kStep)
-#pragma unroll
-                for (int j = 0; j < kVector; j++) copy_element(to + i * kPitch + j, source + i * pitch + j, i < rows && j < columns);
-        }
-        source += kChunk * pitch, rows -= kChunk;
-    }
-    static __device__ __forceinline__ void copy_element(T* to, const T* from, bool inside) {
-        if constexpr (sizeof(T) == 4) cp_async_4(shared_address(to), from, inside);
-        else *to = inside ? *from : T();
-    }
-};
+//
+// A stage has kChunk of GEMM_K, of which lane % 4 = t multiplies 4 t to 4 t + 3: with the tensor cores' k = t and t + 4 of the first 8 and of the last 8, which are any
+// four as long as both operands have the same.
 
 // Four neighbouring elements.
 template <typename T> __device__ __forceinline__ void load_four(float (&v)[4], const T* p) {
@@ -83,6 +60,103 @@ template <typename T> __device__ __forceinline__ void load_four(float (&v)[4], c
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = to_acc(four.v[i]);
 }
+
+template <typename T> __device__ __forceinline__ void copy_element(T* to, const T* from, bool inside) {
+    if constexpr (sizeof(T) == 4) cp_async_4(shared_address(to), from, inside);
+    else *to = inside ? *from : T();
+}
+
+// A stage: (kChunk, kCount), k = 4 t + i as row 4 i + t. Rows begin 8 banks apart, so that a fragment's lanes read different ones.
+template <typename T, int kCount, int kThreads> struct Outer {
+    static constexpr int kVector = 16 / sizeof(T), kPieces = kCount / kVector, kStep = kThreads / kPieces, kPitch = kCount + 32 / int(sizeof(T)), kElements = kChunk * kPitch;
+    static_assert(kThreads % kPieces == 0 && kChunk % kStep == 0 && kStep % 4 == 0, "every thread has the same neighbours of some k");
+    const T* source;     // the thread's neighbours of its first k of the next stage
+    int64_t pitch;
+    int count, left;     // neighbours and k that there are, from there on
+    bool aligned;
+
+    // first: its first neighbour for k = 0, of `count`.
+    __device__ __forceinline__ Outer(const Parameters& a, const Matrix& m, const T* first, int count, int step)
+        : source(first + (own_k() + step * kChunk) * m.pitch), pitch(m.pitch), count(count), left(a.K - own_k() - step * kChunk), aligned(m.aligned) {}
+    static __device__ __forceinline__ int own_k() { return threadIdx.x / kPieces; }
+    static __device__ __forceinline__ int own() { return threadIdx.x % kPieces * kVector; }    // neighbours
+
+    __device__ __forceinline__ void load(T* stage) {
+        T* const to = stage + (own_k() % 4 * 4 + own_k() / 4) * kPitch + own();
+        if (aligned) {
+#pragma unroll
+            for (int i = 0; i < kChunk; i += kStep) cp_async_16(shared_address(to + i / 4 * kPitch), source + i * pitch, i < left && count > 0);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < kChunk; i += kStep)
+#pragma unroll
+                for (int j = 0; j < kVector; j++) copy_element(to + i / 4 * kPitch + j, source + i * pitch + j, i < left && j < count);
+        }
+        source += kChunk * pitch, left -= kChunk;
+    }
+    // v[i][k]: of the lane's rows or columns, four neighbours of each block of 32 from `first` on.
+    template <int kBlocks> static __device__ __forceinline__ void fragment(float (&v)[kBlocks * 4][4], const T* stage, int first) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int block = 0; block < kBlocks; block++) {
+                float four[4];
+                load_four(four, stage + (k * 4 + lane % 4) * kPitch + first + block * 32 + lane / 4 * 4);
+#pragma unroll
+                for (int i = 0; i < 4; i++) v[block * 4 + i][k] = four[i];
+            }
+    }
+};
+
+// A stage: (kCount, kChunk). Rows begin 20 banks apart.
+template <typename T, int kCount, int kThreads> struct Inner {
+    static_assert(sizeof(T) == 4, "a vector has four k");
+    static constexpr int kVector = 4, kPieces = kChunk / kVector, kStep = kThreads / kPieces, kPitch = kChunk + 4, kElements = kCount * kPitch;
+    static_assert(kCount % kStep == 0, "every thread has the same k of some rows");
+    const T* source;     // the thread's k of its first row of the next stage
+    int64_t pitch, jump; // jump: to the next sample, at a sample's end
+    int count, left;     // rows and k of the sample that there are, from there on
+    int K;
+    bool aligned;
+
+    // first: the tile's first row of sample 0 for k = 0, of `count`.
+    __device__ __forceinline__ Inner(const Parameters& a, const Matrix& m, const T* first, int count, int step)
+        : pitch(m.pitch), jump(m.sample_pitch - a.sample_steps() * kChunk), count(count - own_row()), K(a.K - own_k()), aligned(m.aligned) {
+        const int sample = step / a.sample_steps(), k = (step - sample * a.sample_steps()) * kChunk;
+        source = first + sample * m.sample_pitch + own_row() * pitch + own_k() + k, left = K - k;
+    }
+    static __device__ __forceinline__ int own_row() { return threadIdx.x / kPieces; }
+    static __device__ __forceinline__ int own_k() { return threadIdx.x % kPieces * kVector; }
+    static __device__ __forceinline__ int own() { return 0; }
+
+    __device__ __forceinline__ void load(T* stage) {
+        T* const to = stage + own_row() * kPitch + own_k();
+        if (aligned) {
+#pragma unroll
+            for (int i = 0; i < kCount; i += kStep) cp_async_16(shared_address(to + i * kPitch), source + i * pitch, i < count && left > 0);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < kCount; i += kStep)
+#pragma unroll
+                for (int j = 0; j < kVector; j++) copy_element(to + i * kPitch + j, source + i * pitch + j, i < count && j < left);
+        }
+        source += kChunk, left -= kChunk;
+        if (left + own_k() <= 0) source += jump, left = K;
+    }
+    template <int kBlocks> static __device__ __forceinline__ void fragment(float (&v)[kBlocks * 4][4], const T* stage, int first) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int block = 0; block < kBlocks; block++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) load_four(v[block * 4 + i], stage + (first + block * 32 + lane / 4 * 4 + i) * kPitch + lane % 4 * 4);
+    }
+};
+
+// Which operands are inner ones.
+template <bool kRows_, bool kColumns_> struct Layout {
+    static constexpr bool kRows = kRows_, kColumns = kColumns_;
+};
 
 // ------------------------------------------------------------------------------------------------------- Products
 
@@ -122,31 +196,23 @@ template <int kBlocks> __device__ __forceinline__ void multiply(Sums<kBlocks>& s
         for (int j = 0; j < 4; j++) mma_m16n8k8_tf32(sums.v[i][j], rows.a[i], columns.b[j][0], columns.b[j][1]);
 }
 
-// sums += the product of a stage. a and b: the warp's first row and column of it.
-template <typename T, bool kSplit, int kBlocks>
-__device__ __forceinline__ void multiply_stage(Sums<kBlocks>& sums, const T* a, int a_pitch, const T* b, int b_pitch) {
-    const int lane = threadIdx.x % 32;
-    a += lane % 4 * a_pitch + lane / 4 * 4, b += lane % 4 * b_pitch + lane / 4 * 4;
+// sums += the product of a stage. rows and columns: the lane's values of it.
+template <bool kSplit, int kBlocks> __device__ __forceinline__ void multiply_stage(Sums<kBlocks>& sums, const float (&rows)[kBlocks * 4][4], const float (&columns)[4][4]) {
 #pragma unroll
-    for (int k = 0; k < kChunk; k += 8) {
+    for (int step = 0; step < 2; step++) {
         Fragments<kBlocks> high, low;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float v[4];
+            const int k = step * 2 + half;
 #pragma unroll
-            for (int block = 0; block < kBlocks; block++) {
-                load_four(v, a + (k + half * 4) * a_pitch + block * kBlockRows);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    high.put_row(block * 4 + i, half, to_tf32(v[i]));
-                    if (kSplit) low.put_row(block * 4 + i, half, tf32_rest(v[i]));
-                }
+            for (int i = 0; i < kBlocks * 4; i++) {
+                high.put_row(i, half, to_tf32(rows[i][k]));
+                if (kSplit) low.put_row(i, half, tf32_rest(rows[i][k]));
             }
-            load_four(v, b + (k + half * 4) * b_pitch);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                high.put_column(j, half, to_tf32(v[j]));
-                if (kSplit) low.put_column(j, half, tf32_rest(v[j]));
+                high.put_column(j, half, to_tf32(columns[j][k]));
+                if (kSplit) low.put_column(j, half, tf32_rest(columns[j][k]));
             }
         }
         if (kSplit) multiply(sums, low, high), multiply(sums, high, low);
@@ -156,8 +222,16 @@ __device__ __forceinline__ void multiply_stage(Sums<kBlocks>& sums, const T* a, 
 
 // ------------------------------------------------------------------------------------------------------- Epilogue
 
-// A tile: its first row, column, and its group and sample.
-struct Place { int row, column, group, n; };
+// A tile: its first row and column, its group, sample and part of the sum.
+struct Place { int row, column, group, sample, part; };
+
+// A column of a tile: its sample and position.
+struct Column { int n, position; };
+__device__ __forceinline__ Column column_of(const Parameters& a, const Place& tile, int column) {
+    int n = column;
+    const int position = a.by_positions.take(n);
+    return {tile.sample + n, position};
+}
 
 // Of a row of a tile: its first output in a sample, or -1 where there is none, and its bias.
 struct Row {
@@ -173,12 +247,12 @@ template <typename T> __device__ __forceinline__ Row row_of(const Parameters& a,
     return {channel * a.out_volume + (k * a.out_h + kh) * a.out_w + kw, a.bias ? to_acc(static_cast<const T*>(a.bias)[channel]) : 0.0f};
 }
 
-// A sum in float32.
-template <typename T> __device__ __noinline__ float sum_again(const Parameters& a, const Place& tile, int row, int column) {
-    const T* w = static_cast<const T*>(a.w) + int64_t(tile.group) * a.K * a.M + row;
-    const T* x = static_cast<const T*>(a.x) + (int64_t(tile.n) * a.groups + tile.group) * a.K * a.positions + column;
+// A sum in float32, of outer operands.
+template <typename T> __device__ __noinline__ float sum_again(const Parameters& a, int group, int row, const Column& column) {
+    const T* m = static_cast<const T*>(a.rows.data) + group * a.rows.group_pitch + row;
+    const T* n = static_cast<const T*>(a.columns.data) + column.n * a.columns.sample_pitch + group * a.columns.group_pitch + column.position;
     float sum = 0;
-    for (int k = 0; k < a.K; k++) sum = fmaf(to_acc(w[int64_t(k) * a.M]), to_acc(x[int64_t(k) * a.positions]), sum);
+    for (int k = 0; k < a.K; k++) sum = fmaf(to_acc(m[k * a.rows.pitch]), to_acc(n[k * a.columns.pitch]), sum);
     return sum;
 }
 
@@ -188,11 +262,12 @@ constexpr int kStagedRows = 16, kStagingPitch = kBlockColumns + 4;
 // Stores them. A lane has kPositions neighbours along W of kRows neighbouring rows, which are outputs that are neighbours in memory. rows: the warp's.
 template <typename T, bool kSplit, int kPositions, int kRows>
 __device__ __forceinline__ void store_staged(const Parameters& a, const Place& tile, int first_row, int column, const Row* rows, int first, const float* staging) {
-    const int lane = threadIdx.x % 32, position = column + lane * kPositions % 32;
-    if (position >= a.positions) return;
-    int d = position;
+    const int lane = threadIdx.x % 32, own = lane * kPositions % 32;
+    if (column + own >= a.N) return;
+    const Column first_column = column_of(a, tile, column + own);
+    int d = first_column.position;
     const int w = a.by_in_w.take(d), h = a.by_in_h.take(d);
-    T* const out = static_cast<T*>(a.out) + tile.n * a.sample_outputs + (d * a.stride_d * a.out_h + h * a.stride_h) * a.out_w + w * a.stride_w;
+    T* const out = static_cast<T*>(a.out) + tile.part * a.part_outputs + first_column.n * a.sample_outputs + (d * a.stride_d * a.out_h + h * a.stride_h) * a.out_w + w * a.stride_w;
 #pragma unroll 2
     for (int staged = lane * kPositions / 32 * kRows; staged < kStagedRows; staged += kPositions * kRows) {
         const int row = first + staged / 2 * 4 + staged % 2;
@@ -201,12 +276,12 @@ __device__ __forceinline__ void store_staged(const Parameters& a, const Place& t
         Vector<T, kPositions * kRows> outputs;
 #pragma unroll
         for (int i = 0; i < kRows; i++) {
-            const auto sums = *reinterpret_cast<const Vector<float, kPositions>*>(staging + (staged + i) * kStagingPitch + position - column);
+            const auto sums = *reinterpret_cast<const Vector<float, kPositions>*>(staging + (staged + i) * kStagingPitch + own);
 #pragma unroll
             for (int j = 0; j < kPositions; j++) {
                 float v = sums.v[j];
                 // The parts of what is not finite, or rounds to what is not, make NaN of what may be Inf.
-                if (kSplit && !(fabsf(v) < __int_as_float(0x7f800000))) v = sum_again<T>(a, tile, first_row + row + i, position + j);
+                if (kSplit && !(fabsf(v) < __int_as_float(0x7f800000))) v = sum_again<T>(a, tile.group, first_row + row + i, {first_column.n, first_column.position + j});
                 v += rows[row + i].bias;
                 outputs.v[j * kRows + i] = from_acc<T>(a.apply_relu ? relu(v) : v);
             }
@@ -244,43 +319,55 @@ __device__ __forceinline__ void store(const Parameters& a, const Place& tile, in
 
 // --------------------------------------------------------------------------------------------------------- Kernel
 
-template <typename T, typename C> struct Shared {
+template <typename T, typename L, typename C> struct Shared {
+    using Rows = std::conditional_t<L::kRows, Inner<T, C::kRows, C::kThreads>, Outer<T, C::kRows, C::kThreads>>;
+    using Columns = std::conditional_t<L::kColumns, Inner<T, C::kColumns, C::kThreads>, Outer<T, C::kColumns, C::kThreads>>;
     struct {
-        T rows[kChunk * Operand<T, C::kRows, C::kThreads>::kPitch], columns[kChunk * Operand<T, C::kColumns, C::kThreads>::kPitch];
+        T rows[Rows::kElements], columns[Columns::kElements];
     } stages[C::kStages];
     float staging[C::kThreads / 32][kStagedRows * kStagingPitch];    // of the warps
     Row rows[2][C::kRows];                                  // of the tile, and of the one before
 };
 
-template <typename T, bool kSplit, typename C>
+template <typename T, bool kSplit, typename L, typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident) gemm_kernel(const __grid_constant__ Parameters a) {
     wait_for_previous_kernel();
-    using Rows = Operand<T, C::kRows, C::kThreads>;
-    using Columns = Operand<T, C::kColumns, C::kThreads>;
+    using Memory = Shared<T, L, C>;
+    using Rows = typename Memory::Rows;
+    using Columns = typename Memory::Columns;
     extern __shared__ __align__(16) uint8_t base[];
-    Shared<T, C>& shared = *reinterpret_cast<Shared<T, C>*>(base);
+    Memory& shared = *reinterpret_cast<Memory*>(base);
     const int warp = threadIdx.x / 32, warp_row = warp % C::kWarpsM * C::kBlocks * kBlockRows, warp_column = warp / C::kWarpsM * kBlockColumns;
-    const int steps = (a.K + kChunk - 1) / kChunk;
+    const int all_steps = a.sample_steps() * a.k_samples;
 
     const auto place_of = [&](int tile) {
-        const int row = a.by_row_tiles.take(tile), column = a.by_column_tiles.take(tile), group = a.by_groups.take(tile);
-        return Place{row * C::kRows, column * C::kColumns, group, tile};
+        const int row = a.by_row_tiles.take(tile), column = a.by_column_tiles.take(tile), group = a.by_groups.take(tile), sample = a.by_column_samples.take(tile);
+        return Place{row * C::kRows, column * C::kColumns, group, sample, tile};
     };
+    const auto steps_of = [&](const Place& p) { return min(a.part_steps, all_steps - p.part * a.part_steps); };
     // Loads go on from tile to tile, so that the next one's are on their way while outputs are stored.
-    const auto rows_of = [&](const Place& p) { return Rows(static_cast<const T*>(a.w) + int64_t(p.group) * a.K * a.M + p.row, a.M, a.M - p.row, a.K, a.aligned_w); };
+    const auto rows_of = [&](const Place& p) {
+        const int row = p.row + Rows::own();
+        return Rows(a, a.rows, static_cast<const T*>(a.rows.data) + p.group * a.rows.group_pitch + row * (L::kRows ? a.rows.pitch : 1), a.M - row, p.part * a.part_steps);
+    };
     const auto columns_of = [&](const Place& p) {
-        return Columns(static_cast<const T*>(a.x) + (int64_t(p.n) * a.groups + p.group) * a.K * a.positions + p.column, a.positions, a.positions - p.column, a.K, a.aligned_x);
+        const int column = p.column + Columns::own();
+        const T* const first = static_cast<const T*>(a.columns.data) + p.group * a.columns.group_pitch;
+        const Column own = column_of(a, p, column);
+        return Columns(a, a.columns, L::kColumns ? first + column * a.columns.pitch : first + own.n * a.columns.sample_pitch + own.position, a.N - column, p.part * a.part_steps);
     };
     int next_tile = blockIdx.x, next_step = 0, next_stage = 0;
-    Rows rows = rows_of(place_of(next_tile));
-    Columns columns = columns_of(place_of(next_tile));
+    Place next = place_of(next_tile);
+    int next_steps = steps_of(next);
+    Rows rows = rows_of(next);
+    Columns columns = columns_of(next);
     const auto load_next = [&] {
         if (next_tile < a.tiles) {
-            if (next_step == steps) {
+            if (next_step == next_steps) {
                 next_step = 0, next_tile += gridDim.x;
                 if (next_tile < a.tiles) {
-                    const Place place = place_of(next_tile);
-                    rows = rows_of(place), columns = columns_of(place);
+                    next = place_of(next_tile);
+                    next_steps = steps_of(next), rows = rows_of(next), columns = columns_of(next);
                 }
             }
             if (next_tile < a.tiles) rows.load(shared.stages[next_stage].rows), columns.load(shared.stages[next_stage].columns), next_step++;
@@ -300,19 +387,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) gemm_kernel(const _
         for (int i = threadIdx.x; i < C::kRows; i += C::kThreads) own_rows[i] = row_of<T>(a, place.row + i, place.group);
         Sums<C::kBlocks> sums;
         sums.clear();
+        const int steps = steps_of(place);
 #pragma unroll 1
         for (int step = 0; step < steps; step++) {
             cp_async_wait_group<C::kStages - 2>();
             __syncthreads();
             load_next();
-            const T *const w = shared.stages[stage].rows + warp_row, *const x = shared.stages[stage].columns + warp_column;
+            float own_rows_values[C::kBlocks * 4][4], own_columns[4][4];
+            Rows::template fragment<C::kBlocks>(own_rows_values, shared.stages[stage].rows, warp_row);
+            Columns::template fragment<1>(own_columns, shared.stages[stage].columns, warp_column);
             if constexpr (kSplit) {    // short sums on the tensor cores, which truncate each, and the long one rounded
                 Sums<C::kBlocks> part;
                 part.clear();
-                multiply_stage<T, true>(part, w, Rows::kPitch, x, Columns::kPitch);
+                multiply_stage<true>(part, own_rows_values, own_columns);
                 sums.add(part);
             } else {
-                multiply_stage<T, false>(sums, w, Rows::kPitch, x, Columns::kPitch);
+                multiply_stage<false>(sums, own_rows_values, own_columns);
             }
             stage = stage + 1 == C::kStages ? 0 : stage + 1;
         }
@@ -322,49 +412,28 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) gemm_kernel(const _
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
-template <typename T, bool kSplit, typename C> int launch_cut(Parameters a, int multiprocessors, void* stream) {
-    const int64_t row_tiles = ceil_div(a.M, C::kRows), column_tiles = ceil_div(a.positions, C::kColumns), tiles = row_tiles * column_tiles * a.groups * a.samples;
+template <typename T, bool kSplit, typename L, typename C> int launch_cut(Parameters a, int multiprocessors, void* stream) {
+    const int64_t row_tiles = ceil_div(a.M, C::kRows), column_tiles = ceil_div(a.N, C::kColumns), tiles = row_tiles * column_tiles * a.groups * a.column_samples * a.k_parts;
     if (tiles > 1 << 30) return cudaErrorInvalidConfiguration;
-    a.by_row_tiles = make_divisor(int(row_tiles)), a.by_column_tiles = make_divisor(int(column_tiles)), a.tiles = int(tiles);
+    a.by_row_tiles = make_divisor(int(row_tiles)), a.by_column_tiles = make_divisor(int(column_tiles)), a.by_groups = make_divisor(a.groups), a.by_column_samples = make_divisor(a.column_samples);
+    a.tiles = int(tiles);
     const int64_t most = int64_t(multiprocessors) * C::kResident;
-    return launch_with_shared(gemm_kernel<T, kSplit, C>, tiles < most ? tiles : most, C::kThreads, sizeof(Shared<T, C>), stream, a);
+    return launch_with_shared(gemm_kernel<T, kSplit, L, C>, tiles < most ? tiles : most, C::kThreads, sizeof(Shared<T, L, C>), stream, a);
 }
 
-// Split operands take more registers, and small tiles were as fast (NOTES.md).
-template <typename T, bool kSplit> int multiply(const Parameters& a, int multiprocessors, void* stream) {
-    using Small = Cut<2, 2, 1, 8, 2>;
-    if constexpr (!kSplit) {
-        using Large = Cut<1, 4, 2, 3, 4>;
-        const auto time = [&](int rows, int columns, double tile) { return ceil_div(ceil_div(a.M, rows) * ceil_div(a.positions, columns) * a.groups * a.samples, multiprocessors) * tile; };
-        if (time(Large::kRows, Large::kColumns, 1.3) <= time(Small::kRows, Small::kColumns, 1)) return launch_cut<T, kSplit, Large>(a, multiprocessors, stream);
-    }
-    return launch_cut<T, kSplit, Small>(a, multiprocessors, stream);
+template <typename L> using Large = Cut<1, 4, 2, 3, L::kRows ? 3 : 4>;    // inner operands take more registers
+using Small = Cut<2, 2, 1, 8, 2>;
+
+// Tiles that a multiprocessor has, in numbers of small ones.
+template <typename C> double time_of(const Parameters& a, int multiprocessors) {
+    return double(ceil_div(ceil_div(a.M, C::kRows) * ceil_div(a.N, C::kColumns) * a.groups * a.column_samples * a.k_parts, multiprocessors)) * (C::kBlocks > 1 ? 1.3 : 1);
 }
 
-// float32_accurate: more than TF32 is wanted of float32.
-inline int forward(const Geometry& g, int dtype, bool float32_accurate, int device, void* stream, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
-    const Axis &d = g.axis[0], &h = g.axis[1], &v = g.axis[2];
-    Parameters a = {};
-    a.M = int(g.C_out / g.groups * kernel_volume(g)), a.K = int(g.C_in / g.groups), a.positions = int(in_volume(g)), a.groups = int(g.groups), a.samples = int(g.N);
-    a.by_groups = make_divisor(a.groups), a.by_volume = make_divisor(int(kernel_volume(g))), a.by_kernel_w = make_divisor(int(v.kernel)), a.by_kernel_h = make_divisor(int(h.kernel));
-    a.by_in_w = make_divisor(int(v.in)), a.by_in_h = make_divisor(int(h.in));
-    a.out_h = h.out, a.out_w = v.out, a.out_volume = out_volume(g), a.sample_outputs = g.C_out * a.out_volume, a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(v.stride);
-    a.apply_relu = apply_relu, a.w = w, a.x = x, a.bias = bias, a.out = out;
-    int multiprocessors = 0;
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    return with_dtype(dtype, [&](auto element) -> int {
-        using T = decltype(element);
-        if constexpr (sizeof(T) == 8) {
-            return cudaErrorNotSupported;
-        } else {
-            a.aligned_w = a.M * sizeof(T) % 16 == 0 && holds<uint4>(w), a.aligned_x = a.positions * sizeof(T) % 16 == 0 && holds<uint4>(x);
-            const bool vectors = holds<Vector<T, 4>>(out);
-            if (v.kernel == 2 && vectors) a.neighbours = v.in % 2 == 0 ? Neighbours::kPairsOfTwo : Neighbours::kPairs;
-            if (v.kernel == 1 && vectors && v.in % 4 == 0) a.neighbours = Neighbours::kFour;
-            if (sizeof(T) == 4 && float32_accurate) return multiply<T, sizeof(T) == 4>(a, multiprocessors, stream);
-            return multiply<T, false>(a, multiprocessors, stream);
-        }
-    });
+// Split operands take more registers too, and small tiles were as fast (NOTES.md).
+template <typename T, bool kSplit, typename L> int multiply(const Parameters& a, int multiprocessors, void* stream) {
+    if constexpr (!kSplit)
+        if (time_of<Large<L>>(a, multiprocessors) <= time_of<Small>(a, multiprocessors)) return launch_cut<T, kSplit, L, Large<L>>(a, multiprocessors, stream);
+    return launch_cut<T, kSplit, L, Small>(a, multiprocessors, stream);
 }
 
 }  // namespace gemm

@@ -15,16 +15,16 @@ PATH = torch.cuda.is_available() and model_new._tensor_core_path(model_new._capa
 
 @pytest.fixture(scope="module", autouse=True)
 def without_gemm():
-    """These are the paths for any kernel; tests/test_gemm.py has the other one."""
-    table = model_new._PATHS["conv_transpose3d_forward"]
+    """These are the paths of packed copies; tests/test_gemm.py has the other one."""
+    table = dict(model_new._PATHS)
 
-    def use(rows):
-        model_new._PATHS["conv_transpose3d_forward"] = rows
+    def use(rows_of):
+        model_new._PATHS.update({operation: rows_of(rows) for operation, rows in table.items()})
         model_new._select.cache_clear(), model_new._resolve.cache_clear()
 
-    use(tuple(row for row in table if row[0] != "gemm"))
+    use(lambda rows: tuple(row for row in rows if not row[1].__name__.startswith("_gemm")))
     yield
-    use(table)
+    use(lambda rows: rows)
 
 
 PLAIN = [
