@@ -268,8 +268,16 @@ def _tensor_cores(path, operation, geometry, dtype, tf32, device):
     """TF32-equivalent arithmetic allowed, enough work to fill tiles, and a tiling of ``path``, which is the device's."""
     return (_tensor_core_path(_capability(device.index)) == path and (tf32 if dtype == torch.float32 else dtype != torch.float64)
             and all(axis.kernel <= 7 and axis.stride <= 4 for axis in geometry.axis)
-            and _multiply_adds(geometry) >= 2**24
+            and _multiply_adds(geometry) >= _FEW_MULTIPLY_ADDS
             and bool(getattr(_library("cuda"), f"conv_transpose3d_{operation}_supports_{path}")(ctypes.addressof(geometry), device.index)))
+
+
+def _multiply_adds(geometry):
+    """In all, those by inserted zeros included. As multiply_adds in precision.h."""
+    count = geometry.N * geometry.C_in * geometry.C_out // geometry.groups
+    for axis in geometry.axis:
+        count *= axis.out_size * axis.kernel
+    return count
 
 
 def _has_tf32(geometry):
@@ -287,6 +295,8 @@ def _has_few_channels(geometry):
 
 def _forward_in_float32(geometry):
     """Whether a float32 forward has to be float32-accurate though TF32 is allowed. As forward_in_float32 in precision.h."""
+    if _multiply_adds(geometry) < _FEW_MULTIPLY_ADDS:
+        return True
     return not _merges_groups(geometry) if geometry.groups > 1 else _has_few_channels(geometry) or not _has_tf32(geometry)
 
 
@@ -295,6 +305,7 @@ def _has_float32_dinput(geometry, dtype):
     return dtype == torch.float32 and geometry.C_out <= 3
 
 
+_FEW_MULTIPLY_ADDS = 2**24    # as kFewMultiplyAdds in precision.h: with fewer, cuDNN computes in float32
 _MOST_SPLIT_TERMS = 128    # of several groups; as kMostSplitTerms in precision.h
 _MOST_THIRD_TERMS = 256    # of one group
 _MOST_THIRD_CHANNELS = 640    # of one group where no taps overlap: all small products are added first
@@ -359,7 +370,7 @@ def _gemm_norm_first(geometry, dtype, tf32, device):
 
 
 def _gemm_gradients(geometry, dtype, tf32, device):
-    return dtype == torch.float32 and tf32 and _has_tiles(geometry) and _products(geometry) < _MOST_PRODUCTS
+    return dtype == torch.float32 and tf32 and _multiply_adds(geometry) >= _FEW_MULTIPLY_ADDS and _has_tiles(geometry) and _products(geometry) < _MOST_PRODUCTS
 
 
 def _gemm_gradients_first(geometry, dtype, tf32, device):
@@ -399,13 +410,6 @@ def _gradients_on(path):
 def _norm_gradients_on(path):
     gradients = _gradients_on(path)
     return lambda geometry, dtype, tf32, device: dtype == torch.float32 and not _has_float32_dinput(geometry, dtype) and gradients(geometry, dtype, tf32, device)
-
-
-def _multiply_adds(geometry):
-    count = geometry.N * geometry.C_in * geometry.C_out // geometry.groups
-    for axis in geometry.axis:
-        count *= axis.out_size * axis.kernel
-    return count
 
 
 _PATHS = {
@@ -1117,7 +1121,15 @@ inline bool merges_groups(const Geometry& g) {
     return g.groups > 1 && ones && (g.C_in < g.C_out ? g.C_in : g.C_out) / g.groups >= 32 && terms_of(g) > kMostSplitTerms;
 }
 
-inline bool forward_in_float32(const Geometry& g) { return g.groups > 1 ? !merges_groups(g) : has_few_channels(g) || !has_tf32(g); }
+// Multiplications in all, those by inserted zeros included. Where they are few, cuDNN computes in float32.
+constexpr int64_t kFewMultiplyAdds = 1 << 24;
+inline double multiply_adds(const Geometry& g) {
+    double count = double(g.N) * g.C_in * g.C_out / g.groups;
+    for (const Axis& a : g.axis) count *= double(a.out) * a.kernel;
+    return count;
+}
+
+inline bool forward_in_float32(const Geometry& g) { return multiply_adds(g) < kFewMultiplyAdds || (g.groups > 1 ? !merges_groups(g) : has_few_channels(g) || !has_tf32(g)); }
 
 inline bool splits_groups(const Geometry& g) { return g.groups > 1 && terms_of(g) <= kMostSplitTerms; }
 

@@ -37,7 +37,15 @@ inline bool merges_groups(const Geometry& g) {
     return g.groups > 1 && ones && (g.C_in < g.C_out ? g.C_in : g.C_out) / g.groups >= 32 && terms_of(g) > kMostSplitTerms;
 }
 
-inline bool forward_in_float32(const Geometry& g) { return g.groups > 1 ? !merges_groups(g) : has_few_channels(g) || !has_tf32(g); }
+// Multiplications in all, those by inserted zeros included. Where they are few, cuDNN computes in float32.
+constexpr int64_t kFewMultiplyAdds = 1 << 24;
+inline double multiply_adds(const Geometry& g) {
+    double count = double(g.N) * g.C_in * g.C_out / g.groups;
+    for (const Axis& a : g.axis) count *= double(a.out) * a.kernel;
+    return count;
+}
+
+inline bool forward_in_float32(const Geometry& g) { return multiply_adds(g) < kFewMultiplyAdds || (g.groups > 1 ? !merges_groups(g) : has_few_channels(g) || !has_tf32(g)); }
 
 inline bool splits_groups(const Geometry& g) { return g.groups > 1 && terms_of(g) <= kMostSplitTerms; }
 
