@@ -339,10 +339,11 @@ def _products(geometry):
 
 
 def _has_tiles(geometry):
-    """Channels and positions enough for tiles of products of matrices, and not too many of these."""
+    """Channels and positions enough for tiles of products of matrices; not too many of these, and a sample's elements and the weight's fewer than an int counts."""
     channels, positions = geometry.C_in // geometry.groups, math.prod(axis.in_size for axis in geometry.axis)
     rows = geometry.C_out // geometry.groups * math.prod(axis.kernel for axis in geometry.axis)
-    return channels >= 8 and rows >= 32 and positions >= 32 and _products(geometry) <= 2**40 and max(rows, positions) < 2**30
+    largest = max(geometry.C_in * positions, geometry.C_out * math.prod(axis.out_size for axis in geometry.axis), geometry.C_in * rows)
+    return channels >= 8 and rows >= 32 and positions >= 32 and _products(geometry) <= 2**40 and largest < 2**30
 
 
 def _gemm(geometry, dtype, tf32, device):
@@ -1591,8 +1592,9 @@ inline int add(const Parts& p, int dtype, const void* bias, bool apply_relu, voi
 }  // namespace parts
 '''
 
-_SOURCES['taps.cuh'] = r'''
-// A layer's outputs as sums of products, one for each element k of the kernel and position i of the input, and its outputs' gradient spread out likewise:
+_SOURCES['taps.h'] = r'''
+// A layer's outputs as sums of products, one for each element k of the kernel and position i of the input, and its outputs' gradient spread out likewise: the index
+// arithmetic, for host and device.
 //
 //   out[n, co, o] = bias[co] + sum over k, i with i * stride - padding + k * dilation = o of products[n, co, k, i]
 //   spread[n, co, k, i] = dout[n, co, i * stride - padding + k * dilation], or 0 outside
@@ -1600,11 +1602,9 @@ _SOURCES['taps.cuh'] = r'''
 //   products, spread (N, C_out, kernel volume, positions of the input)   out, dout (N, C_out, D_out, H_out, W_out)
 #pragma once
 
-#include "launch.cuh"
+#include "geometry.h"
 
 namespace taps {
-
-constexpr int kThreads = 256;
 
 // Of an axis: the taps k, k + period, ... of an output read the positions i, i - step, ...
 struct TapAxis {
@@ -1630,7 +1630,7 @@ inline Layer make_layer(const Geometry& g) {
 struct Tap { int k, i; };
 
 // The first tap that output o has inside the input, or one behind the kernel.
-__device__ __forceinline__ Tap first_tap(const TapAxis& a, int o) {
+HOST_DEVICE Tap first_tap(const TapAxis& a, int o) {
     int k = 0;
     while (k < a.period && (o + a.padding - k * a.dilation) % a.stride != 0) k++;
     if (k == a.period) return {a.kernel, 0};
@@ -1639,22 +1639,52 @@ __device__ __forceinline__ Tap first_tap(const TapAxis& a, int o) {
     return tap;
 }
 
-// Grid: (sample, output channel, kThreads outputs). bias may be null.
-__global__ void __launch_bounds__(kThreads, 4) add_kernel(const __grid_constant__ Layer layer, const float* products, const float* bias, bool apply_relu, float* out) {
-    wait_for_previous_kernel();
+// The sum that output o of a channel is. products: the channel's.
+HOST_DEVICE float sum_of(const Layer& layer, const float* products, int o) {
     const TapAxis &ad = layer.d, &ah = layer.h, &aw = layer.w;
-    const int spans = (layer.outputs + kThreads - 1) / kThreads, row = blockIdx.x / spans, o = (blockIdx.x - row * spans) * kThreads + threadIdx.x;
-    if (o >= layer.outputs) return;
     int od = o;
     const int ow = aw.by_out.take(od), oh = ah.by_out.take(od);
-    const float* const own = products + int64_t(row) * layer.volume * layer.positions;
     const Tap first_h = first_tap(ah, oh), first_w = first_tap(aw, ow);
     float sum = 0;
     for (Tap d = first_tap(ad, od); d.k < ad.kernel && d.i >= 0; d.k += ad.period, d.i -= ad.step)
         for (Tap h = first_h; h.k < ah.kernel && h.i >= 0; h.k += ah.period, h.i -= ah.step)
+#ifdef __CUDACC__
 #pragma unroll 4
+#endif
             for (Tap w = first_w; w.k < aw.kernel && w.i >= 0; w.k += aw.period, w.i -= aw.step)
-                sum += own[int64_t((d.k * ah.kernel + h.k) * aw.kernel + w.k) * layer.positions + (d.i * ah.in + h.i) * aw.in + w.i];
+                sum += products[int64_t((d.k * ah.kernel + h.k) * aw.kernel + w.k) * layer.positions + (d.i * ah.in + h.i) * aw.in + w.i];
+    return sum;
+}
+
+// The output of a channel that element k of its kernel makes of position i, or -1.
+HOST_DEVICE int output_of(const Layer& layer, int k, int i) {
+    const TapAxis &ad = layer.d, &ah = layer.h, &aw = layer.w;
+    const int kw = aw.by_kernel.take(k), kh = ah.by_kernel.take(k), iw = aw.by_in.take(i), ih = ah.by_in.take(i);
+    const int od = i * ad.stride - ad.padding + k * ad.dilation, oh = ih * ah.stride - ah.padding + kh * ah.dilation, ow = iw * aw.stride - aw.padding + kw * aw.dilation;
+    const bool inside = unsigned(od) < unsigned(ad.out) && unsigned(oh) < unsigned(ah.out) && unsigned(ow) < unsigned(aw.out);
+    return inside ? (od * ah.out + oh) * aw.out + ow : -1;
+}
+
+}  // namespace taps
+'''
+
+_SOURCES['taps.cuh'] = r'''
+// Sums of taps, and the spread gradient of outputs (taps.h).
+#pragma once
+
+#include "launch.cuh"
+#include "taps.h"
+
+namespace taps {
+
+constexpr int kThreads = 256;
+
+// Grid: (sample, output channel, kThreads outputs). bias may be null.
+__global__ void __launch_bounds__(kThreads, 4) add_kernel(const __grid_constant__ Layer layer, const float* products, const float* bias, bool apply_relu, float* out) {
+    wait_for_previous_kernel();
+    const int spans = (layer.outputs + kThreads - 1) / kThreads, row = blockIdx.x / spans, o = (blockIdx.x - row * spans) * kThreads + threadIdx.x;
+    if (o >= layer.outputs) return;
+    float sum = sum_of(layer, products + int64_t(row) * layer.volume * layer.positions, o);
     if (bias) sum += bias[row % layer.C_out];
     out[int64_t(row) * layer.outputs + o] = apply_relu ? relu(sum) : sum;
 }
@@ -1666,14 +1696,10 @@ inline int add(const Layer& layer, void* stream, const float* products, const fl
 // Grid: (sample, output channel, k, kThreads positions).
 __global__ void __launch_bounds__(kThreads) spread_kernel(const __grid_constant__ Layer layer, const float* dout, float* spread) {
     wait_for_previous_kernel();
-    const TapAxis &ad = layer.d, &ah = layer.h, &aw = layer.w;
     const int spans = (layer.positions + kThreads - 1) / kThreads, tap = blockIdx.x / spans, i = (blockIdx.x - tap * spans) * kThreads + threadIdx.x, row = tap / layer.volume;
     if (i >= layer.positions) return;
-    int kd = tap - row * layer.volume, id = i;
-    const int kw = aw.by_kernel.take(kd), kh = ah.by_kernel.take(kd), iw = aw.by_in.take(id), ih = ah.by_in.take(id);
-    const int od = id * ad.stride - ad.padding + kd * ad.dilation, oh = ih * ah.stride - ah.padding + kh * ah.dilation, ow = iw * aw.stride - aw.padding + kw * aw.dilation;
-    const bool inside = unsigned(od) < unsigned(ad.out) && unsigned(oh) < unsigned(ah.out) && unsigned(ow) < unsigned(aw.out);
-    spread[int64_t(tap) * layer.positions + i] = inside ? dout[int64_t(row) * layer.outputs + (od * ah.out + oh) * aw.out + ow] : 0.0f;
+    const int o = output_of(layer, tap - row * layer.volume, i);
+    spread[int64_t(tap) * layer.positions + i] = o >= 0 ? dout[int64_t(row) * layer.outputs + o] : 0.0f;
 }
 
 inline int spread(const Layer& layer, void* stream, const float* dout, float* spread) {
@@ -1726,8 +1752,8 @@ struct Parameters {
     // Outputs: row m is element k of channel c's kernel, column n position i of its sample, and out[n, c, i * stride + k] the output.
     int positions;                             // of a sample
     Divisor by_positions, by_volume, by_kernel_w, by_kernel_h, by_in_w, by_in_h;
-    int64_t out_h, out_w, out_volume, sample_outputs, part_outputs;
-    int stride_d, stride_h, stride_w;
+    int out_h, out_w, out_volume, stride_d, stride_h, stride_w;
+    int64_t sample_outputs, part_outputs;
     Neighbours neighbours;
     bool apply_relu;
     const void* bias;                          // or null
@@ -1921,7 +1947,7 @@ __device__ __forceinline__ Column column_of(const Parameters& a, const Place& ti
 
 // Of a row of a tile: its first output in a sample, or -1 where there is none, and its bias.
 struct Row {
-    int64_t place;
+    int place;
     float bias;
 };
 
@@ -1957,7 +1983,7 @@ __device__ __forceinline__ void store_staged(const Parameters& a, const Place& t
 #pragma unroll 2
     for (int staged = lane * kPositions / 32 * kRows; staged < kStagedRows; staged += kPositions * kRows) {
         const int row = first + staged / 2 * 4 + staged % 2;
-        const int64_t place = rows[row].place;
+        const int place = rows[row].place;
         if (place < 0) continue;
         Vector<T, kPositions * kRows> outputs;
 #pragma unroll
@@ -2198,7 +2224,7 @@ template <typename T> int forward(const Geometry& g, int device, void* stream, v
         const Axis &d = g.axis[0], &h = g.axis[1], &v = g.axis[2];
         a.by_volume = make_divisor(int(kernel_volume(g))), a.by_kernel_w = make_divisor(int(v.kernel)), a.by_kernel_h = make_divisor(int(h.kernel));
         a.by_in_w = make_divisor(int(v.in)), a.by_in_h = make_divisor(int(h.in));
-        a.out_h = h.out, a.out_w = v.out, a.out_volume = out_volume(g), a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(v.stride);
+        a.out_h = int(h.out), a.out_w = int(v.out), a.out_volume = int(out_volume(g)), a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(v.stride);
         a.neighbours = Neighbours::kNone;
         if (v.kernel == 2 && holds<Vector<T, 4>>(out)) a.neighbours = v.in % 2 == 0 ? Neighbours::kPairsOfTwo : Neighbours::kPairs;
         if (v.kernel == 1 && holds<Vector<T, 4>>(out) && v.in % 4 == 0) a.neighbours = Neighbours::kFour;

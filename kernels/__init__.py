@@ -17,6 +17,7 @@ SOURCES = (
     "launch.cuh",
     "group_norm.cuh",
     "add_parts.cuh",
+    "taps.h",
     "taps.cuh",
     "gemm.cuh",
     "conv_transpose3d_gemm.cu",

@@ -70,7 +70,7 @@ template <typename T> int forward(const Geometry& g, int device, void* stream, v
         const Axis &d = g.axis[0], &h = g.axis[1], &v = g.axis[2];
         a.by_volume = make_divisor(int(kernel_volume(g))), a.by_kernel_w = make_divisor(int(v.kernel)), a.by_kernel_h = make_divisor(int(h.kernel));
         a.by_in_w = make_divisor(int(v.in)), a.by_in_h = make_divisor(int(h.in));
-        a.out_h = h.out, a.out_w = v.out, a.out_volume = out_volume(g), a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(v.stride);
+        a.out_h = int(h.out), a.out_w = int(v.out), a.out_volume = int(out_volume(g)), a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(v.stride);
         a.neighbours = Neighbours::kNone;
         if (v.kernel == 2 && holds<Vector<T, 4>>(out)) a.neighbours = v.in % 2 == 0 ? Neighbours::kPairsOfTwo : Neighbours::kPairs;
         if (v.kernel == 1 && holds<Vector<T, 4>>(out) && v.in % 4 == 0) a.neighbours = Neighbours::kFour;

@@ -40,8 +40,8 @@ struct Parameters {
     // Outputs: row m is element k of channel c's kernel, column n position i of its sample, and out[n, c, i * stride + k] the output.
     int positions;                             // of a sample
     Divisor by_positions, by_volume, by_kernel_w, by_kernel_h, by_in_w, by_in_h;
-    int64_t out_h, out_w, out_volume, sample_outputs, part_outputs;
-    int stride_d, stride_h, stride_w;
+    int out_h, out_w, out_volume, stride_d, stride_h, stride_w;
+    int64_t sample_outputs, part_outputs;
     Neighbours neighbours;
     bool apply_relu;
     const void* bias;                          // or null
@@ -235,7 +235,7 @@ __device__ __forceinline__ Column column_of(const Parameters& a, const Place& ti
 
 // Of a row of a tile: its first output in a sample, or -1 where there is none, and its bias.
 struct Row {
-    int64_t place;
+    int place;
     float bias;
 };
 
@@ -271,7 +271,7 @@ __device__ __forceinline__ void store_staged(const Parameters& a, const Place& t
 #pragma unroll 2
     for (int staged = lane * kPositions / 32 * kRows; staged < kStagedRows; staged += kPositions * kRows) {
         const int row = first + staged / 2 * 4 + staged % 2;
-        const int64_t place = rows[row].place;
+        const int place = rows[row].place;
         if (place < 0) continue;
         Vector<T, kPositions * kRows> outputs;
 #pragma unroll

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name, shapes", [("tiles_emulation", 1000), ("dweight_emulation", 1500)])
+@pytest.mark.parametrize("name, shapes", [("tiles_emulation", 1000), ("dweight_emulation", 1500), ("taps_emulation", 1500)])
 def test_every_element_is_written_once_and_right(name, shapes, tmp_path):
     program, source = tmp_path / name, Path(__file__).with_name(f"{name}.cpp")
     subprocess.run([os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-Wall", "-Werror", "-o", program, source], check=True)
