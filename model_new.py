@@ -1604,6 +1604,12 @@ _SOURCES['taps.h'] = r'''
 
 #include "geometry.h"
 
+#ifdef __CUDA_ARCH__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL
+#endif
+
 namespace taps {
 
 // Of an axis: the taps k, k + period, ... of an output read the positions i, i - step, ...
@@ -1615,7 +1621,7 @@ struct TapAxis {
 struct Layer {
     TapAxis d, h, w;
     int64_t rows;                              // (sample, output channel)
-    int C_out, volume, positions, outputs;     // volume: of a kernel; positions and outputs: of a channel
+    int C_out, volume, positions, outputs;     // volume: of a kernel; positions and outputs: of a channel, whose products an int counts
 };
 
 inline TapAxis make_axis(const Axis& a) {
@@ -1625,6 +1631,13 @@ inline TapAxis make_axis(const Axis& a) {
 }
 inline Layer make_layer(const Geometry& g) {
     return {make_axis(g.axis[0]), make_axis(g.axis[1]), make_axis(g.axis[2]), g.N * g.C_out, int(g.C_out), int(kernel_volume(g)), int(in_volume(g)), int(out_volume(g))};
+}
+
+// Taps that an output has along an axis, at most.
+inline int most_taps(const TapAxis& a) { return int(ceil_div(a.kernel, a.period)); }
+inline int most_taps(const Layer& layer) {
+    const int d = most_taps(layer.d), h = most_taps(layer.h), w = most_taps(layer.w);
+    return d > h ? (d > w ? d : w) : (h > w ? h : w);
 }
 
 struct Tap { int k, i; };
@@ -1639,20 +1652,45 @@ HOST_DEVICE Tap first_tap(const TapAxis& a, int o) {
     return tap;
 }
 
-// The sum that output o of a channel is. products: the channel's.
-HOST_DEVICE float sum_of(const Layer& layer, const float* products, int o) {
+// Where the taps of an output along an axis are among a channel's products, which is the sum of the three axes' places, or -1 where there is no such tap.
+template <int kMost> struct Places {
+    int at[kMost];
+    HOST_DEVICE Places(const TapAxis& a, int o, int kernel_step, int position_step) {
+        Tap tap = first_tap(a, o);
+        UNROLL
+        for (int& place : at) {
+            place = tap.k < a.kernel && tap.i >= 0 ? tap.k * kernel_step + tap.i * position_step : -1;
+            tap.k += a.period, tap.i -= a.step;
+        }
+    }
+};
+
+// The sum that output o of a channel is, where each axis has at most kMost taps; any number where kMost is 0. products: the channel's.
+template <int kMost> HOST_DEVICE float sum_of(const Layer& layer, const float* products, int o) {
     const TapAxis &ad = layer.d, &ah = layer.h, &aw = layer.w;
     int od = o;
-    const int ow = aw.by_out.take(od), oh = ah.by_out.take(od);
-    const Tap first_h = first_tap(ah, oh), first_w = first_tap(aw, ow);
+    const int ow = aw.by_out.take(od), oh = ah.by_out.take(od), plane = ah.in * aw.in, row_kernels = aw.kernel * layer.positions;
     float sum = 0;
-    for (Tap d = first_tap(ad, od); d.k < ad.kernel && d.i >= 0; d.k += ad.period, d.i -= ad.step)
-        for (Tap h = first_h; h.k < ah.kernel && h.i >= 0; h.k += ah.period, h.i -= ah.step)
-#ifdef __CUDACC__
-#pragma unroll 4
-#endif
-            for (Tap w = first_w; w.k < aw.kernel && w.i >= 0; w.k += aw.period, w.i -= aw.step)
-                sum += products[int64_t((d.k * ah.kernel + h.k) * aw.kernel + w.k) * layer.positions + (d.i * ah.in + h.i) * aw.in + w.i];
+    if constexpr (kMost > 0) {
+        const Places<kMost> d(ad, od, ah.kernel * row_kernels, plane), h(ah, oh, row_kernels, aw.in), w(aw, ow, layer.positions, 1);
+        UNROLL
+        for (int i = 0; i < kMost; i++) {
+            float values[kMost * kMost];    // under way at once
+            UNROLL
+            for (int j = 0; j < kMost * kMost; j++) {
+                const int at_h = h.at[j / kMost], at_w = w.at[j % kMost];
+                values[j] = d.at[i] >= 0 && at_h >= 0 && at_w >= 0 ? products[d.at[i] + at_h + at_w] : 0.0f;
+            }
+            UNROLL
+            for (float v : values) sum += v;
+        }
+    } else {
+        const Tap first_h = first_tap(ah, oh), first_w = first_tap(aw, ow);
+        for (Tap d = first_tap(ad, od); d.k < ad.kernel && d.i >= 0; d.k += ad.period, d.i -= ad.step)
+            for (Tap h = first_h; h.k < ah.kernel && h.i >= 0; h.k += ah.period, h.i -= ah.step)
+                for (Tap w = first_w; w.k < aw.kernel && w.i >= 0; w.k += aw.period, w.i -= aw.step)
+                    sum += products[(d.k * ah.kernel + h.k) * row_kernels + d.i * plane + h.i * aw.in + w.k * layer.positions + w.i];
+    }
     return sum;
 }
 
@@ -1680,17 +1718,18 @@ namespace taps {
 constexpr int kThreads = 256;
 
 // Grid: (sample, output channel, kThreads outputs). bias may be null.
-__global__ void __launch_bounds__(kThreads, 4) add_kernel(const __grid_constant__ Layer layer, const float* products, const float* bias, bool apply_relu, float* out) {
+template <int kMost> __global__ void __launch_bounds__(kThreads, 4) add_kernel(const __grid_constant__ Layer layer, const float* products, const float* bias, bool apply_relu, float* out) {
     wait_for_previous_kernel();
     const int spans = (layer.outputs + kThreads - 1) / kThreads, row = blockIdx.x / spans, o = (blockIdx.x - row * spans) * kThreads + threadIdx.x;
     if (o >= layer.outputs) return;
-    float sum = sum_of(layer, products + int64_t(row) * layer.volume * layer.positions, o);
+    float sum = sum_of<kMost>(layer, products + int64_t(row) * layer.volume * layer.positions, o);
     if (bias) sum += bias[row % layer.C_out];
     out[int64_t(row) * layer.outputs + o] = apply_relu ? relu(sum) : sum;
 }
 
 inline int add(const Layer& layer, void* stream, const float* products, const float* bias, bool apply_relu, float* out) {
-    return launch(add_kernel, layer.rows * ceil_div(layer.outputs, kThreads), kThreads, stream, layer, products, bias, apply_relu, out);
+    const int most = most_taps(layer);
+    return launch(most <= 2 ? add_kernel<2> : most == 3 ? add_kernel<3> : add_kernel<0>, layer.rows * ceil_div(layer.outputs, kThreads), kThreads, stream, layer, products, bias, apply_relu, out);
 }
 
 // Grid: (sample, output channel, k, kThreads positions).

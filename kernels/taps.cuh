@@ -9,17 +9,18 @@ namespace taps {
 constexpr int kThreads = 256;
 
 // Grid: (sample, output channel, kThreads outputs). bias may be null.
-__global__ void __launch_bounds__(kThreads, 4) add_kernel(const __grid_constant__ Layer layer, const float* products, const float* bias, bool apply_relu, float* out) {
+template <int kMost> __global__ void __launch_bounds__(kThreads, 4) add_kernel(const __grid_constant__ Layer layer, const float* products, const float* bias, bool apply_relu, float* out) {
     wait_for_previous_kernel();
     const int spans = (layer.outputs + kThreads - 1) / kThreads, row = blockIdx.x / spans, o = (blockIdx.x - row * spans) * kThreads + threadIdx.x;
     if (o >= layer.outputs) return;
-    float sum = sum_of(layer, products + int64_t(row) * layer.volume * layer.positions, o);
+    float sum = sum_of<kMost>(layer, products + int64_t(row) * layer.volume * layer.positions, o);
     if (bias) sum += bias[row % layer.C_out];
     out[int64_t(row) * layer.outputs + o] = apply_relu ? relu(sum) : sum;
 }
 
 inline int add(const Layer& layer, void* stream, const float* products, const float* bias, bool apply_relu, float* out) {
-    return launch(add_kernel, layer.rows * ceil_div(layer.outputs, kThreads), kThreads, stream, layer, products, bias, apply_relu, out);
+    const int most = most_taps(layer);
+    return launch(most <= 2 ? add_kernel<2> : most == 3 ? add_kernel<3> : add_kernel<0>, layer.rows * ceil_div(layer.outputs, kThreads), kThreads, stream, layer, products, bias, apply_relu, out);
 }
 
 // Grid: (sample, output channel, k, kThreads positions).

@@ -24,11 +24,15 @@ static bool emulate(const Geometry& g, std::mt19937& random) {
             return false;
         }
     }
-    for (int o = 0; o < layer.outputs; o++)
-        if (taps::sum_of(layer, products.data(), o) != truth[o]) {
-            std::printf("output %d is %g, not %g\n", o, truth[o], taps::sum_of(layer, products.data(), o));
-            return false;
-        }
+    const int most = taps::most_taps(layer);
+    const auto is_right = [&](int o, float sum) {
+        if (sum != truth[o]) std::printf("output %d is %g, not %g\n", o, truth[o], sum);
+        return sum == truth[o];
+    };
+    for (int o = 0; o < layer.outputs; o++) {
+        const float* p = products.data();
+        if (!is_right(o, taps::sum_of<0>(layer, p, o)) || (most <= 2 && !is_right(o, taps::sum_of<2>(layer, p, o))) || (most <= 3 && !is_right(o, taps::sum_of<3>(layer, p, o)))) return false;
+    }
     return true;
 }
 
