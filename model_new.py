@@ -365,7 +365,7 @@ def _gemm_first(geometry, dtype, tf32, device):
 
 
 def _gemm_norm_first(geometry, dtype, tf32, device):
-    """The same behind ReLU + GroupNorm, whose statistics then are a pass of their own: on Hopper, where outputs nearly stay in the L2 cache."""
+    """The same behind ReLU + GroupNorm, which then reads the outputs for its statistics: on Hopper, where they nearly stay in the L2 cache."""
     few = geometry.N * geometry.C_out * math.prod(axis.out_size for axis in geometry.axis) <= 2**25
     return (few or _tensor_core_path(_capability(device.index)) != "sm90") and _gemm_first(geometry, dtype, tf32, device)
 
@@ -1758,6 +1758,8 @@ _SOURCES['gemm.cuh'] = r'''
 // conv_transpose3d_gemm.cu tells what is multiplied.
 #pragma once
 
+#include <type_traits>
+
 #include "ptx_sm80.cuh"
 
 namespace gemm {
@@ -1905,8 +1907,8 @@ template <typename T, int kCount, int kThreads> struct Inner {
 };
 
 // Which operands are inner ones.
-template <bool kRows_, bool kColumns_> struct Layout {
-    static constexpr bool kRows = kRows_, kColumns = kColumns_;
+template <bool kInnerRows_, bool kInnerColumns_> struct Layout {
+    static constexpr bool kInnerRows = kInnerRows_, kInnerColumns = kInnerColumns_;
 };
 
 // ------------------------------------------------------------------------------------------------------- Products
@@ -2071,8 +2073,8 @@ __device__ __forceinline__ void store(const Parameters& a, const Place& tile, in
 // --------------------------------------------------------------------------------------------------------- Kernel
 
 template <typename T, typename L, typename C> struct Shared {
-    using Rows = std::conditional_t<L::kRows, Inner<T, C::kRows, C::kThreads>, Outer<T, C::kRows, C::kThreads>>;
-    using Columns = std::conditional_t<L::kColumns, Inner<T, C::kColumns, C::kThreads>, Outer<T, C::kColumns, C::kThreads>>;
+    using Rows = std::conditional_t<L::kInnerRows, Inner<T, C::kRows, C::kThreads>, Outer<T, C::kRows, C::kThreads>>;
+    using Columns = std::conditional_t<L::kInnerColumns, Inner<T, C::kColumns, C::kThreads>, Outer<T, C::kColumns, C::kThreads>>;
     struct {
         T rows[Rows::kElements], columns[Columns::kElements];
     } stages[C::kStages];
@@ -2099,13 +2101,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) gemm_kernel(const _
     // Loads go on from tile to tile, so that the next one's are on their way while outputs are stored.
     const auto rows_of = [&](const Place& p) {
         const int row = p.row + Rows::own();
-        return Rows(a, a.rows, static_cast<const T*>(a.rows.data) + p.group * a.rows.group_pitch + row * (L::kRows ? a.rows.pitch : 1), a.M - row, p.part * a.part_steps);
+        return Rows(a, a.rows, static_cast<const T*>(a.rows.data) + p.group * a.rows.group_pitch + row * (L::kInnerRows ? a.rows.pitch : 1), a.M - row, p.part * a.part_steps);
     };
     const auto columns_of = [&](const Place& p) {
         const int column = p.column + Columns::own();
         const T* const first = static_cast<const T*>(a.columns.data) + p.group * a.columns.group_pitch;
         const Column own = column_of(a, p, column);
-        return Columns(a, a.columns, L::kColumns ? first + column * a.columns.pitch : first + own.n * a.columns.sample_pitch + own.position, a.N - column, p.part * a.part_steps);
+        return Columns(a, a.columns, L::kInnerColumns ? first + column * a.columns.pitch : first + own.n * a.columns.sample_pitch + own.position, a.N - column, p.part * a.part_steps);
     };
     int next_tile = blockIdx.x, next_step = 0, next_stage = 0;
     Place next = place_of(next_tile);
@@ -2144,16 +2146,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) gemm_kernel(const _
             cp_async_wait_group<C::kStages - 2>();
             __syncthreads();
             load_next();
-            float own_rows_values[C::kBlocks * 4][4], own_columns[4][4];
-            Rows::template fragment<C::kBlocks>(own_rows_values, shared.stages[stage].rows, warp_row);
-            Columns::template fragment<1>(own_columns, shared.stages[stage].columns, warp_column);
+            float row_values[C::kBlocks * 4][4], column_values[4][4];
+            Rows::template fragment<C::kBlocks>(row_values, shared.stages[stage].rows, warp_row);
+            Columns::template fragment<1>(column_values, shared.stages[stage].columns, warp_column);
             if constexpr (kSplit) {    // short sums on the tensor cores, which truncate each, and the long one rounded
                 Sums<C::kBlocks> part;
                 part.clear();
-                multiply_stage<true>(part, own_rows_values, own_columns);
+                multiply_stage<true>(part, row_values, column_values);
                 sums.add(part);
             } else {
-                multiply_stage<false>(sums, own_rows_values, own_columns);
+                multiply_stage<false>(sums, row_values, column_values);
             }
             stage = stage + 1 == C::kStages ? 0 : stage + 1;
         }
@@ -2172,7 +2174,7 @@ template <typename T, bool kSplit, typename L, typename C> int launch_cut(Parame
     return launch_with_shared(gemm_kernel<T, kSplit, L, C>, tiles < most ? tiles : most, C::kThreads, sizeof(Shared<T, L, C>), stream, a);
 }
 
-template <typename L> using Large = Cut<1, 4, 2, 3, L::kRows ? 3 : 4>;    // inner operands take more registers
+template <typename L> using Large = Cut<1, 4, 2, 3, L::kInnerRows ? 3 : 4>;    // inner operands take more registers
 using Small = Cut<2, 2, 1, 8, 2>;
 
 // Tiles that a multiprocessor has, in numbers of small ones.

@@ -37,7 +37,7 @@ NVCC = (model_new._cuda_root() or "") + "/bin/nvcc"
 
 
 def architectures_of(source):
-    return ["90a"] if source.endswith("_sm90.cu") else ["80", "89", "100", "120"] if source.endswith("_sm80.cu") else ["80", "90a", "120"]
+    return ["90a"] if source.endswith("_sm90.cu") else ["80", "89", "100", "120"] if source.endswith("_sm80.cu") else ["80", "90a"]
 
 
 @pytest.mark.skipif(not os.path.exists(NVCC), reason="no nvcc")
