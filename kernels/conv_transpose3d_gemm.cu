@@ -44,22 +44,15 @@ inline void set_outputs(Parameters& a, int64_t channels, void* out) {
     a.neighbours = a.positions % 4 == 0 && holds<float4>(out) ? Neighbours::kFour : Neighbours::kNone, a.out = out;
 }
 
-// Whether each output has one tap.
-inline bool has_single_taps(const Geometry& g) {
-    bool single = true;
-    for (const Axis& a : g.axis) single &= a.kernel == a.stride && a.out == a.in * a.stride;
-    return single;
-}
-
 // ------------------------------------------------------------------------------------------------------- Forward
 
 inline int64_t products_of(const Geometry& g) { return g.N * g.C_out * kernel_volume(g) * in_volume(g); }
 
-inline int64_t forward_workspace(const Geometry& g) { return has_single_taps(g) ? 0 : products_of(g) * int64_t(sizeof(float)); }
+inline int64_t forward_workspace(const Geometry& g) { return taps::has_single_taps(g) ? 0 : products_of(g) * int64_t(sizeof(float)); }
 
 template <typename T> int forward(const Geometry& g, int device, void* stream, void* workspace, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
     const int64_t in = g.C_in / g.groups, rows = g.C_out / g.groups * kernel_volume(g), positions = in_volume(g);
-    const bool single = has_single_taps(g);
+    const bool single = taps::has_single_taps(g);
     if (!single && sizeof(T) != 4) return cudaErrorNotSupported;
     Parameters a = {};
     a.rows = matrix_of<T>(w, 0, in * rows, rows), a.columns = matrix_of<T>(x, g.C_in * positions, in * positions, positions);
@@ -111,7 +104,7 @@ struct GradientsMemory {
     float *spread, *parts;
     int64_t bytes;
     GradientsMemory(const Geometry& g, const Parameters& dinput, const Parameters& dweight, void* base) {
-        const int64_t spread_count = kernel_volume(g) == 1 && has_single_taps(g) ? 0 : ceil_div(products_of(g), 64) * 64;
+        const int64_t spread_count = kernel_volume(g) == 1 && taps::has_single_taps(g) ? 0 : ceil_div(products_of(g), 64) * 64;
         const auto count = [](const Parameters& a, int64_t outputs) { return a.k_parts > 1 ? a.k_parts * outputs : 0; };
         const int64_t dinput_count = count(dinput, g.N * g.C_in * in_volume(g)), dweight_count = count(dweight, g.C_in * (g.C_out / g.groups) * kernel_volume(g));
         spread = spread_count > 0 ? static_cast<float*>(base) : nullptr, parts = static_cast<float*>(base) + spread_count;

@@ -38,6 +38,13 @@ inline Layer make_layer(const Geometry& g) {
     return {make_axis(g.axis[0]), make_axis(g.axis[1]), make_axis(g.axis[2]), g.N * g.C_out, int(g.C_out), int(kernel_volume(g)), int(in_volume(g)), int(out_volume(g))};
 }
 
+// Whether element k of the kernel and position i make output i * stride + k, and no others do. `_has_single_taps` in model_new.py is the same (tests/test_paths.py).
+inline bool has_single_taps(const Geometry& g) {
+    bool single = true;
+    for (const Axis& a : g.axis) single &= a.kernel == a.stride && a.padding == 0 && (a.dilation == 1 || a.kernel == 1) && a.out == a.in * a.stride;
+    return single;
+}
+
 // Taps that an output has along an axis, at most.
 inline int most_taps(const TapAxis& a) { return int(ceil_div(a.kernel, a.period)); }
 inline int most_taps(const Layer& layer) {

@@ -9,6 +9,11 @@
 
 static bool emulate(const Geometry& g, std::mt19937& random) {
     const taps::Layer layer = taps::make_layer(g);
+    const bool single = taps::has_single_taps(g);
+    if (single && layer.outputs != layer.volume * layer.positions) {
+        std::printf("%d outputs are not single products\n", layer.outputs);
+        return false;
+    }
     std::vector<float> products(size_t(layer.volume) * layer.positions), truth(layer.outputs, 0);
     for (float& v : products) v = int(random() % 7) - 3;
     const Axis *d = g.axis, *h = g.axis + 1, *w = g.axis + 2;
@@ -19,6 +24,13 @@ static bool emulate(const Geometry& g, std::mt19937& random) {
         const bool inside = od >= 0 && od < d->out && oh >= 0 && oh < h->out && ow >= 0 && ow < w->out;
         const int64_t o = inside ? (od * h->out + oh) * w->out + ow : -1;
         if (inside) truth[o] += products[size_t(k) * layer.positions + i];
+        if (single) {
+            const int64_t expected_d = i / (h->in * w->in) * d->stride + k / (h->kernel * w->kernel), expected_h = i / w->in % h->in * h->stride + k / w->kernel % h->kernel, expected_w = i % w->in * w->stride + k % w->kernel;
+            if (od != expected_d || oh != expected_h || ow != expected_w || !inside) {
+                std::printf("these taps are not single ones\n");
+                return false;
+            }
+        }
         if (taps::output_of(layer, k, i) != o) {
             std::printf("element %d of the kernel and position %d make output %d, not %d\n", k, i, int(o), taps::output_of(layer, k, i));
             return false;
@@ -45,6 +57,7 @@ int main(int, char** arguments) {
         bool exists = true;
         for (Axis& a : g.axis) {
             a = {among(1, 9), 0, among(1, 9), among(1, 9), among(0, 9), among(1, 5)};
+            if (done % 2 == 0) a.kernel = a.stride = among(1, 4), a.padding = among(0, 2), a.dilation = among(1, 2);
             const int64_t most_added = a.stride > a.dilation ? a.stride : a.dilation;
             a.out = (a.in - 1) * a.stride - 2 * a.padding + a.dilation * (a.kernel - 1) + among(0, int(most_added) - 1) + 1;
             exists &= a.out > 0;

@@ -13,9 +13,12 @@ import model_new
 
 @pytest.fixture(scope="module")
 def precision(tmp_path_factory):
-    """kernels/precision.h as a library."""
+    """kernels/precision.h, and what else both have to know, as a library."""
     folder = tmp_path_factory.mktemp("precision")
-    (folder / "precision.cpp").write_text(f"""#include "{Path(__file__).parents[1] / "kernels" / "precision.h"}"
+    headers = Path(__file__).parents[1] / "kernels"
+    (folder / "precision.cpp").write_text(f"""#include "{headers / "precision.h"}"
+        #include "{headers / "taps.h"}"
+        extern "C" int64_t single_taps(const Geometry* g) {{ return taps::has_single_taps(*g); }}
         extern "C" int64_t terms(const Geometry* g) {{ return terms_of(*g); }}
         extern "C" int64_t tf32(const Geometry* g) {{ return has_tf32(*g); }}
         extern "C" int64_t in_float32(const Geometry* g) {{ return forward_in_float32(*g); }}
@@ -35,3 +38,15 @@ def test_rules_agree(precision):
         assert precision.terms(address) == model_new._terms(geometry)
         assert bool(precision.tf32(address)) == model_new._has_tf32(geometry)
         assert bool(precision.in_float32(address)) == model_new._forward_in_float32(geometry)
+
+
+def test_single_taps_agree(precision):
+    found = 0
+    for (kernel, stride), padding, dilation, added in itertools.product(((1, 1), (2, 2), (3, 3), (2, 1), (1, 2)), (0, 1), (1, 2, 3), (0, 1, 2)):
+        if added >= max(stride, dilation):
+            continue
+        geometry, _ = model_new._geometry((2, 8, 9, 9, 9), (8, 8, kernel, 1, 1), (stride, 1, 1), (padding, 0, 0), (added, 0, 0), 1, (dilation, 1, 1))
+        assert bool(precision.single_taps(ctypes.c_void_p(ctypes.addressof(geometry)))) == model_new._has_single_taps(geometry)
+        found += model_new._has_single_taps(geometry)
+        assert not model_new._has_single_taps(geometry) or (kernel == stride and padding == added == 0 and dilation * (kernel - 1) == kernel - 1)
+    assert found == 5    # kernels of 1 with any dilation, of 2 and 3 without
