@@ -5,6 +5,7 @@
     python bench.py --quick              without the compiled competitors
     python bench.py --peer eager         against this one only (may be given several times)
     python bench.py --problem fused      one problem (several with commas)
+    python bench.py --shape "2,320,8,8,8 256 3 stride=2 padding=1 output_padding=1"    a shape of yours (may be given several times)
     python bench.py --compare A.json B.json
     python bench.py --tables A.json B.json    the tables of earlier runs, of some problems each, in one
 
@@ -35,6 +36,8 @@ DRIFT = 0.1     # relative difference of our own two timings that is worth a war
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", action="append", default=[], help="a problem's name, or several with commas")
+    parser.add_argument("--shape", action="append", default=[], metavar="SHAPE", help="instead of the fixed problems, or beside those of --problem: input shape, output channels, kernel size, name=value of ConvTranspose3d's others; "
+                        "norm=8: with ReLU and GroupNorm of 8 groups; three numbers with commas for the axes")
     parser.add_argument("--quick", action="store_true", help="leave out the competitors that compile")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME", choices=[p.name for p in peers.PEERS if not p.ours], help="only this competitor, or these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -52,6 +55,26 @@ def select(names):
     if unknown:
         raise KeyError(f"--problem: no such problem: {', '.join(unknown)}; there are {', '.join(problems)}")
     return [problems[name] for name in names] if names else list(problems.values())
+
+
+def problem_of(text):
+    """The problem that an argument of --shape describes."""
+    def numbers(word):
+        values = tuple(int(number) for number in word.split(","))
+        return values[0] if len(values) == 1 else values
+
+    try:
+        shape, out_channels, kernel_size, *others = text.split()
+        shape, keywords = numbers(shape), {name: numbers(value) for name, value in (word.split("=") for word in others)}
+        init = {"in_channels": shape[-4], "out_channels": int(out_channels), "kernel_size": numbers(kernel_size), **keywords}
+        norm = init.pop("norm", None)
+        if norm:
+            init["groups"] = norm
+        problem = reference.Problem(text, "fused" if norm else "plain", shape, init)
+        problem.reference_class(**init)
+    except (IndexError, TypeError, ValueError) as error:
+        raise RuntimeError(f"--shape: expected an input shape, output channels, a kernel size and name=value, as in '2,320,8,8,8 256 3 stride=2 padding=1', got '{text}': {error}")
+    return problem
 
 
 def run_peer(peer, problems, device, seed):
@@ -107,7 +130,10 @@ def main(arguments=None):
             raise RuntimeError("--device: there is no GPU that torch can use; try --device cpu")
         if args.plot:
             import matplotlib  # noqa: F401  (before the measurements, not after them)
-        problems = select([name for names in args.problem for name in names.split(",")])
+        names = [name for names in args.problem for name in names.split(",")]
+        problems = [problem_of(text) for text in args.shape] + (select(names) if names or not args.shape else [])
+        if args.shape and args.update_readme:
+            raise RuntimeError("--update-readme: README.md's table is of the fixed problems, without --shape")
         if device.type == "cpu":
             problems = [dataclasses.replace(p, input_shape=(1, *p.input_shape[1:])) for p in problems]
         print(environment.header(device))
@@ -135,7 +161,9 @@ def load(paths):
     """publish's arguments from files of --json: where two have the same problem, the later one's results."""
     runs = [json.load(open(path)) for path in paths]
     results = {name: times for run in runs for name, times in run["results"].items()}
-    return [p for p in reference.PROBLEMS if p.name in results], results, runs[0]["ceilings"], runs[0]["environment"]
+    fixed = [p for p in reference.PROBLEMS if p.name in results]
+    problems = fixed + [problem_of(name) for name in results if name not in {p.name for p in fixed}]
+    return problems, results, runs[0]["ceilings"], runs[0]["environment"]
 
 
 def save(path, results, limits, described):

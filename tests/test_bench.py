@@ -122,3 +122,17 @@ def test_chosen_competitors(monkeypatch):
     monkeypatch.setattr(bench, "run_peer", lambda peer, *rest: asked.append(peer.name) or {})
     bench.run_all([PROBLEMS[0]], torch.device("cuda"), True, ["eager", "channels_last"], lambda results: None)
     assert asked == ["ours", "eager", "channels_last"]
+
+
+def test_shapes_of_ones_own(tmp_path, monkeypatch, capsys):
+    plain, fused = bench.problem_of("2,320,8,8,8 256 1,2,2 stride=1,2,2 groups=2"), bench.problem_of("2,64,8,8,8 32 3 padding=1 norm=8")
+    assert plain.model == "plain" and plain.input_shape == (2, 320, 8, 8, 8) and plain.init == {"in_channels": 320, "out_channels": 256, "kernel_size": (1, 2, 2), "stride": (1, 2, 2), "groups": 2}
+    assert fused.model == "fused" and fused.init["groups"] == 8 and "norm" not in fused.init
+    path = tmp_path / "shapes.json"
+    bench.save(path, {fused.name: {}, "dense": {}}, None, {})
+    problems, results, _, _ = bench.load([path])
+    assert [p.name for p in problems] == ["dense", fused.name] and problems[1] == fused
+    for wrong in ("2,8,4,4,4 8", "2,8,4,4,4 8 2 strid=2", "2,8,4,4,4 8 2 stride=x", "8 8 2"):
+        assert bench.main(["--device", "cpu", "--shape", wrong]) == 2
+        assert f"got '{wrong}'" in capsys.readouterr().err
+    assert bench.main(["--device", "cpu", "--shape", plain.name, "--update-readme"]) == 2
