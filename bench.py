@@ -162,8 +162,8 @@ def load(paths):
     runs = [json.load(open(path)) for path in paths]
     results = {name: times for run in runs for name, times in run["results"].items()}
     fixed = [p for p in reference.PROBLEMS if p.name in results]
-    problems = fixed + [problem_of(name) for name in results if name not in {p.name for p in fixed}]
-    return problems, results, runs[0]["ceilings"], runs[0]["environment"]
+    names = {p.name for p in fixed}
+    return fixed + [problem_of(name) for name in results if name not in names], results, runs[0]["ceilings"], runs[0]["environment"]
 
 
 def save(path, results, limits, described):

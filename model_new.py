@@ -264,9 +264,29 @@ def _always(geometry, dtype, tf32, device):
     return True
 
 
+def _allows_tensor_cores(dtype, tf32):
+    """Whether their operands, of 10 bits of mantissa, are precise enough."""
+    return tf32 if dtype == torch.float32 else dtype != torch.float64
+
+
+def _is_hopper(device):
+    """Or is taken for one."""
+    return _tensor_core_path(_capability(device.index)) == "sm90"
+
+
+def _positions(geometry):
+    """Of a sample of the input."""
+    return math.prod(axis.in_size for axis in geometry.axis)
+
+
+def _outputs(geometry):
+    """Of a sample."""
+    return geometry.C_out * math.prod(axis.out_size for axis in geometry.axis)
+
+
 def _tensor_cores(path, operation, geometry, dtype, tf32, device):
     """TF32-equivalent arithmetic allowed, enough work to fill tiles, and a tiling of ``path``, which is the device's."""
-    return (_tensor_core_path(_capability(device.index)) == path and (tf32 if dtype == torch.float32 else dtype != torch.float64)
+    return (_tensor_core_path(_capability(device.index)) == path and _allows_tensor_cores(dtype, tf32)
             and all(axis.kernel <= 7 and axis.stride <= 4 for axis in geometry.axis)
             and _multiply_adds(geometry) >= _FEW_MULTIPLY_ADDS
             and bool(getattr(_library("cuda"), f"conv_transpose3d_{operation}_supports_{path}")(ctypes.addressof(geometry), device.index)))
@@ -301,7 +321,7 @@ def _forward_in_float32(geometry):
 
 
 def _has_float32_dinput(geometry, dtype):
-    """The same of the input's gradient and few output channels."""
+    """Where output channels are few, it computes the input's gradient in float32 too."""
     return dtype == torch.float32 and geometry.C_out <= 3
 
 
@@ -336,27 +356,26 @@ def _has_single_taps(geometry):
 
 def _products(geometry):
     """Of elements of kernels and positions of the input, for each output channel and sample."""
-    return geometry.N * geometry.C_out * math.prod(axis.kernel * axis.in_size for axis in geometry.axis)
+    return geometry.N * geometry.C_out * _positions(geometry) * math.prod(axis.kernel for axis in geometry.axis)
 
 
 def _has_tiles(geometry):
     """Channels and positions enough for tiles of products of matrices; not too many of these, and a sample's elements and the weight's fewer than an int counts."""
-    channels, positions = geometry.C_in // geometry.groups, math.prod(axis.in_size for axis in geometry.axis)
+    channels, positions = geometry.C_in // geometry.groups, _positions(geometry)
     rows = geometry.C_out // geometry.groups * math.prod(axis.kernel for axis in geometry.axis)
-    largest = max(geometry.C_in * positions, geometry.C_out * math.prod(axis.out_size for axis in geometry.axis), geometry.C_in * rows)
+    largest = max(geometry.C_in * positions, _outputs(geometry), geometry.C_in * rows)
     return channels >= 8 and rows >= 32 and positions >= 32 and _products(geometry) <= 2**40 and largest < 2**30
 
 
 def _gemm(geometry, dtype, tf32, device):
     """Where outputs have several taps, products are stored, and must not be too many."""
-    allowed = tf32 if dtype == torch.float32 else dtype != torch.float64
-    return allowed and _has_tiles(geometry) and (_has_single_taps(geometry) or (dtype == torch.float32 and _products(geometry) < _MOST_PRODUCTS))
+    return _allows_tensor_cores(dtype, tf32) and _has_tiles(geometry) and (_has_single_taps(geometry) or (dtype == torch.float32 and _products(geometry) < _MOST_PRODUCTS))
 
 
 def _gemm_first(geometry, dtype, tf32, device):
     """Where that is faster than packed copies (kernels/NOTES.md): on Hopper, few products; where none are stored, short sums and kernels of 1 too."""
     split, products, channels = dtype == torch.float32 and _forward_in_float32(geometry), _products(geometry), geometry.C_in // geometry.groups
-    if _tensor_core_path(_capability(device.index)) != "sm90":
+    if not _is_hopper(device):
         first = True
     elif _has_single_taps(geometry):
         first = products * channels <= (2**29 if split else 5 * 2**28) or channels <= 32 or all(axis.kernel == 1 for axis in geometry.axis)
@@ -367,18 +386,18 @@ def _gemm_first(geometry, dtype, tf32, device):
 
 def _gemm_norm_first(geometry, dtype, tf32, device):
     """The same behind ReLU + GroupNorm, which then reads the outputs for its statistics: on Hopper, where they nearly stay in the L2 cache."""
-    few = geometry.N * geometry.C_out * math.prod(axis.out_size for axis in geometry.axis) <= 2**25
-    return (few or _tensor_core_path(_capability(device.index)) != "sm90") and _gemm_first(geometry, dtype, tf32, device)
+    return (not _is_hopper(device) or geometry.N * _outputs(geometry) <= 2**25) and _gemm_first(geometry, dtype, tf32, device)
 
 
 def _gemm_gradients(geometry, dtype, tf32, device):
+    """Where they are TF32, and the spread gradient of the outputs is not too large."""
     return dtype == torch.float32 and tf32 and _multiply_adds(geometry) >= _FEW_MULTIPLY_ADDS and _has_tiles(geometry) and _products(geometry) < _MOST_PRODUCTS
 
 
 def _gemm_gradients_first(geometry, dtype, tf32, device):
     """Where that is faster than packed copies (kernels/NOTES.md): on Hopper, small problems, and weights of more elements than there are products."""
-    few = _products(geometry) <= 1.2e6 or geometry.N * math.prod(axis.in_size for axis in geometry.axis) <= 0.9 * geometry.C_in / geometry.groups
-    return (few or _tensor_core_path(_capability(device.index)) != "sm90") and _gemm_gradients(geometry, dtype, tf32, device)
+    few = _products(geometry) <= 1.2e6 or geometry.N * _positions(geometry) <= 0.9 * geometry.C_in / geometry.groups
+    return (few or not _is_hopper(device)) and _gemm_gradients(geometry, dtype, tf32, device)
 
 
 def _forward_on(path):
@@ -1056,13 +1075,16 @@ HOST_DEVICE int64_t gcd(int64_t a, int64_t b) {
     return a;
 }
 
+// The taps k, k + period, ... of a kernel share their outputs' residue.
+HOST_DEVICE int64_t tap_period(const Axis& a) { return a.stride / gcd(a.stride, a.dilation); }
+
 HOST_DEVICE int64_t num_phases(Direction direction, const Axis& a) { return direction == Direction::kForward ? a.stride : 1; }
 
 HOST_DEVICE Phase make_phase(Direction direction, const Axis& a, int64_t phase) {
     if (direction == Direction::kDInput)
         return {0, 1, int(a.in), 0, 1, int(a.kernel), int(-a.padding), int(a.stride), int(a.dilation), int(a.out)};
     // Taps of the outputs o = phase + q * stride are those with (phase + padding - k * dilation) mod stride == 0.
-    int64_t period = a.stride / gcd(a.stride, a.dilation);
+    int64_t period = tap_period(a);
     int64_t k = 0;
     while (k < period && (phase + a.padding - k * a.dilation) % a.stride != 0) k++;
     int64_t taps = k < period && k < a.kernel ? ceil_div(a.kernel - k, period) : 0;
@@ -1088,8 +1110,6 @@ _SOURCES['precision.h'] = r'''
 // tensor cores at all is up to the table of paths in model_new.py, which has functions of the same names (tests/test_paths.py).
 #pragma once
 
-#include <numeric>
-
 #include "geometry.h"
 
 // Several groups: as accurate as float32 where no sum has more products than this; with more, they are computed as one group, with zeros between them.
@@ -1098,7 +1118,7 @@ constexpr int64_t kMostSplitTerms = 128;
 // Products of an output, at most.
 inline int64_t terms_of(const Geometry& g) {
     int64_t terms = g.C_in / g.groups;
-    for (const Axis& a : g.axis) terms *= ceil_div(a.kernel, a.stride / std::gcd(a.stride, a.dilation));    // taps of a phase
+    for (const Axis& a : g.axis) terms *= ceil_div(a.kernel, tap_period(a));    // taps of a phase
     return terms;
 }
 
@@ -1359,6 +1379,12 @@ private:
     int previous_ = -1;
 };
 
+inline int multiprocessors_of(int device) {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
 constexpr int64_t kMaxGrid = 0x7fffffff;    // blocks of a one-dimensional grid
 constexpr int64_t kOverlappedBlocks = 1024;    // more of them start one after another, and waiting costs each a microsecond
 
@@ -1593,6 +1619,79 @@ inline int add(const Parts& p, int dtype, const void* bias, bool apply_relu, voi
 }  // namespace parts
 '''
 
+_SOURCES['ptx_sm80.cuh'] = r'''
+// PTX instructions of sm_80 and up, one per wrapper, named after it. Reference: the PTX ISA's chapters "mma.m16n8k16", "ldmatrix" and
+// "cp.async".
+#pragma once
+
+#include "launch.cuh"
+
+// ----------------------------------------------------------------------------------------------------- Arithmetic
+
+// v as TF32, in the bits of a float32 of which the tensor cores take the upper 19: rounded to nearest, ties away from zero, as cvt.rna.tf32 does, which has no instruction.
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+    const float magnitude = __uint_as_float(__float_as_uint(v) & 0xff800000);    // a power of two, half of whose TF32 unit is added
+    return __float_as_uint(fmaf(magnitude, 1.0f / 2048, v));
+}
+// What that leaves of v, likewise.
+__device__ __forceinline__ uint32_t tf32_rest(float v) { return to_tf32(v - __uint_as_float(to_tf32(v) & 0xffffe000)); }
+
+// max that keeps NaN
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float v;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
+
+// -------------------------------------------------------------------------------------------------- Shared memory
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void shared_store(uint32_t address, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory"); }
+
+// Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
+__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(inside ? 16 : 0) : "memory");
+}
+// The same of 4 bytes.
+__device__ __forceinline__ void cp_async_4(uint32_t destination, const void* source, bool inside) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(inside ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but kPending of this thread's groups are complete.
+template <int kPending> __device__ __forceinline__ void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+
+// Rows of a tile in shared memory, 32, 64 or 128 bytes each, are swizzled as the TMA unit does it: by the row's place in 128-byte lines,
+// so that eight neighbouring rows' equal pieces lie in different banks. The offset of a 16-byte piece:
+__device__ __forceinline__ uint32_t swizzled(int row, int piece, int row_bytes) {
+    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
+    return row * row_bytes + ((piece ^ turn) << 4);
+}
+
+// --------------------------------------------------------------------------------------------------- Tensor cores
+
+// Four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 give the rows of matrix i, 16 bytes each. Element (lane / 4, lane % 4 * 2)
+// and its neighbour go to a lane; transposed: element (lane % 4 * 2, lane / 4) and the one below it.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+
+// d (16, 8) += a (16, 16) * b (16, 8): fp16 operands, fp32 sums. Element i of a lane is row lane / 4 + i / 2 * 8, column lane % 4 * 2 + i % 2.
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d (16, 8) += a (16, 8) * b (8, 8): TF32 operands, fp32 sums. a: rows lane / 4 and 8 further of column lane % 4, then of the one 4 further; b: rows lane % 4 and 4
+// further of column lane / 4; d as above.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+'''
+
 _SOURCES['taps.h'] = r'''
 // A layer's outputs as sums of products, one for each element k of the kernel and position i of the input, and its outputs' gradient spread out likewise: the index
 // arithmetic, for host and device.
@@ -1626,8 +1725,8 @@ struct Layer {
 };
 
 inline TapAxis make_axis(const Axis& a) {
-    const int64_t common = gcd(a.stride, a.dilation);
-    return {int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation), int(a.stride / common), int(a.dilation / common),
+    const int64_t period = tap_period(a);
+    return {int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation), int(period), int(period * a.dilation / a.stride),
             make_divisor(int(a.in)), make_divisor(int(a.out)), make_divisor(int(a.kernel))};
 }
 inline Layer make_layer(const Geometry& g) {
@@ -2222,12 +2321,6 @@ using DWeight = Layout<true, true>;
 
 constexpr int kLeastSteps = 8;                 // of a part of the sum
 
-inline int multiprocessors_of(int device) {
-    int count = 0;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
 template <typename T> Matrix matrix_of(const void* data, int64_t sample_pitch, int64_t group_pitch, int64_t pitch) {
     const auto whole = [](int64_t elements) { return elements * int64_t(sizeof(T)) % 16 == 0; };
     return {data, sample_pitch, group_pitch, pitch, whole(sample_pitch) && whole(group_pitch) && whole(pitch) && holds<uint4>(data)};
@@ -2240,11 +2333,21 @@ inline void set_columns(Parameters& a, int64_t positions, int64_t samples, bool 
     a.N = int(together ? samples * positions : positions), a.column_samples = int(together ? 1 : samples);
 }
 
-// Outputs (channels, positions) of a sample, a row each.
-inline void set_outputs(Parameters& a, int64_t channels, void* out) {
-    a.by_volume = a.by_kernel_w = a.by_kernel_h = a.by_in_h = make_divisor(1), a.by_in_w = make_divisor(a.positions);
-    a.out_w = a.out_volume = a.positions, a.out_h = 1, a.sample_outputs = channels * a.positions, a.stride_d = a.stride_h = a.stride_w = 1;
-    a.neighbours = a.positions % 4 == 0 && holds<float4>(out) ? Neighbours::kFour : Neighbours::kNone, a.out = out;
+// Outputs of a layer with single taps.
+template <typename T> void set_outputs(Parameters& a, const Geometry& g, void* out) {
+    const Axis &d = g.axis[0], &h = g.axis[1], &w = g.axis[2];
+    a.by_volume = make_divisor(int(kernel_volume(g))), a.by_kernel_w = make_divisor(int(w.kernel)), a.by_kernel_h = make_divisor(int(h.kernel));
+    a.by_in_w = make_divisor(int(w.in)), a.by_in_h = make_divisor(int(h.in));
+    a.out_h = int(h.out), a.out_w = int(w.out), a.out_volume = int(out_volume(g)), a.sample_outputs = g.C_out * a.out_volume;
+    a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(w.stride), a.out = out;
+    if (w.kernel == 2 && holds<Vector<T, 4>>(out)) a.neighbours = w.in % 2 == 0 ? Neighbours::kPairsOfTwo : Neighbours::kPairs;
+    if (w.kernel == 1 && holds<Vector<T, 4>>(out) && w.in % 4 == 0) a.neighbours = Neighbours::kFour;
+}
+
+// The layer whose outputs are (channels, positions) of a sample, a row each: a kernel of 1.
+inline Geometry rows_of(int64_t channels, int64_t positions) {
+    const Axis one = {1, 1, 1, 1, 0, 1}, all = {positions, positions, 1, 1, 0, 1};
+    return {1, channels, channels, 1, {one, one, all}};
 }
 
 // ------------------------------------------------------------------------------------------------------- Forward
@@ -2261,17 +2364,8 @@ template <typename T> int forward(const Geometry& g, int device, void* stream, v
     a.rows = matrix_of<T>(w, 0, in * rows, rows), a.columns = matrix_of<T>(x, g.C_in * positions, in * positions, positions);
     a.groups = int(g.groups), a.M = int(rows), a.K = int(in), a.k_samples = a.k_parts = 1, a.part_steps = a.sample_steps();
     set_columns(a, positions, g.N, positions * sizeof(T) % 16 == 0);
-    set_outputs(a, g.C_out * kernel_volume(g), workspace);
-    if (single) {
-        const Axis &d = g.axis[0], &h = g.axis[1], &v = g.axis[2];
-        a.by_volume = make_divisor(int(kernel_volume(g))), a.by_kernel_w = make_divisor(int(v.kernel)), a.by_kernel_h = make_divisor(int(h.kernel));
-        a.by_in_w = make_divisor(int(v.in)), a.by_in_h = make_divisor(int(h.in));
-        a.out_h = int(h.out), a.out_w = int(v.out), a.out_volume = int(out_volume(g)), a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(v.stride);
-        a.neighbours = Neighbours::kNone;
-        if (v.kernel == 2 && holds<Vector<T, 4>>(out)) a.neighbours = v.in % 2 == 0 ? Neighbours::kPairsOfTwo : Neighbours::kPairs;
-        if (v.kernel == 1 && holds<Vector<T, 4>>(out) && v.in % 4 == 0) a.neighbours = Neighbours::kFour;
-        a.bias = bias, a.apply_relu = apply_relu, a.out = out;
-    }
+    if (single) set_outputs<T>(a, g, out), a.bias = bias, a.apply_relu = apply_relu;
+    else set_outputs<T>(a, rows_of(g.C_out * kernel_volume(g), positions), workspace);
     const int multiprocessors = multiprocessors_of(device);
     RETURN_IF_ERROR((sizeof(T) == 4 && forward_in_float32(g) ? multiply<T, sizeof(T) == 4, Forward>(a, multiprocessors, stream) : multiply<T, false, Forward>(a, multiprocessors, stream)));
     return single ? cudaSuccess : taps::add(taps::make_layer(g), stream, static_cast<const float*>(workspace), static_cast<const float*>(bias), apply_relu, static_cast<float*>(out));
@@ -2322,7 +2416,7 @@ inline int64_t gradients_workspace(const Geometry& g, int device) {
 
 // out (samples, channels, positions): the product, or the sum of its parts.
 template <typename L> int multiply_parts(Parameters& a, int64_t samples, int64_t channels, float* parts, float* out, int multiprocessors, void* stream) {
-    set_outputs(a, channels, a.k_parts > 1 ? parts : out);
+    set_outputs<float>(a, rows_of(channels, a.positions), a.k_parts > 1 ? parts : out);
     a.part_outputs = samples * a.sample_outputs;
     RETURN_IF_ERROR((multiply<float, false, L>(a, multiprocessors, stream)));
     return a.k_parts == 1 ? cudaSuccess : parts::add({parts, a.k_parts, samples, int(channels), a.positions}, kFloat32, nullptr, false, out, {}, stream);
@@ -2366,79 +2460,6 @@ extern "C" int conv_transpose3d_gradients_gemm(const Geometry* g, int dtype, int
     DeviceGuard guard(device);
     if (dtype != kFloat32) return cudaErrorNotSupported;
     return gemm::gradients(*g, device, stream, workspace, static_cast<const float*>(dout), static_cast<const float*>(x), static_cast<const float*>(w), static_cast<float*>(dx), static_cast<float*>(dweight));
-}
-'''
-
-_SOURCES['ptx_sm80.cuh'] = r'''
-// PTX instructions of sm_80 and up, one per wrapper, named after it. Reference: the PTX ISA's chapters "mma.m16n8k16", "ldmatrix" and
-// "cp.async".
-#pragma once
-
-#include "launch.cuh"
-
-// ----------------------------------------------------------------------------------------------------- Arithmetic
-
-// v as TF32, in the bits of a float32 of which the tensor cores take the upper 19: rounded to nearest, ties away from zero, as cvt.rna.tf32 does, which has no instruction.
-__device__ __forceinline__ uint32_t to_tf32(float v) {
-    const float magnitude = __uint_as_float(__float_as_uint(v) & 0xff800000);    // a power of two, half of whose TF32 unit is added
-    return __float_as_uint(fmaf(magnitude, 1.0f / 2048, v));
-}
-// What that leaves of v, likewise.
-__device__ __forceinline__ uint32_t tf32_rest(float v) { return to_tf32(v - __uint_as_float(to_tf32(v) & 0xffffe000)); }
-
-// max that keeps NaN
-__device__ __forceinline__ float max_nan(float a, float b) {
-    float v;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-    return v;
-}
-
-// -------------------------------------------------------------------------------------------------- Shared memory
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ void shared_store(uint32_t address, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory"); }
-
-// Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
-__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(inside ? 16 : 0) : "memory");
-}
-// The same of 4 bytes.
-__device__ __forceinline__ void cp_async_4(uint32_t destination, const void* source, bool inside) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(inside ? 4 : 0) : "memory");
-}
-__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all but kPending of this thread's groups are complete.
-template <int kPending> __device__ __forceinline__ void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
-
-// Rows of a tile in shared memory, 32, 64 or 128 bytes each, are swizzled as the TMA unit does it: by the row's place in 128-byte lines,
-// so that eight neighbouring rows' equal pieces lie in different banks. The offset of a 16-byte piece:
-__device__ __forceinline__ uint32_t swizzled(int row, int piece, int row_bytes) {
-    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
-    return row * row_bytes + ((piece ^ turn) << 4);
-}
-
-// --------------------------------------------------------------------------------------------------- Tensor cores
-
-// Four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 give the rows of matrix i, 16 bytes each. Element (lane / 4, lane % 4 * 2)
-// and its neighbour go to a lane; transposed: element (lane % 4 * 2, lane / 4) and the one below it.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&v)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&v)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
-}
-
-// d (16, 8) += a (16, 16) * b (16, 8): fp16 operands, fp32 sums. Element i of a lane is row lane / 4 + i / 2 * 8, column lane % 4 * 2 + i % 2.
-__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// d (16, 8) += a (16, 8) * b (8, 8): TF32 operands, fp32 sums. a: rows lane / 4 and 8 further of column lane % 4, then of the one 4 further; b: rows lane % 4 and 4
-// further of column lane / 4; d as above.
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 '''
 
@@ -4565,7 +4586,7 @@ template <typename Path> Plan make_plan(const Geometry& g, Direction direction, 
     const bool forward = direction == Direction::kForward;
     Plan plan = {};
     plan.direction = direction;
-    cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    plan.multiprocessors = multiprocessors_of(device);
     plan.source_channels = forward ? g.C_in : g.C_out;
     plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
     if (has_stencil(g)) {

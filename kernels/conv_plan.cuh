@@ -50,7 +50,7 @@ template <typename Path> Plan make_plan(const Geometry& g, Direction direction, 
     const bool forward = direction == Direction::kForward;
     Plan plan = {};
     plan.direction = direction;
-    cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    plan.multiprocessors = multiprocessors_of(device);
     plan.source_channels = forward ? g.C_in : g.C_out;
     plan.problem.N = g.N, plan.problem.C_out = forward ? g.C_out : g.C_in, plan.problem.out_volume = forward ? out_volume(g) : in_volume(g);
     if (has_stencil(g)) {

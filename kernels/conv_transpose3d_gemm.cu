@@ -19,12 +19,6 @@ using DWeight = Layout<true, true>;
 
 constexpr int kLeastSteps = 8;                 // of a part of the sum
 
-inline int multiprocessors_of(int device) {
-    int count = 0;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
 template <typename T> Matrix matrix_of(const void* data, int64_t sample_pitch, int64_t group_pitch, int64_t pitch) {
     const auto whole = [](int64_t elements) { return elements * int64_t(sizeof(T)) % 16 == 0; };
     return {data, sample_pitch, group_pitch, pitch, whole(sample_pitch) && whole(group_pitch) && whole(pitch) && holds<uint4>(data)};
@@ -37,11 +31,21 @@ inline void set_columns(Parameters& a, int64_t positions, int64_t samples, bool 
     a.N = int(together ? samples * positions : positions), a.column_samples = int(together ? 1 : samples);
 }
 
-// Outputs (channels, positions) of a sample, a row each.
-inline void set_outputs(Parameters& a, int64_t channels, void* out) {
-    a.by_volume = a.by_kernel_w = a.by_kernel_h = a.by_in_h = make_divisor(1), a.by_in_w = make_divisor(a.positions);
-    a.out_w = a.out_volume = a.positions, a.out_h = 1, a.sample_outputs = channels * a.positions, a.stride_d = a.stride_h = a.stride_w = 1;
-    a.neighbours = a.positions % 4 == 0 && holds<float4>(out) ? Neighbours::kFour : Neighbours::kNone, a.out = out;
+// Outputs of a layer with single taps.
+template <typename T> void set_outputs(Parameters& a, const Geometry& g, void* out) {
+    const Axis &d = g.axis[0], &h = g.axis[1], &w = g.axis[2];
+    a.by_volume = make_divisor(int(kernel_volume(g))), a.by_kernel_w = make_divisor(int(w.kernel)), a.by_kernel_h = make_divisor(int(h.kernel));
+    a.by_in_w = make_divisor(int(w.in)), a.by_in_h = make_divisor(int(h.in));
+    a.out_h = int(h.out), a.out_w = int(w.out), a.out_volume = int(out_volume(g)), a.sample_outputs = g.C_out * a.out_volume;
+    a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(w.stride), a.out = out;
+    if (w.kernel == 2 && holds<Vector<T, 4>>(out)) a.neighbours = w.in % 2 == 0 ? Neighbours::kPairsOfTwo : Neighbours::kPairs;
+    if (w.kernel == 1 && holds<Vector<T, 4>>(out) && w.in % 4 == 0) a.neighbours = Neighbours::kFour;
+}
+
+// The layer whose outputs are (channels, positions) of a sample, a row each: a kernel of 1.
+inline Geometry rows_of(int64_t channels, int64_t positions) {
+    const Axis one = {1, 1, 1, 1, 0, 1}, all = {positions, positions, 1, 1, 0, 1};
+    return {1, channels, channels, 1, {one, one, all}};
 }
 
 // ------------------------------------------------------------------------------------------------------- Forward
@@ -58,17 +62,8 @@ template <typename T> int forward(const Geometry& g, int device, void* stream, v
     a.rows = matrix_of<T>(w, 0, in * rows, rows), a.columns = matrix_of<T>(x, g.C_in * positions, in * positions, positions);
     a.groups = int(g.groups), a.M = int(rows), a.K = int(in), a.k_samples = a.k_parts = 1, a.part_steps = a.sample_steps();
     set_columns(a, positions, g.N, positions * sizeof(T) % 16 == 0);
-    set_outputs(a, g.C_out * kernel_volume(g), workspace);
-    if (single) {
-        const Axis &d = g.axis[0], &h = g.axis[1], &v = g.axis[2];
-        a.by_volume = make_divisor(int(kernel_volume(g))), a.by_kernel_w = make_divisor(int(v.kernel)), a.by_kernel_h = make_divisor(int(h.kernel));
-        a.by_in_w = make_divisor(int(v.in)), a.by_in_h = make_divisor(int(h.in));
-        a.out_h = int(h.out), a.out_w = int(v.out), a.out_volume = int(out_volume(g)), a.stride_d = int(d.stride), a.stride_h = int(h.stride), a.stride_w = int(v.stride);
-        a.neighbours = Neighbours::kNone;
-        if (v.kernel == 2 && holds<Vector<T, 4>>(out)) a.neighbours = v.in % 2 == 0 ? Neighbours::kPairsOfTwo : Neighbours::kPairs;
-        if (v.kernel == 1 && holds<Vector<T, 4>>(out) && v.in % 4 == 0) a.neighbours = Neighbours::kFour;
-        a.bias = bias, a.apply_relu = apply_relu, a.out = out;
-    }
+    if (single) set_outputs<T>(a, g, out), a.bias = bias, a.apply_relu = apply_relu;
+    else set_outputs<T>(a, rows_of(g.C_out * kernel_volume(g), positions), workspace);
     const int multiprocessors = multiprocessors_of(device);
     RETURN_IF_ERROR((sizeof(T) == 4 && forward_in_float32(g) ? multiply<T, sizeof(T) == 4, Forward>(a, multiprocessors, stream) : multiply<T, false, Forward>(a, multiprocessors, stream)));
     return single ? cudaSuccess : taps::add(taps::make_layer(g), stream, static_cast<const float*>(workspace), static_cast<const float*>(bias), apply_relu, static_cast<float*>(out));
@@ -119,7 +114,7 @@ inline int64_t gradients_workspace(const Geometry& g, int device) {
 
 // out (samples, channels, positions): the product, or the sum of its parts.
 template <typename L> int multiply_parts(Parameters& a, int64_t samples, int64_t channels, float* parts, float* out, int multiprocessors, void* stream) {
-    set_outputs(a, channels, a.k_parts > 1 ? parts : out);
+    set_outputs<float>(a, rows_of(channels, a.positions), a.k_parts > 1 ? parts : out);
     a.part_outputs = samples * a.sample_outputs;
     RETURN_IF_ERROR((multiply<float, false, L>(a, multiprocessors, stream)));
     return a.k_parts == 1 ? cudaSuccess : parts::add({parts, a.k_parts, samples, int(channels), a.positions}, kFloat32, nullptr, false, out, {}, stream);

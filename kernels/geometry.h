@@ -86,13 +86,16 @@ HOST_DEVICE int64_t gcd(int64_t a, int64_t b) {
     return a;
 }
 
+// The taps k, k + period, ... of a kernel share their outputs' residue.
+HOST_DEVICE int64_t tap_period(const Axis& a) { return a.stride / gcd(a.stride, a.dilation); }
+
 HOST_DEVICE int64_t num_phases(Direction direction, const Axis& a) { return direction == Direction::kForward ? a.stride : 1; }
 
 HOST_DEVICE Phase make_phase(Direction direction, const Axis& a, int64_t phase) {
     if (direction == Direction::kDInput)
         return {0, 1, int(a.in), 0, 1, int(a.kernel), int(-a.padding), int(a.stride), int(a.dilation), int(a.out)};
     // Taps of the outputs o = phase + q * stride are those with (phase + padding - k * dilation) mod stride == 0.
-    int64_t period = a.stride / gcd(a.stride, a.dilation);
+    int64_t period = tap_period(a);
     int64_t k = 0;
     while (k < period && (phase + a.padding - k * a.dilation) % a.stride != 0) k++;
     int64_t taps = k < period && k < a.kernel ? ceil_div(a.kernel - k, period) : 0;

@@ -90,6 +90,12 @@ private:
     int previous_ = -1;
 };
 
+inline int multiprocessors_of(int device) {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
 constexpr int64_t kMaxGrid = 0x7fffffff;    // blocks of a one-dimensional grid
 constexpr int64_t kOverlappedBlocks = 1024;    // more of them start one after another, and waiting costs each a microsecond
 

@@ -2,8 +2,6 @@
 // tensor cores at all is up to the table of paths in model_new.py, which has functions of the same names (tests/test_paths.py).
 #pragma once
 
-#include <numeric>
-
 #include "geometry.h"
 
 // Several groups: as accurate as float32 where no sum has more products than this; with more, they are computed as one group, with zeros between them.
@@ -12,7 +10,7 @@ constexpr int64_t kMostSplitTerms = 128;
 // Products of an output, at most.
 inline int64_t terms_of(const Geometry& g) {
     int64_t terms = g.C_in / g.groups;
-    for (const Axis& a : g.axis) terms *= ceil_div(a.kernel, a.stride / std::gcd(a.stride, a.dilation));    // taps of a phase
+    for (const Axis& a : g.axis) terms *= ceil_div(a.kernel, tap_period(a));    // taps of a phase
     return terms;
 }
 

@@ -30,8 +30,8 @@ struct Layer {
 };
 
 inline TapAxis make_axis(const Axis& a) {
-    const int64_t common = gcd(a.stride, a.dilation);
-    return {int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation), int(a.stride / common), int(a.dilation / common),
+    const int64_t period = tap_period(a);
+    return {int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation), int(period), int(period * a.dilation / a.stride),
             make_divisor(int(a.in)), make_divisor(int(a.out)), make_divisor(int(a.kernel))};
 }
 inline Layer make_layer(const Geometry& g) {

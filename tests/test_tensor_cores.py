@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import model_new
 from harness.verify import relative_error
+from layers import gradients, worst_relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PATH = torch.cuda.is_available() and model_new._tensor_core_path(model_new._capability(0))
@@ -65,11 +66,6 @@ FLOAT32 = [    # as PLAIN: strides where cuDNN's forward is float32-accurate, it
     ((1, 32, 7, 9, 11), 48, 5, 3, 2, 1, 1), ((1, 200, 5, 6, 7), 24, 4, 4, 0, 0, 1), ((1, 12, 9, 14, 31), 36, (3, 4, 5), (1, 3, 2), 1, 0, 1), ((2, 32, 8, 9, 10), 32, 2, 2, 1, 0, 2),
 ]
 GROUPED = [((2, 32, 8, 16, 16), 32, 4, 3, 2, 1, 0, 1), ((2, 64, 8, 16, 18), 32, 2, 3, 1, 1, 0, 1), ((1, 48, 9, 14, 18), 96, 4, (3, 2, 5), 2, 1, 1, 1)]
-
-
-def worst_relative_error(y, truth, dims):
-    """The largest of the relative errors over ``dims``."""
-    return ((y.double() - truth).square().sum(dims) / truth.square().sum(dims)).sqrt().max().item()
 
 
 def tensors(shape, channels, kernel, dtype=torch.float32):
@@ -183,11 +179,6 @@ def test_non_finite_values_stay_in_their_group(value, channels, groups, stride):
     x[1, 3, 4, 5, 6] = value
     y, truth = run_if_tiled(stride, model_new.conv_transpose3d, x, w, stride=stride, padding=1, groups=groups), F.conv_transpose3d(x.double().cpu(), w.double().cpu(), stride=stride, padding=1, groups=groups).cuda()
     assert torch.equal(y.isfinite(), truth.isfinite()) and torch.equal(y.isnan(), truth.isnan())
-
-
-def gradients(function, x, w, grad, sizes):
-    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-    return torch.autograd.grad(function(x, w, None, *sizes), (x, w), grad)
 
 
 def check_gradients(shape, channels, groups, kernel, stride, padding, output_padding, dilation, dtype):
