@@ -540,27 +540,61 @@ _recorders = []
 
 @functools.lru_cache(maxsize=4096)
 def _resolve(operation, shape, dtypes, device, tf32):
-    """(C function, its name, its first arguments, bytes of workspace); the shape structs are compared by identity, being cached themselves."""
+    """(C function, its name, its first arguments, bytes of workspace, bytes of the packed input, or None where the function has none); the shape structs are compared by
+    identity, being cached themselves."""
     name = f"{operation}_{_select(operation, shape, dtypes[0], device, tf32)}"
     library = _library(device.type)
     if device.type == "cpu":
-        return getattr(library, name), name, (ctypes.addressof(shape),), 0
+        return getattr(library, name), name, (ctypes.addressof(shape),), 0, None
     codes = [_DTYPES[dtype] for dtype in dtypes]
     workspace_bytes = getattr(library, f"{name}_workspace")(ctypes.addressof(shape), codes[0], device.index)
-    return getattr(library, name), name, (ctypes.addressof(shape), *codes, device.index), workspace_bytes
+    packed = getattr(library, f"{name}_packed", None)
+    packed_bytes = packed and packed(ctypes.addressof(shape), codes[0], device.index)
+    return getattr(library, name), name, (ctypes.addressof(shape), *codes, device.index), workspace_bytes, packed_bytes
 
 
-def _launch(operation, shape, dtypes, device, inputs, outputs):
-    """Runs ``operation`` on ``device``'s current stream: contiguous ``inputs`` (tensors, numbers or None) into ``outputs``."""
-    function, name, first, workspace_bytes = _resolve(operation, shape, dtypes, device, _tf32_allowed(dtypes[0]))
+def _launch(operation, shape, dtypes, device, inputs, outputs, packed=None):
+    """Runs ``operation`` on ``device``'s current stream: contiguous ``inputs`` (tensors, numbers or None) into ``outputs``. ``packed``: see _packed_input."""
+    function, name, first, workspace_bytes, packed_bytes = _resolve(operation, shape, dtypes, device, _tf32(dtypes[0], packed))
     for names in _recorders:
         names.append(name)
     if device.type == "cpu":
         return _launch_cpu(function, first, inputs, outputs)
-    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device) if workspace_bytes else None
-    error = function(*first, torch._C._cuda_getCurrentRawStream(device.index), workspace.data_ptr() if workspace_bytes else None, *_pointers(inputs), *_pointers(outputs))
+    own_packed_bytes = packed_bytes if packed_bytes and packed is None else 0
+    workspace = torch.empty(workspace_bytes + own_packed_bytes, dtype=torch.uint8, device=device) if workspace_bytes + own_packed_bytes else None
+    memory = [workspace.data_ptr() if workspace is not None else None]
+    if packed_bytes is not None:
+        memory.append(memory[0] + workspace_bytes if packed is None else packed.data_ptr())
+    error = function(*first, torch._C._cuda_getCurrentRawStream(device.index), *memory, *_pointers(inputs), *_pointers(outputs))
     if error:
         raise RuntimeError(f"{name}: CUDA error {error}, {_library('cuda').cuda_error_string(error).decode()}")
+
+
+def _packed_input(operation, geometry, input):
+    """Memory for the copy of ``input`` that the forward ``operation`` makes for the tensor cores, if the gradients read the same one: the weight's gradient then needs it in
+    place of the input. None if not."""
+    if input.device.type == "cpu":
+        return None
+    count = _shared_packed_bytes(operation, geometry, input.dtype, input.device, _tf32_allowed(input.dtype))
+    return torch.empty(count, dtype=torch.uint8, device=input.device) if count else None
+
+
+def _tf32(dtype, packed):
+    """Whether float32 may be rounded to TF32: as in the forward, if ``packed`` is what it left."""
+    return _tf32_allowed(dtype) if packed is None else dtype == torch.float32
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_packed_bytes(operation, geometry, dtype, device, tf32):
+    path = _select(operation, geometry, dtype, device, tf32)
+    gradients = {_select("conv_transpose3d_gradients", geometry, dtype, device, tf32)}
+    if operation == "conv_transpose3d_relu_group_norm_forward":
+        gradients.add(_select("conv_transpose3d_relu_group_norm_gradients", geometry, dtype, device, tf32))
+    library, shape = _library("cuda"), ctypes.addressof(geometry)
+    shares = getattr(library, f"conv_transpose3d_gradients_share_packed_{path}", None)
+    if not shares or path not in gradients or not gradients <= {path, "composed"} or not shares(shape, device.index):
+        return 0
+    return getattr(library, f"{operation}_{path}_packed")(shape, _DTYPES[dtype], device.index)
 
 
 def _pointers(arguments):
@@ -587,11 +621,20 @@ def _launch_cpu(function, first, inputs, outputs):
 # Implementations of the registered operators, for CUDA and the CPU alike, and what torch.compile and autograd need of them.
 
 
-def _forward(input, weight, bias, stride, padding, output_padding, groups, dilation):
+def _forward(input, weight, bias, stride, padding, output_padding, groups, dilation, kept=None):
+    """kept: a list, for what the backward can use in place of the input."""
     geometry, output = _empty_output(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if output.numel():
-        _launch_forward(geometry, input, weight, bias, False, output)
+        packed = _keep("conv_transpose3d_forward", geometry, input, kept)
+        _launch_forward(geometry, input, weight, bias, False, output, packed)
     return output
+
+
+def _keep(operation, geometry, input, kept):
+    packed = None if kept is None else _packed_input(operation, geometry, input)
+    if packed is not None:
+        kept.append(packed)
+    return packed
 
 
 def _empty_output(input, weight, bias, stride, padding, output_padding, groups, dilation):
@@ -601,9 +644,9 @@ def _empty_output(input, weight, bias, stride, padding, output_padding, groups, 
     return geometry, input.new_empty(shape)
 
 
-def _launch_forward(geometry, input, weight, bias, relu, output):
+def _launch_forward(geometry, input, weight, bias, relu, output, packed=None):
     _launch("conv_transpose3d_forward", geometry, (input.dtype,), input.device,
-            (input.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), int(relu)), (output,))
+            (input.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), int(relu)), (output,), packed)
 
 
 def _forward_fake(input, weight, bias, stride, padding, output_padding, groups, dilation):
@@ -613,18 +656,18 @@ def _forward_fake(input, weight, bias, stride, padding, output_padding, groups, 
     return input.new_empty(shape)
 
 
-def _backward(grad, input, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, needs):
-    """Gradients of input, weight and bias; an empty tensor where ``needs`` says that one is not wanted."""
+def _backward(grad, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, needs):
+    """Gradients of input, weight and bias; an empty tensor where ``needs`` says that one is not wanted. ``packed``: in place of ``input``, see _packed_input."""
     geometry, _ = _geometry(tuple(input_shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
-    dx, dweight, dbias = _backward_fake(grad, input, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, needs)
+    dx, dweight, dbias = _backward_fake(grad, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, needs)
     if grad.numel() == 0:
         return dx.zero_(), dweight.zero_(), dbias.zero_()
     grad, dtypes, device = grad.contiguous(), (grad.dtype,), grad.device
     need_dx, need_dweight = needs[:2]
     together_dx = need_dx and not _has_float32_dinput(geometry, grad.dtype)
-    if (together_dx or need_dweight) and select_path("conv_transpose3d_gradients", geometry, grad.dtype, device) != "composed":
+    if (together_dx or need_dweight) and (packed is not None or select_path("conv_transpose3d_gradients", geometry, grad.dtype, device) != "composed"):
         _launch("conv_transpose3d_gradients", geometry, dtypes, device,
-                (grad, input.contiguous() if need_dweight else None, weight.contiguous() if together_dx else None), (dx if together_dx else None, dweight if need_dweight else None))
+                (grad, input.contiguous() if need_dweight and packed is None else None, weight.contiguous() if together_dx else None), (dx if together_dx else None, dweight if need_dweight else None), packed)
         need_dx, need_dweight = need_dx and not together_dx, False
     if need_dx:
         _launch("conv_transpose3d_dinput", geometry, dtypes, device, (grad, weight.contiguous()), (dx,))
@@ -635,14 +678,14 @@ def _backward(grad, input, weight, input_shape, weight_shape, stride, padding, o
     return dx, dweight, dbias
 
 
-def _backward_fake(grad, input, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, needs):
+def _backward_fake(grad, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, needs):
     shapes = (input_shape, weight_shape, (grad.shape[1],))
     return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs))
 
 
-def _fused_forward(input, weight, bias, gn_weight, gn_bias, num_groups, eps, stride, padding, output_padding, groups, dilation, float32_output, save):
+def _fused_forward(input, weight, bias, gn_weight, gn_bias, num_groups, eps, stride, padding, output_padding, groups, dilation, float32_output, save, kept=None):
     """(output, activation, statistics): activation = relu(conv_transpose3d(...)) and statistics (2, N, num_groups), the mean
-    and reciprocal standard deviation in float64, are what backward needs; activation is empty where it need not be saved."""
+    and reciprocal standard deviation in float64, are what backward needs; activation is empty where it need not be saved. kept: as _forward's."""
     geometry, activation = _empty_output(input, weight, bias, stride, padding, output_padding, groups, dilation)
     _check_group_norm_tensors(input, gn_weight, gn_bias, activation.shape[1])
     norm_shape = _norm_shape(tuple(activation.shape), num_groups)
@@ -652,11 +695,12 @@ def _fused_forward(input, weight, bias, gn_weight, gn_bias, num_groups, eps, str
     statistics = input.new_empty((2, activation.shape[0], num_groups), dtype=torch.float64)
     dtypes, gamma, beta = (input.dtype, output_dtype), _parameter(gn_weight, input), _parameter(gn_bias, input)
     if output.numel() and select_path("conv_transpose3d_relu_group_norm_forward", geometry, input.dtype, input.device) == "composed":
-        _launch_forward(geometry, input, weight, bias, True, activation)
+        _launch_forward(geometry, input, weight, bias, True, activation, _keep("conv_transpose3d_forward", geometry, input, kept))
         _launch("group_norm_forward", norm_shape, dtypes, input.device, (activation, gamma, beta, eps), (output, statistics))
     elif output.numel():
         _launch("conv_transpose3d_relu_group_norm_forward", geometry, dtypes, input.device,
-                (input.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), gamma, beta, num_groups, eps), (activation, output, statistics))
+                (input.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), gamma, beta, num_groups, eps), (activation, output, statistics),
+                _keep("conv_transpose3d_relu_group_norm_forward", geometry, input, kept))
     return output, activation if save else input.new_empty(0), statistics
 
 
@@ -677,11 +721,11 @@ def _parameter(tensor, input):
     return tensor.to(dtype).contiguous()
 
 
-def _fused_backward(grad, activation, statistics, input, weight, gn_weight, input_shape, weight_shape, num_groups,
+def _fused_backward(grad, activation, statistics, input, packed, weight, gn_weight, input_shape, weight_shape, num_groups,
                     stride, padding, output_padding, groups, dilation, needs):
     """Gradients of input, weight, bias, gn_weight and gn_bias; empty where not needed."""
     conv_needs, (need_gamma, need_beta) = needs[:3], needs[3:]
-    outputs = _fused_backward_fake(grad, activation, statistics, input, weight, gn_weight, input_shape, weight_shape, num_groups,
+    outputs = _fused_backward_fake(grad, activation, statistics, input, packed, weight, gn_weight, input_shape, weight_shape, num_groups,
                                    stride, padding, output_padding, groups, dilation, needs)
     if grad.numel() == 0:
         return tuple(t.zero_() for t in outputs)
@@ -689,21 +733,22 @@ def _fused_backward(grad, activation, statistics, input, weight, gn_weight, inpu
     geometry, _ = _geometry(tuple(input_shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
     need_dx, need_dweight, need_dbias = conv_needs
     if ((need_dx or need_dweight) and not need_dbias and grad.dtype == activation.dtype
-            and select_path("conv_transpose3d_relu_group_norm_gradients", geometry, grad.dtype, grad.device) != "composed"):
+            and _select("conv_transpose3d_relu_group_norm_gradients", geometry, grad.dtype, grad.device, _tf32(grad.dtype, packed)) != "composed"):
         _launch("conv_transpose3d_relu_group_norm_gradients", geometry, (grad.dtype,), grad.device,
-                (grad.contiguous(), activation, statistics, _parameter(gn_weight, activation), num_groups, input.contiguous() if need_dweight else None, weight.contiguous() if need_dx else None),
-                (outputs[0] if need_dx else None, outputs[1] if need_dweight else None, dgamma if need_gamma else None, dbeta if need_beta else None))
+                (grad.contiguous(), activation, statistics, _parameter(gn_weight, activation), num_groups, input.contiguous() if need_dweight and packed is None else None,
+                 weight.contiguous() if need_dx else None),
+                (outputs[0] if need_dx else None, outputs[1] if need_dweight else None, dgamma if need_gamma else None, dbeta if need_beta else None), packed)
         return outputs
     dz = torch.empty_like(activation) if any(conv_needs) else None
     _launch("relu_group_norm_backward", _norm_shape(tuple(activation.shape), num_groups), (activation.dtype, grad.dtype), grad.device,
             (grad.contiguous(), activation, statistics, _parameter(gn_weight, activation)), (dz, dgamma if need_gamma else None, dbeta if need_beta else None))
     if dz is None:
         return outputs
-    conv_outputs = _backward(dz, input, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, conv_needs)
+    conv_outputs = _backward(dz, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, conv_needs)
     return *conv_outputs, dgamma, dbeta
 
 
-def _fused_backward_fake(grad, activation, statistics, input, weight, gn_weight, input_shape, weight_shape, num_groups,
+def _fused_backward_fake(grad, activation, statistics, input, packed, weight, gn_weight, input_shape, weight_shape, num_groups,
                          stride, padding, output_padding, groups, dilation, needs):
     channels = activation.shape[1]
     shapes = (input_shape, weight_shape, (channels,), (channels,), (channels,))
@@ -715,26 +760,25 @@ def _fused_backward_fake(grad, activation, statistics, input, weight, gn_weight,
 # ------------------------------------------------------------------------------------------------------------ Autograd
 
 
-def _save_for_backward(ctx, inputs, output):
+def _save_for_backward(ctx, inputs, output, packed=None):
     input, weight, bias, *ctx.sizes = inputs
     ctx.shapes = tuple(input.shape), tuple(weight.shape)
     need_input, need_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+    ctx.save_for_backward(input if need_weight and packed is None else None, packed, weight if need_input else None)
 
 
 def _autograd(ctx, grad):
-    input, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = _call("conv_transpose3d_backward", grad, input, weight, *ctx.shapes, *ctx.sizes, list(needs))
+    grads = _call("conv_transpose3d_backward", grad, *ctx.saved_tensors, *ctx.shapes, *ctx.sizes, list(needs))
     return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 5
 
 
-def _save_for_fused_backward(ctx, inputs, output):
+def _save_for_fused_backward(ctx, inputs, output, packed=None):
     input, weight, bias, gn_weight, gn_bias, ctx.num_groups, _, *sizes, _, _ = inputs
     ctx.sizes, ctx.shapes = sizes, (tuple(input.shape), tuple(weight.shape))
     ctx.gn_dtypes = gn_weight is not None and gn_weight.dtype, gn_bias is not None and gn_bias.dtype
     need_input, need_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(*output[1:], input if need_weight else None, weight if need_input else None, gn_weight)
+    ctx.save_for_backward(*output[1:], input if need_weight and packed is None else None, packed, weight if need_input else None, gn_weight)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -756,12 +800,12 @@ _SIZES = "SymInt[] stride, SymInt[] padding, SymInt[] output_padding, int groups
 _OPERATORS = (
     # schema, implementation, fake, autograd's setup and backward
     (f"conv_transpose3d(Tensor input, Tensor weight, Tensor? bias, {_SIZES}) -> Tensor", _forward, _forward_fake, _save_for_backward, _autograd),
-    (f"conv_transpose3d_backward(Tensor grad, Tensor? input, Tensor? weight, SymInt[] input_shape, SymInt[] weight_shape, {_SIZES}, bool[] needs)"
+    (f"conv_transpose3d_backward(Tensor grad, Tensor? input, Tensor? packed, Tensor? weight, SymInt[] input_shape, SymInt[] weight_shape, {_SIZES}, bool[] needs)"
      " -> (Tensor, Tensor, Tensor)", _backward, _backward_fake, None, _no_second_order),
     ("conv_transpose3d_relu_group_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? gn_weight, Tensor? gn_bias, int num_groups, float eps,"
      f" {_SIZES}, bool float32_output, bool save) -> (Tensor, Tensor, Tensor)",
      _fused_forward, _fused_forward_fake, _save_for_fused_backward, _fused_autograd),
-    ("conv_transpose3d_relu_group_norm_backward(Tensor grad, Tensor activation, Tensor statistics, Tensor? input, Tensor? weight, Tensor? gn_weight,"
+    ("conv_transpose3d_relu_group_norm_backward(Tensor grad, Tensor activation, Tensor statistics, Tensor? input, Tensor? packed, Tensor? weight, Tensor? gn_weight,"
      f" SymInt[] input_shape, SymInt[] weight_shape, int num_groups, {_SIZES}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
      _fused_backward, _fused_backward_fake, None, _no_second_order),
 )
@@ -774,9 +818,11 @@ class _Operator:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *arguments):
-                output = implementation(*arguments)
-                if setup:
-                    setup(ctx, arguments, output)
+                if not setup:
+                    return implementation(*arguments)
+                kept = [] if ctx.needs_input_grad[1] else None    # of the weight
+                output = implementation(*arguments, kept=kept)
+                setup(ctx, arguments, output, *kept or ())
                 return output
 
         Function.backward = staticmethod(backward)
@@ -927,16 +973,17 @@ def _declare(library, backend):
             if path == "cpu" and function:
                 function.argtypes = [pointer, integer, integer, *arguments]    # shape, dtype, threads
             elif function:
-                function.argtypes = [pointer, *dtypes, integer, pointer, pointer, *arguments]    # shape, dtypes, device, stream, workspace
-                workspace = getattr(library, f"{operation}_{path}_workspace")
-                workspace.argtypes, workspace.restype = [pointer, integer, integer], ctypes.c_int64
+                packed = getattr(library, f"{operation}_{path}_packed", None)
+                function.argtypes = [pointer, *dtypes, integer, pointer, pointer, *[pointer] * bool(packed), *arguments]    # shape, dtypes, device, stream, workspace, packed input
+                for size in filter(None, (getattr(library, f"{operation}_{path}_workspace"), packed)):
+                    size.argtypes, size.restype = [pointer, integer, integer], ctypes.c_int64
     if backend == "cuda":
         library.cuda_error_string.restype = ctypes.c_char_p
         for path in ("sm90", "sm80"):
-            for operation in ("forward", "gradients"):
-                supports = getattr(library, f"conv_transpose3d_{operation}_supports_{path}", None)
-                if supports:
-                    supports.argtypes = [pointer, integer]
+            for question in ("forward_supports", "gradients_supports", "gradients_share_packed"):
+                function = getattr(library, f"conv_transpose3d_{question}_{path}", None)
+                if function:
+                    function.argtypes = [pointer, integer]
     return library
 
 
@@ -4610,10 +4657,11 @@ template <typename Path> static const Plan& plan_of(const Geometry& g, Direction
 // -------------------------------------------------------------------------------------------------- Scratch memory
 
 // A kernel of its own: one behind a memset would not be brought to the multiprocessors before that ends.
-__global__ void __launch_bounds__(256) zero_kernel(uint4* memory, int64_t count) {
+__global__ void __launch_bounds__(256) zero_kernel(uint4* memory, int64_t count, uint4* other, int64_t other_count) {
     wait_for_previous_kernel();
     const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
     if (i < count) memory[i] = make_uint4(0, 0, 0, 0);
+    else if (i - count < other_count) other[i - count] = make_uint4(0, 0, 0, 0);
 }
 
 // Takes pieces of the memory from `base` on (null where only their sizes are wanted), those that start at zero first.
@@ -4631,7 +4679,10 @@ public:
         return p;
     }
     int64_t bytes() const { return bytes_; }
-    int zero(cudaStream_t stream) const { return launch(zero_kernel, ceil_div(zeroed_ / 16, 256), 256, stream, reinterpret_cast<uint4*>(base_), zeroed_ / 16); }
+    // This one's and the other's.
+    int zero(const Scratch& other, cudaStream_t stream) const {
+        return launch(zero_kernel, ceil_div((zeroed_ + other.zeroed_) / 16, 256), 256, stream, reinterpret_cast<uint4*>(base_), zeroed_ / 16, reinterpret_cast<uint4*>(other.base_), other.zeroed_ / 16);
+    }
 
 private:
     uint8_t* base_;
@@ -4654,10 +4705,10 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     return w;
 }
 
-// These take the memory of the copies of an activation and of a weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, int third, scaled_half::SampleMax* max, const void* x) {
+// These take the memory of the copies of an activation, maxima included, and of a weight.
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, int third, const void* x) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(third ? 3 * third : channels), split, third);
-    a.x = x, a.max = max;
+    a.x = x, a.max = scratch.take_zeroed<scaled_half::SampleMax>(N);
     a.copy = scratch.take<__half>(a.copied());
     return a;
 }
@@ -4711,17 +4762,17 @@ _SOURCES['conv_transpose3d_forward.cuh'] = r'''
 
 namespace conv {
 
+// The packed copy of x has memory of its own, which the gradients may need.
 struct ForwardMemory {
-    Scratch scratch;
+    Scratch scratch, packed;
     Workspace workspace;
     scaled_half::Activation source;
     scaled_half::Weight weight;
-    ForwardMemory(const Geometry& g, const Plan& plan, bool fused, void* base, const void* x, const void* w) : scratch(base) {
+    ForwardMemory(const Geometry& g, const Plan& plan, bool fused, void* base, void* packed_base, const void* x, const void* w) : scratch(base), packed(packed_base) {
         const Problem& p = plan.problem;
-        auto* max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         auto* weight_max = scratch.take_zeroed<unsigned>(p.C_out);
         workspace = take_workspace(scratch, p, fused);
-        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, plan.third, max, x);
+        source = take_activation(packed, p.s, g.N, g.C_in, p.t.split, plan.third, x);
         weight = take_weight(scratch, plan, g, weight_max, w);
     }
 };
@@ -4729,21 +4780,21 @@ struct ForwardMemory {
 // Whether a tiling fits: 1 or 0.
 template <typename Path> int forward_supports(const Geometry& g, int device) { return plan_of<Path>(g, Direction::kForward, device).problem.t.block_n > 0; }
 
-template <typename Path> int64_t forward_workspace(const Geometry& g, bool fused, int device) {
-    return ForwardMemory(g, plan_of<Path>(g, Direction::kForward, device), fused, nullptr, nullptr, nullptr).scratch.bytes();
+template <typename Path> ForwardMemory forward_memory(const Geometry& g, bool fused, int device) {
+    return ForwardMemory(g, plan_of<Path>(g, Direction::kForward, device), fused, nullptr, nullptr, nullptr, nullptr);
 }
 
 template <typename Path>
 int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out, const Normalization& norm) {
-    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    RETURN_IF_ERROR(memory.scratch.zero(memory.packed, stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
     return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, norm, stream);
 }
 
 template <typename Path>
-int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
+int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void* base, void* packed, const void* x, const void* w, const void* bias, bool apply_relu, void* out) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
-    const ForwardMemory memory(g, plan, false, base, x, w);
+    const ForwardMemory memory(g, plan, false, base, packed, x, w);
     RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, apply_relu, out, {}));
     return repair<Direction::kForward>(plan, g, dtype, memory.source.max, x, w, bias, apply_relu, out, stream);
 }
@@ -4751,10 +4802,10 @@ int forward(const Geometry& g, int dtype, int device, cudaStream_t stream, void*
 // activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd. Needs no repair: a group
 // with a value that is not finite is NaN as a whole.
 template <typename Path>
-int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int device, cudaStream_t stream, void* base, const void* x, const void* w, const void* bias,
+int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int device, cudaStream_t stream, void* base, void* packed, const void* x, const void* w, const void* bias,
                             const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
     const Plan& plan = plan_of<Path>(g, Direction::kForward, device);
-    const ForwardMemory memory(g, plan, true, base, x, w);
+    const ForwardMemory memory(g, plan, true, base, packed, x, w);
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     double* rstd = statistics + g.N * num_groups;
     const Normalization norm = {Path::normalizing_blocks(plan, shape, dtype, y_dtype, activation, y), shape, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), static_cast<float*>(y), statistics, rstd};
@@ -4769,20 +4820,22 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
 
 }  // namespace conv
 
-// The C functions of a path.
+// The C functions of a path. packed: memory for the copy of x.
 #define FORWARD_LAUNCHERS(path, Path)                                                                                                                      \
     extern "C" int conv_transpose3d_forward_supports_##path(const Geometry* g, int device) { return conv::forward_supports<Path>(*g, device); }            \
-    extern "C" int64_t conv_transpose3d_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_workspace<Path>(*g, false, device); } \
-    extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_workspace<Path>(*g, true, device); } \
-    extern "C" int conv_transpose3d_forward_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* x, const void* w, const void* bias, \
+    extern "C" int64_t conv_transpose3d_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, false, device).scratch.bytes(); } \
+    extern "C" int64_t conv_transpose3d_forward_##path##_packed(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, false, device).packed.bytes(); } \
+    extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, true, device).scratch.bytes(); } \
+    extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_packed(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, true, device).packed.bytes(); } \
+    extern "C" int conv_transpose3d_forward_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, void* packed, const void* x, const void* w, const void* bias, \
                                                    int apply_relu, void* out) {                                                                            \
         DeviceGuard guard(device);                                                                                                                         \
-        return conv::forward<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, x, w, bias, apply_relu != 0, out);                     \
+        return conv::forward<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, x, w, bias, apply_relu != 0, out);             \
     }                                                                                                                                                      \
-    extern "C" int conv_transpose3d_relu_group_norm_forward_##path(const Geometry* g, int dtype, int y_dtype, int device, void* stream, void* workspace, const void* x, const void* w, const void* bias, \
+    extern "C" int conv_transpose3d_relu_group_norm_forward_##path(const Geometry* g, int dtype, int y_dtype, int device, void* stream, void* workspace, void* packed, const void* x, const void* w, const void* bias, \
                                                                    const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) { \
         DeviceGuard guard(device);                                                                                                                         \
-        return conv::forward_relu_group_norm<Path>(*g, dtype, y_dtype, device, static_cast<cudaStream_t>(stream), workspace, x, w, bias, gamma, beta, num_groups, eps, activation, y, statistics); \
+        return conv::forward_relu_group_norm<Path>(*g, dtype, y_dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, x, w, bias, gamma, beta, num_groups, eps, activation, y, statistics); \
     }
 '''
 
@@ -5225,37 +5278,36 @@ template <typename Path> static const dweight::Problem& dweight_plan_of(const Ge
 }
 
 struct GradientsMemory {
-    Scratch scratch;
+    Scratch scratch, packed;    // packed: the copy of x
     Workspace workspace;
     scaled_half::Activation dout, x;
     scaled_half::Weight weight;
     float* partial;
-    GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
-        auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+    GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, void* packed_base, const void* dout_data, const void* x_data, const void* w) : scratch(base), packed(packed_base) {
         auto* weight_max = scratch.take_zeroed<unsigned>(plan.problem.C_out);
         workspace = take_workspace(scratch, plan.problem, false);
-        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, 0, dout_max, dout_data);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, 0, dout_data);
         weight = take_weight(scratch, plan, g, weight_max, w);
-        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, 0, x_max, x_data);
+        x = take_activation(packed, dweight.s, g.N, g.C_in, 0, 0, x_data);
         partial = scratch.take<float>(dweight::partial_count(dweight.t));
     }
 };
 
-// dx (and w) or dweight (and x) may be null: not wanted.
+// dx (and w) or dweight (and x) may be null: not wanted. Where x alone is, `packed` has the copy of it that the forward made.
 template <typename Path>
-int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
+int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, void* packed, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
     const Plan& plan = plan_of<Path>(g, Direction::kDInput, device);
     const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
-    GradientsMemory memory(g, plan, dweight_plan, workspace, dout, x, w);
+    GradientsMemory memory(g, plan, dweight_plan, workspace, packed, dout, x, w);
     memory.dout.norm = norm;
-    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    RETURN_IF_ERROR(memory.scratch.zero(x ? memory.packed : Scratch(nullptr), stream));
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
     if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, {}, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
-    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
+    if (x) RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
     const dweight::Parameters a = {dweight_plan, memory.x.max, memory.dout.max, memory.partial};
     return Path::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
 }
@@ -5265,43 +5317,51 @@ template <typename Path> int gradients_supports(const Geometry& g, int device) {
     return plan_of<Path>(g, Direction::kDInput, device).problem.t.block_n > 0 && dweight_plan_of<Path>(g, device).t.block_n > 0;
 }
 
-template <typename Path> int64_t gradients_workspace(const Geometry& g, int device) {
-    return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr).scratch.bytes();
+template <typename Path> GradientsMemory gradients_memory(const Geometry& g, int device) {
+    return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
+}
+
+// Whether the forward's copy of x is the gradients': 1 or 0. The operands of both are not split.
+template <typename Path> int gradients_share_packed(const Geometry& g, int device) {
+    return gradients_supports<Path>(g, device) && !splits_groups(g) && third_of(g) == 0;
 }
 
 // The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
 // (2, N, num_groups) in place of dout.
 template <typename Path> int64_t relu_group_norm_gradients_workspace(const Geometry& g, int device) {
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), g.C_out};    // the largest, whatever num_groups is
-    return gradients_workspace<Path>(g, device) + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
+    return gradients_memory<Path>(g, device).scratch.bytes() + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
 }
 
 template <typename Path>
-int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dy, const void* r, const double* statistics, const void* gamma,
+int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, void* packed, const void* dy, const void* r, const double* statistics, const void* gamma,
                               int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) {
     if (dtype != kFloat32) return cudaErrorNotSupported;
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
-    const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + gradients_workspace<Path>(g, device));
+    const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + gradients_memory<Path>(g, device).scratch.bytes());
     RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
     const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
-    return gradients<Path>(g, dtype, device, stream, workspace, dy, norm, x, w, dx, dweight);
+    return gradients<Path>(g, dtype, device, stream, workspace, packed, dy, norm, x, w, dx, dweight);
 }
 
 }  // namespace conv
 
-// The C functions of a path.
+// The C functions of a path. packed: memory for the copy of x, or, where x is null, that copy.
 #define GRADIENTS_LAUNCHERS(path, Path)                                                                                                                    \
     extern "C" int conv_transpose3d_gradients_supports_##path(const Geometry* g, int device) { return conv::gradients_supports<Path>(*g, device); }        \
-    extern "C" int64_t conv_transpose3d_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::gradients_workspace<Path>(*g, device); } \
+    extern "C" int conv_transpose3d_gradients_share_packed_##path(const Geometry* g, int device) { return conv::gradients_share_packed<Path>(*g, device); } \
+    extern "C" int64_t conv_transpose3d_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).scratch.bytes(); } \
+    extern "C" int64_t conv_transpose3d_gradients_##path##_packed(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).packed.bytes(); } \
     extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::relu_group_norm_gradients_workspace<Path>(*g, device); } \
-    extern "C" int conv_transpose3d_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dout, const void* x, const void* w, void* dx, void* dweight) { \
+    extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_##path##_packed(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).packed.bytes(); } \
+    extern "C" int conv_transpose3d_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, void* packed, const void* dout, const void* x, const void* w, void* dx, void* dweight) { \
         DeviceGuard guard(device);                                                                                                                         \
-        return conv::gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dout, {}, x, w, dx, dweight);                        \
+        return conv::gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, dout, {}, x, w, dx, dweight);                \
     }                                                                                                                                                      \
-    extern "C" int conv_transpose3d_relu_group_norm_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dy, const void* r, const double* statistics, \
+    extern "C" int conv_transpose3d_relu_group_norm_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, void* packed, const void* dy, const void* r, const double* statistics, \
                                                                      const void* gamma, int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) { \
         DeviceGuard guard(device);                                                                                                                         \
-        return conv::relu_group_norm_gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, r, statistics, gamma, num_groups, x, w, dx, dweight, dgamma, dbeta); \
+        return conv::relu_group_norm_gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, dy, r, statistics, gamma, num_groups, x, w, dx, dweight, dgamma, dbeta); \
     }
 '''
 

@@ -74,10 +74,11 @@ template <typename Path> static const Plan& plan_of(const Geometry& g, Direction
 // -------------------------------------------------------------------------------------------------- Scratch memory
 
 // A kernel of its own: one behind a memset would not be brought to the multiprocessors before that ends.
-__global__ void __launch_bounds__(256) zero_kernel(uint4* memory, int64_t count) {
+__global__ void __launch_bounds__(256) zero_kernel(uint4* memory, int64_t count, uint4* other, int64_t other_count) {
     wait_for_previous_kernel();
     const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
     if (i < count) memory[i] = make_uint4(0, 0, 0, 0);
+    else if (i - count < other_count) other[i - count] = make_uint4(0, 0, 0, 0);
 }
 
 // Takes pieces of the memory from `base` on (null where only their sizes are wanted), those that start at zero first.
@@ -95,7 +96,10 @@ public:
         return p;
     }
     int64_t bytes() const { return bytes_; }
-    int zero(cudaStream_t stream) const { return launch(zero_kernel, ceil_div(zeroed_ / 16, 256), 256, stream, reinterpret_cast<uint4*>(base_), zeroed_ / 16); }
+    // This one's and the other's.
+    int zero(const Scratch& other, cudaStream_t stream) const {
+        return launch(zero_kernel, ceil_div((zeroed_ + other.zeroed_) / 16, 256), 256, stream, reinterpret_cast<uint4*>(base_), zeroed_ / 16, reinterpret_cast<uint4*>(other.base_), other.zeroed_ / 16);
+    }
 
 private:
     uint8_t* base_;
@@ -118,10 +122,10 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     return w;
 }
 
-// These take the memory of the copies of an activation and of a weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, int third, scaled_half::SampleMax* max, const void* x) {
+// These take the memory of the copies of an activation, maxima included, and of a weight.
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, int third, const void* x) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(third ? 3 * third : channels), split, third);
-    a.x = x, a.max = max;
+    a.x = x, a.max = scratch.take_zeroed<scaled_half::SampleMax>(N);
     a.copy = scratch.take<__half>(a.copied());
     return a;
 }

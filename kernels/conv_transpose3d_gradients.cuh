@@ -26,37 +26,36 @@ template <typename Path> static const dweight::Problem& dweight_plan_of(const Ge
 }
 
 struct GradientsMemory {
-    Scratch scratch;
+    Scratch scratch, packed;    // packed: the copy of x
     Workspace workspace;
     scaled_half::Activation dout, x;
     scaled_half::Weight weight;
     float* partial;
-    GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, const void* dout_data, const void* x_data, const void* w) : scratch(base) {
-        auto *dout_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N), *x_max = scratch.take_zeroed<scaled_half::SampleMax>(g.N);
+    GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, void* packed_base, const void* dout_data, const void* x_data, const void* w) : scratch(base), packed(packed_base) {
         auto* weight_max = scratch.take_zeroed<unsigned>(plan.problem.C_out);
         workspace = take_workspace(scratch, plan.problem, false);
-        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, 0, dout_max, dout_data);
+        dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, 0, dout_data);
         weight = take_weight(scratch, plan, g, weight_max, w);
-        x = take_activation(scratch, dweight.s, g.N, g.C_in, 0, 0, x_max, x_data);
+        x = take_activation(packed, dweight.s, g.N, g.C_in, 0, 0, x_data);
         partial = scratch.take<float>(dweight::partial_count(dweight.t));
     }
 };
 
-// dx (and w) or dweight (and x) may be null: not wanted.
+// dx (and w) or dweight (and x) may be null: not wanted. Where x alone is, `packed` has the copy of it that the forward made.
 template <typename Path>
-int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
+int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, void* packed, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
     const Plan& plan = plan_of<Path>(g, Direction::kDInput, device);
     const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
-    GradientsMemory memory(g, plan, dweight_plan, workspace, dout, x, w);
+    GradientsMemory memory(g, plan, dweight_plan, workspace, packed, dout, x, w);
     memory.dout.norm = norm;
-    RETURN_IF_ERROR(memory.scratch.zero(stream));
+    RETURN_IF_ERROR(memory.scratch.zero(x ? memory.packed : Scratch(nullptr), stream));
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
     RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
     if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, {}, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight) return cudaSuccess;
-    RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
+    if (x) RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
     const dweight::Parameters a = {dweight_plan, memory.x.max, memory.dout.max, memory.partial};
     return Path::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
 }
@@ -66,41 +65,49 @@ template <typename Path> int gradients_supports(const Geometry& g, int device) {
     return plan_of<Path>(g, Direction::kDInput, device).problem.t.block_n > 0 && dweight_plan_of<Path>(g, device).t.block_n > 0;
 }
 
-template <typename Path> int64_t gradients_workspace(const Geometry& g, int device) {
-    return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr).scratch.bytes();
+template <typename Path> GradientsMemory gradients_memory(const Geometry& g, int device) {
+    return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
+}
+
+// Whether the forward's copy of x is the gradients': 1 or 0. The operands of both are not split.
+template <typename Path> int gradients_share_packed(const Geometry& g, int device) {
+    return gradients_supports<Path>(g, device) && !splits_groups(g) && third_of(g) == 0;
 }
 
 // The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
 // (2, N, num_groups) in place of dout.
 template <typename Path> int64_t relu_group_norm_gradients_workspace(const Geometry& g, int device) {
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), g.C_out};    // the largest, whatever num_groups is
-    return gradients_workspace<Path>(g, device) + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
+    return gradients_memory<Path>(g, device).scratch.bytes() + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
 }
 
 template <typename Path>
-int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, const void* dy, const void* r, const double* statistics, const void* gamma,
+int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, void* packed, const void* dy, const void* r, const double* statistics, const void* gamma,
                               int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) {
     if (dtype != kFloat32) return cudaErrorNotSupported;
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
-    const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + gradients_workspace<Path>(g, device));
+    const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + gradients_memory<Path>(g, device).scratch.bytes());
     RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
     const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
-    return gradients<Path>(g, dtype, device, stream, workspace, dy, norm, x, w, dx, dweight);
+    return gradients<Path>(g, dtype, device, stream, workspace, packed, dy, norm, x, w, dx, dweight);
 }
 
 }  // namespace conv
 
-// The C functions of a path.
+// The C functions of a path. packed: memory for the copy of x, or, where x is null, that copy.
 #define GRADIENTS_LAUNCHERS(path, Path)                                                                                                                    \
     extern "C" int conv_transpose3d_gradients_supports_##path(const Geometry* g, int device) { return conv::gradients_supports<Path>(*g, device); }        \
-    extern "C" int64_t conv_transpose3d_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::gradients_workspace<Path>(*g, device); } \
+    extern "C" int conv_transpose3d_gradients_share_packed_##path(const Geometry* g, int device) { return conv::gradients_share_packed<Path>(*g, device); } \
+    extern "C" int64_t conv_transpose3d_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).scratch.bytes(); } \
+    extern "C" int64_t conv_transpose3d_gradients_##path##_packed(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).packed.bytes(); } \
     extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::relu_group_norm_gradients_workspace<Path>(*g, device); } \
-    extern "C" int conv_transpose3d_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dout, const void* x, const void* w, void* dx, void* dweight) { \
+    extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_##path##_packed(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).packed.bytes(); } \
+    extern "C" int conv_transpose3d_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, void* packed, const void* dout, const void* x, const void* w, void* dx, void* dweight) { \
         DeviceGuard guard(device);                                                                                                                         \
-        return conv::gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dout, {}, x, w, dx, dweight);                        \
+        return conv::gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, dout, {}, x, w, dx, dweight);                \
     }                                                                                                                                                      \
-    extern "C" int conv_transpose3d_relu_group_norm_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dy, const void* r, const double* statistics, \
+    extern "C" int conv_transpose3d_relu_group_norm_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, void* packed, const void* dy, const void* r, const double* statistics, \
                                                                      const void* gamma, int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) { \
         DeviceGuard guard(device);                                                                                                                         \
-        return conv::relu_group_norm_gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, dy, r, statistics, gamma, num_groups, x, w, dx, dweight, dgamma, dbeta); \
+        return conv::relu_group_norm_gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, dy, r, statistics, gamma, num_groups, x, w, dx, dweight, dgamma, dbeta); \
     }

@@ -21,7 +21,7 @@ def without_gemm():
 
     def use(rows_of):
         model_new._PATHS.update({operation: rows_of(rows) for operation, rows in table.items()})
-        model_new._select.cache_clear(), model_new._resolve.cache_clear()
+        model_new._select.cache_clear(), model_new._resolve.cache_clear(), model_new._shared_packed_bytes.cache_clear()
 
     use(lambda rows: tuple(row for row in rows if not row[1].__name__.startswith("_gemm")))
     yield

@@ -1,0 +1,126 @@
+"""Where the forward leaves a copy of its input for the tensor cores, the backward reads that and not the input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model_new
+from harness.verify import relative_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+PLAIN = model_new.ConvTranspose3dNew(64, 32, 3, stride=2, padding=1, output_padding=1, bias=True)
+FUSED = model_new.ModelNew(64, 128, 3, 8, padding=1)
+
+
+def run(layer, dtype=torch.float32, batch=2):
+    """(layer, input, output, gradient, what autograd saved)."""
+    torch.manual_seed(0)
+    layer = layer.to("cuda", dtype)
+    layer.zero_grad()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        x = torch.randn(batch, 64, 20, 24, 28, device="cuda", dtype=dtype)
+        y = layer(x)
+    return layer, x, y, torch.randn_like(y), saved
+
+
+def weight_of(layer):
+    return layer.weight if layer is PLAIN else layer.conv_transpose.weight
+
+
+def holds(saved, tensor):
+    return any(t.data_ptr() == tensor.data_ptr() for t in saved)
+
+
+@pytest.mark.parametrize("layer, dtype", [(PLAIN, torch.float32), (PLAIN, torch.float16), (PLAIN, torch.bfloat16), (FUSED, torch.float32)])
+def test_the_input_is_not_kept_and_the_gradient_is_the_same(layer, dtype):
+    layer, x, y, grad, saved = run(layer, dtype)
+    packed = [t for t in saved if t.dtype == torch.uint8]
+    assert len(packed) == 1 and not holds(saved, x)
+    assert packed[0].nbytes <= x.numel() * 2 + 1024
+    y.backward(grad)
+    first = weight_of(layer).grad.clone()
+    layer.zero_grad()
+    y = layer(x.requires_grad_())    # the gradient of x in the same launch
+    y.backward(grad)
+    assert torch.equal(first, weight_of(layer).grad)
+
+
+def test_it_is_as_accurate_as_with_the_input():
+    layer, x, y, grad, _ = run(PLAIN)
+    y.backward(grad)
+    geometry = ([2, 2, 2], [1, 1, 1], [1, 1, 1], 1, [1, 1, 1])
+    _, of_input, _ = model_new._backward(grad, x, None, layer.weight.detach(), x.shape, layer.weight.shape, *geometry, [False, True, False])
+    assert torch.equal(layer.weight.grad, of_input)
+    w = layer.weight.detach().double().requires_grad_()
+    truth, = torch.autograd.grad(F.conv_transpose3d(x.double(), w, stride=2, padding=1, output_padding=1), w, grad.double())
+    assert relative_error(layer.weight.grad, truth) < 4e-4
+
+
+@pytest.mark.parametrize("layer", [PLAIN, FUSED])
+def test_changing_the_input_behind_the_forward_does_not_matter(layer):
+    layer, x, y, grad, _ = run(layer)
+    y.backward(grad, retain_graph=True)
+    expected = weight_of(layer).grad.clone()
+    layer.zero_grad()
+    x.fill_(float("nan"))
+    y.backward(grad)
+    assert torch.equal(weight_of(layer).grad, expected)
+
+
+@pytest.mark.parametrize("layer", [PLAIN, FUSED])
+def test_flags_of_the_forward_hold_for_the_backward(layer):
+    layer, x, y, grad, _ = run(layer)
+    y.backward(grad, retain_graph=True)
+    expected = weight_of(layer).grad.clone()
+    layer.zero_grad()
+    allowed = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        y.backward(grad)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+    assert torch.equal(weight_of(layer).grad, expected)
+
+
+@pytest.mark.parametrize("layer", [PLAIN, FUSED])
+def test_without_tf32_the_input_is_kept(layer):
+    allowed = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        layer, x, y, grad, saved = run(layer)
+        assert holds(saved, x) and all(t.dtype != torch.uint8 for t in saved)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            x.add_(1)
+            y.backward(grad)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def test_a_frozen_weight_keeps_nothing_of_the_input():
+    layer = model_new.ConvTranspose3dNew(64, 32, 3, stride=2, padding=1, output_padding=1)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(2, 64, 20, 24, 28, device="cuda", requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        layer.cuda()(x)
+    assert not holds(saved, x) and all(t.dtype != torch.uint8 for t in saved)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
+def test_extreme_inputs(value):
+    """Infinite and large values, of which the first look at the input does not see all, and samples of zeros."""
+    layer = PLAIN.to("cuda", torch.float32)
+    layer.zero_grad()
+    x = torch.randn(3, 64, 20, 24, 28, device="cuda")
+    x[1] = 0
+    x[2, 5, 7, 3, 9] = value if value else 1e20
+    y = layer(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    w = layer.weight.detach().double().requires_grad_()
+    truth, = torch.autograd.grad(F.conv_transpose3d(x.double(), w, stride=2, padding=1, output_padding=1), w, grad.double())
+    finite = truth.isfinite()
+    assert torch.equal(layer.weight.grad.isfinite(), finite)
+    assert relative_error(layer.weight.grad[finite], truth[finite]) < 4e-4
