@@ -572,11 +572,11 @@ def _launch(operation, shape, dtypes, device, inputs, outputs, packed=None):
 
 def _packed_input(operation, geometry, input):
     """Memory for the copy of ``input`` that the forward ``operation`` makes for the tensor cores, if the gradients read the same one: the weight's gradient then needs it in
-    place of the input. None if not."""
+    place of the input. None if not, or if it is larger than the input (some bytes a sample aside)."""
     if input.device.type == "cpu":
         return None
     count = _shared_packed_bytes(operation, geometry, input.dtype, input.device, _tf32_allowed(input.dtype))
-    return torch.empty(count, dtype=torch.uint8, device=input.device) if count else None
+    return torch.empty(count, dtype=torch.uint8, device=input.device) if 0 < count <= input.nbytes + 16 * len(input) + 512 else None
 
 
 def _tf32(dtype, packed):

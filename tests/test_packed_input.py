@@ -13,16 +13,21 @@ PLAIN = model_new.ConvTranspose3dNew(64, 32, 3, stride=2, padding=1, output_padd
 FUSED = model_new.ModelNew(64, 128, 3, 8, padding=1)
 
 
-def run(layer, dtype=torch.float32, batch=2):
-    """(layer, input, output, gradient, what autograd saved)."""
+def run(layer, dtype=torch.float32):
+    """(layer, input, output, gradient)."""
     torch.manual_seed(0)
     layer = layer.to("cuda", dtype)
     layer.zero_grad()
+    x = torch.randn(2, 64, 20, 24, 28, device="cuda", dtype=dtype)
+    y = layer(x)
+    return layer, x, y, torch.randn_like(y)
+
+
+def saved_by(layer, x):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        x = torch.randn(batch, 64, 20, 24, 28, device="cuda", dtype=dtype)
-        y = layer(x)
-    return layer, x, y, torch.randn_like(y), saved
+        layer.cuda()(x)
+    return saved
 
 
 def weight_of(layer):
@@ -35,7 +40,8 @@ def holds(saved, tensor):
 
 @pytest.mark.parametrize("layer, dtype", [(PLAIN, torch.float32), (PLAIN, torch.float16), (PLAIN, torch.bfloat16), (FUSED, torch.float32)])
 def test_the_input_is_not_kept_and_the_gradient_is_the_same(layer, dtype):
-    layer, x, y, grad, saved = run(layer, dtype)
+    layer, x, y, grad = run(layer, dtype)
+    saved = saved_by(layer, x)
     packed = [t for t in saved if t.dtype == torch.uint8]
     assert len(packed) == 1 and not holds(saved, x)
     assert packed[0].nbytes <= x.numel() * 2 + 1024
@@ -48,7 +54,7 @@ def test_the_input_is_not_kept_and_the_gradient_is_the_same(layer, dtype):
 
 
 def test_it_is_as_accurate_as_with_the_input():
-    layer, x, y, grad, _ = run(PLAIN)
+    layer, x, y, grad = run(PLAIN)
     y.backward(grad)
     geometry = ([2, 2, 2], [1, 1, 1], [1, 1, 1], 1, [1, 1, 1])
     _, of_input, _ = model_new._backward(grad, x, None, layer.weight.detach(), x.shape, layer.weight.shape, *geometry, [False, True, False])
@@ -60,7 +66,7 @@ def test_it_is_as_accurate_as_with_the_input():
 
 @pytest.mark.parametrize("layer", [PLAIN, FUSED])
 def test_changing_the_input_behind_the_forward_does_not_matter(layer):
-    layer, x, y, grad, _ = run(layer)
+    layer, x, y, grad = run(layer)
     y.backward(grad, retain_graph=True)
     expected = weight_of(layer).grad.clone()
     layer.zero_grad()
@@ -71,7 +77,7 @@ def test_changing_the_input_behind_the_forward_does_not_matter(layer):
 
 @pytest.mark.parametrize("layer", [PLAIN, FUSED])
 def test_flags_of_the_forward_hold_for_the_backward(layer):
-    layer, x, y, grad, _ = run(layer)
+    layer, x, y, grad = run(layer)
     y.backward(grad, retain_graph=True)
     expected = weight_of(layer).grad.clone()
     layer.zero_grad()
@@ -89,10 +95,11 @@ def test_without_tf32_the_input_is_kept(layer):
     allowed = torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = False
-        layer, x, y, grad, saved = run(layer)
+        layer, x, y, grad = run(layer)
+        saved = saved_by(layer, x)
         assert holds(saved, x) and all(t.dtype != torch.uint8 for t in saved)
+        x.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            x.add_(1)
             y.backward(grad)
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
@@ -102,10 +109,13 @@ def test_a_frozen_weight_keeps_nothing_of_the_input():
     layer = model_new.ConvTranspose3dNew(64, 32, 3, stride=2, padding=1, output_padding=1)
     layer.weight.requires_grad_(False)
     x = torch.randn(2, 64, 20, 24, 28, device="cuda", requires_grad=True)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        layer.cuda()(x)
+    saved = saved_by(layer, x)
     assert not holds(saved, x) and all(t.dtype != torch.uint8 for t in saved)
+
+
+def test_a_copy_larger_than_the_input_is_not_kept():
+    x = torch.randn(2, 6, 20, 24, 28, device="cuda")    # 16 channels of the copy
+    assert holds(saved_by(model_new.ConvTranspose3dNew(6, 64, 3, padding=1), x), x)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
