@@ -570,13 +570,16 @@ def _launch(operation, shape, dtypes, device, inputs, outputs, packed=None):
         raise RuntimeError(f"{name}: CUDA error {error}, {_library('cuda').cuda_error_string(error).decode()}")
 
 
-def _packed_input(operation, geometry, input):
+def _packed_input(operation, geometry, input, kept):
     """Memory for the copy of ``input`` that the forward ``operation`` makes for the tensor cores, if the gradients read the same one: the weight's gradient then needs it in
-    place of the input. None if not, or if it is larger than the input (some bytes a sample aside)."""
-    if input.device.type == "cpu":
+    place of the input, so it is appended to ``kept``. None if not, or if it is larger than the input (some bytes a sample aside), or where ``kept`` is None."""
+    if kept is None or input.device.type == "cpu":
         return None
     count = _shared_packed_bytes(operation, geometry, input.dtype, input.device, _tf32_allowed(input.dtype))
-    return torch.empty(count, dtype=torch.uint8, device=input.device) if 0 < count <= input.nbytes + 16 * len(input) + 512 else None
+    if not 0 < count <= input.nbytes + 16 * len(input) + 512:
+        return None
+    kept.append(torch.empty(count, dtype=torch.uint8, device=input.device))
+    return kept[0]
 
 
 def _tf32(dtype, packed):
@@ -625,16 +628,8 @@ def _forward(input, weight, bias, stride, padding, output_padding, groups, dilat
     """kept: a list, for what the backward can use in place of the input."""
     geometry, output = _empty_output(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if output.numel():
-        packed = _keep("conv_transpose3d_forward", geometry, input, kept)
-        _launch_forward(geometry, input, weight, bias, False, output, packed)
+        _launch_forward(geometry, input, weight, bias, False, output, kept)
     return output
-
-
-def _keep(operation, geometry, input, kept):
-    packed = None if kept is None else _packed_input(operation, geometry, input)
-    if packed is not None:
-        kept.append(packed)
-    return packed
 
 
 def _empty_output(input, weight, bias, stride, padding, output_padding, groups, dilation):
@@ -644,9 +639,9 @@ def _empty_output(input, weight, bias, stride, padding, output_padding, groups, 
     return geometry, input.new_empty(shape)
 
 
-def _launch_forward(geometry, input, weight, bias, relu, output, packed=None):
+def _launch_forward(geometry, input, weight, bias, relu, output, kept):
     _launch("conv_transpose3d_forward", geometry, (input.dtype,), input.device,
-            (input.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), int(relu)), (output,), packed)
+            (input.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), int(relu)), (output,), _packed_input("conv_transpose3d_forward", geometry, input, kept))
 
 
 def _forward_fake(input, weight, bias, stride, padding, output_padding, groups, dilation):
@@ -695,12 +690,12 @@ def _fused_forward(input, weight, bias, gn_weight, gn_bias, num_groups, eps, str
     statistics = input.new_empty((2, activation.shape[0], num_groups), dtype=torch.float64)
     dtypes, gamma, beta = (input.dtype, output_dtype), _parameter(gn_weight, input), _parameter(gn_bias, input)
     if output.numel() and select_path("conv_transpose3d_relu_group_norm_forward", geometry, input.dtype, input.device) == "composed":
-        _launch_forward(geometry, input, weight, bias, True, activation, _keep("conv_transpose3d_forward", geometry, input, kept))
+        _launch_forward(geometry, input, weight, bias, True, activation, kept)
         _launch("group_norm_forward", norm_shape, dtypes, input.device, (activation, gamma, beta, eps), (output, statistics))
     elif output.numel():
         _launch("conv_transpose3d_relu_group_norm_forward", geometry, dtypes, input.device,
                 (input.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), gamma, beta, num_groups, eps), (activation, output, statistics),
-                _keep("conv_transpose3d_relu_group_norm_forward", geometry, input, kept))
+                _packed_input("conv_transpose3d_relu_group_norm_forward", geometry, input, kept))
     return output, activation if save else input.new_empty(0), statistics
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import model_new
 from harness.verify import relative_error
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 PLAIN = model_new.ConvTranspose3dNew(64, 32, 3, stride=2, padding=1, output_padding=1, bias=True)
 FUSED = model_new.ModelNew(64, 128, 3, 8, padding=1)
@@ -26,7 +26,7 @@ def run(layer, dtype=torch.float32):
 def saved_by(layer, x):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        layer.cuda()(x)
+        layer.to(x.device)(x)
     return saved
 
 
@@ -38,6 +38,7 @@ def holds(saved, tensor):
     return any(t.data_ptr() == tensor.data_ptr() for t in saved)
 
 
+@needs_gpu
 @pytest.mark.parametrize("layer, dtype", [(PLAIN, torch.float32), (PLAIN, torch.float16), (PLAIN, torch.bfloat16), (FUSED, torch.float32)])
 def test_the_input_is_not_kept_and_the_gradient_is_the_same(layer, dtype):
     layer, x, y, grad = run(layer, dtype)
@@ -53,6 +54,7 @@ def test_the_input_is_not_kept_and_the_gradient_is_the_same(layer, dtype):
     assert torch.equal(first, weight_of(layer).grad)
 
 
+@needs_gpu
 def test_it_is_as_accurate_as_with_the_input():
     layer, x, y, grad = run(PLAIN)
     y.backward(grad)
@@ -64,6 +66,7 @@ def test_it_is_as_accurate_as_with_the_input():
     assert relative_error(layer.weight.grad, truth) < 4e-4
 
 
+@needs_gpu
 @pytest.mark.parametrize("layer", [PLAIN, FUSED])
 def test_changing_the_input_behind_the_forward_does_not_matter(layer):
     layer, x, y, grad = run(layer)
@@ -75,6 +78,7 @@ def test_changing_the_input_behind_the_forward_does_not_matter(layer):
     assert torch.equal(weight_of(layer).grad, expected)
 
 
+@needs_gpu
 @pytest.mark.parametrize("layer", [PLAIN, FUSED])
 def test_flags_of_the_forward_hold_for_the_backward(layer):
     layer, x, y, grad = run(layer)
@@ -90,6 +94,7 @@ def test_flags_of_the_forward_hold_for_the_backward(layer):
     assert torch.equal(weight_of(layer).grad, expected)
 
 
+@needs_gpu
 @pytest.mark.parametrize("layer", [PLAIN, FUSED])
 def test_without_tf32_the_input_is_kept(layer):
     allowed = torch.backends.cudnn.allow_tf32
@@ -105,6 +110,7 @@ def test_without_tf32_the_input_is_kept(layer):
         torch.backends.cudnn.allow_tf32 = allowed
 
 
+@needs_gpu
 def test_a_frozen_weight_keeps_nothing_of_the_input():
     layer = model_new.ConvTranspose3dNew(64, 32, 3, stride=2, padding=1, output_padding=1)
     layer.weight.requires_grad_(False)
@@ -113,11 +119,13 @@ def test_a_frozen_weight_keeps_nothing_of_the_input():
     assert not holds(saved, x) and all(t.dtype != torch.uint8 for t in saved)
 
 
+@needs_gpu
 def test_a_copy_larger_than_the_input_is_not_kept():
     x = torch.randn(2, 6, 20, 24, 28, device="cuda")    # 16 channels of the copy
     assert holds(saved_by(model_new.ConvTranspose3dNew(6, 64, 3, padding=1), x), x)
 
 
+@needs_gpu
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
 def test_extreme_inputs(value):
     """Infinite and large values, of which the first look at the input does not see all, and samples of zeros."""
@@ -134,3 +142,39 @@ def test_extreme_inputs(value):
     finite = truth.isfinite()
     assert torch.equal(layer.weight.grad.isfinite(), finite)
     assert relative_error(layer.weight.grad[finite], truth[finite]) < 4e-4
+
+
+@pytest.mark.parametrize("needs_dx", [True, False])
+@pytest.mark.parametrize("layer, fused", [(model_new.ConvTranspose3dNew(4, 6, 3, stride=2, bias=True), False), (model_new.ModelNew(4, 6, 3, 2, stride=2), True)])
+def test_who_gets_it(monkeypatch, layer, fused, needs_dx):
+    """On the CPU: a forward that leaves a copy, and gradients that read it."""
+    launch = model_new._launch
+
+    def packed_input(operation, geometry, input, kept):
+        if kept is not None:
+            kept.append(input.detach().clone().view(-1).view(torch.uint8))
+        return kept and kept[0]
+
+    def launch_or_differentiate(operation, shape, dtypes, device, inputs, outputs, packed=None):
+        if operation != "conv_transpose3d_gradients":
+            return launch(operation, shape, dtypes, device, inputs, outputs)
+        grad, input, weight = inputs
+        assert input is None and (weight is not None) == needs_dx
+        copy, w = packed.view(torch.float32).view(x.shape).requires_grad_(), weight_copy.requires_grad_()
+        with torch.enable_grad():
+            y = F.conv_transpose3d(copy, w, stride=2)
+        for output, gradient in zip(outputs, torch.autograd.grad(y, (copy, w), grad)):
+            if output is not None:
+                output.copy_(gradient)
+
+    x, weight = torch.randn(2, 4, 5, 6, 7, requires_grad=needs_dx), layer.conv_transpose.weight if fused else layer.weight
+    weight_copy = weight.detach().clone()
+    parameters = [weight] + [x] * needs_dx
+    expected = torch.autograd.grad(layer(x).square().sum(), parameters)
+    monkeypatch.setattr(model_new, "_packed_input", packed_input)
+    monkeypatch.setattr(model_new, "_launch", launch_or_differentiate)
+    assert not holds(saved_by(layer, x), x)
+    for gradient, truth in zip(torch.autograd.grad(layer(x).square().sum(), parameters), expected):
+        torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
