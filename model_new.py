@@ -590,12 +590,9 @@ def _tf32(dtype, packed):
 @functools.lru_cache(maxsize=4096)
 def _shared_packed_bytes(operation, geometry, dtype, device, tf32):
     path = _select(operation, geometry, dtype, device, tf32)
-    gradients = {_select("conv_transpose3d_gradients", geometry, dtype, device, tf32)}
-    if operation == "conv_transpose3d_relu_group_norm_forward":
-        gradients.add(_select("conv_transpose3d_relu_group_norm_gradients", geometry, dtype, device, tf32))
     library, shape = _library("cuda"), ctypes.addressof(geometry)
     shares = getattr(library, f"conv_transpose3d_gradients_share_packed_{path}", None)
-    if not shares or path not in gradients or not gradients <= {path, "composed"} or not shares(shape, device.index):
+    if not shares or _select("conv_transpose3d_gradients", geometry, dtype, device, tf32) != path or not shares(shape, device.index):
         return 0
     return getattr(library, f"{operation}_{path}_packed")(shape, _DTYPES[dtype], device.index)
 

@@ -178,3 +178,36 @@ def test_who_gets_it(monkeypatch, layer, fused, needs_dx):
         torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert layer(x).grad_fn is None
+
+
+@pytest.mark.parametrize("in_channels, out_channels, size, kernel, tf32, forward, gradients, kept", [
+    (32, 32, 32, 3, True, "sm90", "sm90", True),
+    (32, 32, 32, 3, False, "generic", "composed", False),
+    (320, 320, 4, 2, True, "gemm", "gemm", False),      # reads the input as it lies in memory
+    (64, 3, 32, 2, True, "gemm", "sm90", False),        # a forward in float32
+])
+def test_it_is_kept_where_forward_and_gradients_take_the_same_path(monkeypatch, in_channels, out_channels, size, kernel, tf32, forward, gradients, kept):
+    """On any machine: the table's choice for a Hopper GPU, with a library that supports everything."""
+    class Library:
+        def __getattr__(self, name):
+            if not name.rsplit("_", 1)[-1] in ("sm90", "packed"):
+                raise AttributeError(name)
+            return lambda *arguments: 1000 if name.endswith("_packed") else 1
+
+    caches = model_new._select, model_new._shared_packed_bytes
+    monkeypatch.setattr(model_new, "_library", lambda backend: Library())
+    monkeypatch.setattr(model_new, "_capability", lambda device: (9, 0))
+    for cache in caches:
+        cache.cache_clear()
+    stride = (2, 2, 2)
+    geometry, _ = model_new._geometry((2, in_channels, size, size, size), (in_channels, out_channels, kernel, kernel, kernel), stride, (0, 0, 0), (0, 0, 0), 1, (1, 1, 1))
+    arguments = geometry, torch.float32, torch.device("cuda", 0), tf32
+    try:
+        assert model_new._select("conv_transpose3d_forward", *arguments) == forward
+        assert model_new._select("conv_transpose3d_gradients", *arguments) == gradients
+        for operation in ("conv_transpose3d_forward", "conv_transpose3d_relu_group_norm_forward"):
+            path = model_new._select(operation, *arguments)
+            assert model_new._shared_packed_bytes(operation, *arguments) == (1000 if kept and path == "sm90" else 0)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
