@@ -589,6 +589,7 @@ def _tf32(dtype, packed):
 
 @functools.lru_cache(maxsize=4096)
 def _shared_packed_bytes(operation, geometry, dtype, device, tf32):
+    """Bytes of that copy; 0 where the forward and the gradients do not take the same path, or not the same copy."""
     path = _select(operation, geometry, dtype, device, tf32)
     library, shape = _library("cuda"), ctypes.addressof(geometry)
     shares = getattr(library, f"conv_transpose3d_gradients_share_packed_{path}", None)
@@ -5322,7 +5323,8 @@ template <typename Path> int gradients_share_packed(const Geometry& g, int devic
 // (2, N, num_groups) in place of dout.
 template <typename Path> int64_t relu_group_norm_gradients_workspace(const Geometry& g, int device) {
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), g.C_out};    // the largest, whatever num_groups is
-    return gradients_memory<Path>(g, device).scratch.bytes() + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
+    const int64_t bytes = gradients_memory<Path>(g, device).scratch.bytes() + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
+    return ceil_div(bytes, 256) * 256;    // what is behind it is aligned too
 }
 
 template <typename Path>
