@@ -462,9 +462,9 @@ _SIGNATURES = {
 _TWO_DTYPES = ("conv_transpose3d_relu_group_norm_forward", "group_norm_forward", "relu_group_norm_backward")    # the activation's and the output's
 
 
-def select_path(operation, geometry, dtype, device):
-    """The name of the path that runs ``operation`` (a key of the table above) on ``device`` at the flags in force."""
-    return _select(operation, geometry, dtype, device, _tf32_allowed(dtype))
+def select_path(operation, geometry, dtype, device, packed=None):
+    """The name of the path that runs ``operation`` (a key of the table above) on ``device`` at the flags in force, or those of the forward that left ``packed``."""
+    return _select(operation, geometry, dtype, device, _tf32_allowed(dtype, packed))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -474,10 +474,12 @@ def _select(operation, geometry, dtype, device, tf32):
     return next(path for path, condition in _PATHS[operation] if condition(geometry, dtype, tf32, device))
 
 
-def _tf32_allowed(dtype):
-    """Whether torch lets cuDNN's convolutions round float32 to TF32."""
+def _tf32_allowed(dtype, packed=None):
+    """Whether torch lets cuDNN's convolutions round float32 to TF32. It did where a forward left ``packed`` (_packed_input)."""
     if dtype != torch.float32:
         return False
+    if packed is not None:
+        return True
     if _fp32_precision:    # torch 2.9 and later, where the older flag cannot always be read
         return _fp32_precision("cuda", "conv") == "tf32"
     return torch.backends.cudnn.allow_tf32
@@ -555,17 +557,15 @@ def _resolve(operation, shape, dtypes, device, tf32):
 
 def _launch(operation, shape, dtypes, device, inputs, outputs, packed=None):
     """Runs ``operation`` on ``device``'s current stream: contiguous ``inputs`` (tensors, numbers or None) into ``outputs``. ``packed``: see _packed_input."""
-    function, name, first, workspace_bytes, packed_bytes = _resolve(operation, shape, dtypes, device, _tf32(dtypes[0], packed))
+    function, name, first, workspace_bytes, packed_bytes = _resolve(operation, shape, dtypes, device, _tf32_allowed(dtypes[0], packed))
     for names in _recorders:
         names.append(name)
     if device.type == "cpu":
         return _launch_cpu(function, first, inputs, outputs)
-    own_packed_bytes = packed_bytes if packed_bytes and packed is None else 0
-    workspace = torch.empty(workspace_bytes + own_packed_bytes, dtype=torch.uint8, device=device) if workspace_bytes + own_packed_bytes else None
-    memory = [workspace.data_ptr() if workspace is not None else None]
-    if packed_bytes is not None:
-        memory.append(memory[0] + workspace_bytes if packed is None else packed.data_ptr())
-    error = function(*first, torch._C._cuda_getCurrentRawStream(device.index), *memory, *_pointers(inputs), *_pointers(outputs))
+    scratch_bytes = workspace_bytes + packed_bytes if packed_bytes and packed is None else workspace_bytes    # with the packed input behind it, unless that has memory of its own
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device) if scratch_bytes else None
+    memory = (scratch,) if packed_bytes is None else (scratch, scratch.data_ptr() + workspace_bytes if packed is None else packed)
+    error = function(*first, torch._C._cuda_getCurrentRawStream(device.index), *_pointers(memory), *_pointers(inputs), *_pointers(outputs))
     if error:
         raise RuntimeError(f"{name}: CUDA error {error}, {_library('cuda').cuda_error_string(error).decode()}")
 
@@ -580,11 +580,6 @@ def _packed_input(operation, geometry, input, kept):
         return None
     kept.append(torch.empty(count, dtype=torch.uint8, device=input.device))
     return kept[0]
-
-
-def _tf32(dtype, packed):
-    """Whether float32 may be rounded to TF32: as in the forward, if ``packed`` is what it left."""
-    return _tf32_allowed(dtype) if packed is None else dtype == torch.float32
 
 
 @functools.lru_cache(maxsize=4096)
@@ -658,7 +653,7 @@ def _backward(grad, input, packed, weight, input_shape, weight_shape, stride, pa
     grad, dtypes, device = grad.contiguous(), (grad.dtype,), grad.device
     need_dx, need_dweight = needs[:2]
     together_dx = need_dx and not _has_float32_dinput(geometry, grad.dtype)
-    if (together_dx or need_dweight) and (packed is not None or select_path("conv_transpose3d_gradients", geometry, grad.dtype, device) != "composed"):
+    if (together_dx or need_dweight) and select_path("conv_transpose3d_gradients", geometry, grad.dtype, device, packed) != "composed":
         _launch("conv_transpose3d_gradients", geometry, dtypes, device,
                 (grad, input.contiguous() if need_dweight and packed is None else None, weight.contiguous() if together_dx else None), (dx if together_dx else None, dweight if need_dweight else None), packed)
         need_dx, need_dweight = need_dx and not together_dx, False
@@ -726,7 +721,7 @@ def _fused_backward(grad, activation, statistics, input, packed, weight, gn_weig
     geometry, _ = _geometry(tuple(input_shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
     need_dx, need_dweight, need_dbias = conv_needs
     if ((need_dx or need_dweight) and not need_dbias and grad.dtype == activation.dtype
-            and _select("conv_transpose3d_relu_group_norm_gradients", geometry, grad.dtype, grad.device, _tf32(grad.dtype, packed)) != "composed"):
+            and select_path("conv_transpose3d_relu_group_norm_gradients", geometry, grad.dtype, grad.device, packed) != "composed"):
         _launch("conv_transpose3d_relu_group_norm_gradients", geometry, (grad.dtype,), grad.device,
                 (grad.contiguous(), activation, statistics, _parameter(gn_weight, activation), num_groups, input.contiguous() if need_dweight and packed is None else None,
                  weight.contiguous() if need_dx else None),
@@ -5314,10 +5309,8 @@ template <typename Path> GradientsMemory gradients_memory(const Geometry& g, int
     return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 
-// Whether the forward's copy of x is the gradients': 1 or 0. The operands of both are not split.
-template <typename Path> int gradients_share_packed(const Geometry& g, int device) {
-    return gradients_supports<Path>(g, device) && !splits_groups(g) && third_of(g) == 0;
-}
+// Whether the forward's copy of x is the gradients', whose operands are not split: 1 or 0.
+inline int gradients_share_packed(const Geometry& g) { return !splits_groups(g) && third_of(g) == 0; }
 
 // The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
 // (2, N, num_groups) in place of dout.
@@ -5343,7 +5336,7 @@ int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStre
 // The C functions of a path. packed: memory for the copy of x, or, where x is null, that copy.
 #define GRADIENTS_LAUNCHERS(path, Path)                                                                                                                    \
     extern "C" int conv_transpose3d_gradients_supports_##path(const Geometry* g, int device) { return conv::gradients_supports<Path>(*g, device); }        \
-    extern "C" int conv_transpose3d_gradients_share_packed_##path(const Geometry* g, int device) { return conv::gradients_share_packed<Path>(*g, device); } \
+    extern "C" int conv_transpose3d_gradients_share_packed_##path(const Geometry* g, int) { return conv::gradients_share_packed(*g); }                          \
     extern "C" int64_t conv_transpose3d_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).scratch.bytes(); } \
     extern "C" int64_t conv_transpose3d_gradients_##path##_packed(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).packed.bytes(); } \
     extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::relu_group_norm_gradients_workspace<Path>(*g, device); } \

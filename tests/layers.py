@@ -1,6 +1,10 @@
 """What the tests of several paths do with a layer."""
 
+import contextlib
+
 import torch
+
+import model_new
 
 
 def worst_relative_error(y, truth, dims):
@@ -11,3 +15,19 @@ def worst_relative_error(y, truth, dims):
 def gradients(function, x, w, grad, sizes):
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     return torch.autograd.grad(function(x, w, None, *sizes), (x, w), grad)
+
+
+@contextlib.contextmanager
+def tf32_allowed(allowed):
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = allowed
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def forget_paths():
+    """To be called where the table of paths, or what it is asked about, was changed."""
+    for choice in (model_new._select, model_new._resolve, model_new._shared_packed_bytes):
+        choice.cache_clear()

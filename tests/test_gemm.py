@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model_new
 from harness.verify import relative_error
-from layers import gradients, worst_relative_error
+from layers import gradients, tf32_allowed, worst_relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -192,11 +192,6 @@ def test_model(shape, channels, kernel, stride, padding):
     ("many products", (2, 32, 40, 40, 40), 3, {})])
 def test_others_are_not_this_path(reason, shape, kernel, arguments):
     x, w, _ = tensors(shape, 16, kernel, 1, torch.float16 if "float16" in reason else torch.float32)
-    allowed = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = reason != "TF32 disallowed"
-        with model_new.record_launches() as launched:
-            model_new.conv_transpose3d(x, w, **arguments)
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+    with tf32_allowed(reason != "TF32 disallowed"), model_new.record_launches() as launched:
+        model_new.conv_transpose3d(x, w, **arguments)
     assert not launched[0].endswith("gemm")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import model_new
 from harness.verify import relative_error
+from layers import forget_paths, gradients, tf32_allowed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -17,7 +18,6 @@ def run(layer, dtype=torch.float32):
     """(layer, input, output, gradient)."""
     torch.manual_seed(0)
     layer = layer.to("cuda", dtype)
-    layer.zero_grad()
     x = torch.randn(2, 64, 20, 24, 28, device="cuda", dtype=dtype)
     y = layer(x)
     return layer, x, y, torch.randn_like(y)
@@ -31,7 +31,17 @@ def saved_by(layer, x):
 
 
 def weight_of(layer):
-    return layer.weight if layer is PLAIN else layer.conv_transpose.weight
+    return layer.conv_transpose.weight if isinstance(layer, model_new.ModelNew) else layer.weight
+
+
+def weight_gradient(layer, y, grad, *others):
+    """The first of the gradients of the weight and of ``others``."""
+    return torch.autograd.grad(y, (weight_of(layer), *others), grad, retain_graph=True)[0]
+
+
+def true_weight_gradient(x, grad):
+    """PLAIN's in float64."""
+    return gradients(F.conv_transpose3d, x.double(), PLAIN.weight.double(), grad.double(), (2, 1, 1))[1]
 
 
 def holds(saved, tensor):
@@ -46,68 +56,48 @@ def test_the_input_is_not_kept_and_the_gradient_is_the_same(layer, dtype):
     packed = [t for t in saved if t.dtype == torch.uint8]
     assert len(packed) == 1 and not holds(saved, x)
     assert packed[0].nbytes <= x.numel() * 2 + 1024
-    y.backward(grad)
-    first = weight_of(layer).grad.clone()
-    layer.zero_grad()
-    y = layer(x.requires_grad_())    # the gradient of x in the same launch
-    y.backward(grad)
-    assert torch.equal(first, weight_of(layer).grad)
+    together = layer(x.requires_grad_())    # with the gradient of x in the same launch
+    assert torch.equal(weight_gradient(layer, y, grad), weight_gradient(layer, together, grad, x))
 
 
 @needs_gpu
 def test_it_is_as_accurate_as_with_the_input():
     layer, x, y, grad = run(PLAIN)
-    y.backward(grad)
+    of_copy = weight_gradient(layer, y, grad)
     geometry = ([2, 2, 2], [1, 1, 1], [1, 1, 1], 1, [1, 1, 1])
     _, of_input, _ = model_new._backward(grad, x, None, layer.weight.detach(), x.shape, layer.weight.shape, *geometry, [False, True, False])
-    assert torch.equal(layer.weight.grad, of_input)
-    w = layer.weight.detach().double().requires_grad_()
-    truth, = torch.autograd.grad(F.conv_transpose3d(x.double(), w, stride=2, padding=1, output_padding=1), w, grad.double())
-    assert relative_error(layer.weight.grad, truth) < 4e-4
+    assert torch.equal(of_copy, of_input)
+    assert relative_error(of_copy, true_weight_gradient(x, grad)) < 4e-4
 
 
 @needs_gpu
 @pytest.mark.parametrize("layer", [PLAIN, FUSED])
 def test_changing_the_input_behind_the_forward_does_not_matter(layer):
     layer, x, y, grad = run(layer)
-    y.backward(grad, retain_graph=True)
-    expected = weight_of(layer).grad.clone()
-    layer.zero_grad()
+    expected = weight_gradient(layer, y, grad)
     x.fill_(float("nan"))
-    y.backward(grad)
-    assert torch.equal(weight_of(layer).grad, expected)
+    assert torch.equal(weight_gradient(layer, y, grad), expected)
 
 
 @needs_gpu
 @pytest.mark.parametrize("layer", [PLAIN, FUSED])
 def test_flags_of_the_forward_hold_for_the_backward(layer):
     layer, x, y, grad = run(layer)
-    y.backward(grad, retain_graph=True)
-    expected = weight_of(layer).grad.clone()
-    layer.zero_grad()
-    allowed = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = False
-        y.backward(grad)
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
-    assert torch.equal(weight_of(layer).grad, expected)
+    expected = weight_gradient(layer, y, grad)
+    with tf32_allowed(False):
+        assert torch.equal(weight_gradient(layer, y, grad), expected)
 
 
 @needs_gpu
 @pytest.mark.parametrize("layer", [PLAIN, FUSED])
 def test_without_tf32_the_input_is_kept(layer):
-    allowed = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = False
+    with tf32_allowed(False):
         layer, x, y, grad = run(layer)
         saved = saved_by(layer, x)
         assert holds(saved, x) and all(t.dtype != torch.uint8 for t in saved)
         x.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.backward(grad)
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @needs_gpu
@@ -130,25 +120,22 @@ def test_a_copy_larger_than_the_input_is_not_kept():
 def test_extreme_inputs(value):
     """Infinite and large values, of which the first look at the input does not see all, and samples of zeros."""
     layer = PLAIN.to("cuda", torch.float32)
-    layer.zero_grad()
     x = torch.randn(3, 64, 20, 24, 28, device="cuda")
     x[1] = 0
     x[2, 5, 7, 3, 9] = value if value else 1e20
     y = layer(x)
     grad = torch.randn_like(y)
-    y.backward(grad)
-    w = layer.weight.detach().double().requires_grad_()
-    truth, = torch.autograd.grad(F.conv_transpose3d(x.double(), w, stride=2, padding=1, output_padding=1), w, grad.double())
+    result, truth = weight_gradient(layer, y, grad), true_weight_gradient(x, grad)
     finite = truth.isfinite()
-    assert torch.equal(layer.weight.grad.isfinite(), finite)
-    assert relative_error(layer.weight.grad[finite], truth[finite]) < 4e-4
+    assert torch.equal(result.isfinite(), finite)
+    assert relative_error(result[finite], truth[finite]) < 4e-4
 
 
 @pytest.mark.parametrize("needs_dx", [True, False])
-@pytest.mark.parametrize("layer, fused", [(model_new.ConvTranspose3dNew(4, 6, 3, stride=2, bias=True), False), (model_new.ModelNew(4, 6, 3, 2, stride=2), True)])
-def test_who_gets_it(monkeypatch, layer, fused, needs_dx):
+@pytest.mark.parametrize("layer", [model_new.ConvTranspose3dNew(4, 6, 3, stride=2, bias=True), model_new.ModelNew(4, 6, 3, 2, stride=2)])
+def test_who_gets_it(monkeypatch, layer, needs_dx):
     """On the CPU: a forward that leaves a copy, and gradients that read it."""
-    launch = model_new._launch
+    launch, select_path = model_new._launch, model_new.select_path
 
     def packed_input(operation, geometry, input, kept):
         if kept is not None:
@@ -167,12 +154,16 @@ def test_who_gets_it(monkeypatch, layer, fused, needs_dx):
             if output is not None:
                 output.copy_(gradient)
 
-    x, weight = torch.randn(2, 4, 5, 6, 7, requires_grad=needs_dx), layer.conv_transpose.weight if fused else layer.weight
+    def select(operation, *arguments):
+        return "sm90" if operation == "conv_transpose3d_gradients" else select_path(operation, *arguments)
+
+    x, weight = torch.randn(2, 4, 5, 6, 7, requires_grad=needs_dx), weight_of(layer)
     weight_copy = weight.detach().clone()
     parameters = [weight] + [x] * needs_dx
     expected = torch.autograd.grad(layer(x).square().sum(), parameters)
     monkeypatch.setattr(model_new, "_packed_input", packed_input)
     monkeypatch.setattr(model_new, "_launch", launch_or_differentiate)
+    monkeypatch.setattr(model_new, "select_path", select)
     assert not holds(saved_by(layer, x), x)
     for gradient, truth in zip(torch.autograd.grad(layer(x).square().sum(), parameters), expected):
         torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-4)
@@ -184,23 +175,20 @@ def test_who_gets_it(monkeypatch, layer, fused, needs_dx):
     (32, 32, 32, 3, True, "sm90", "sm90", True),
     (32, 32, 32, 3, False, "generic", "composed", False),
     (320, 320, 4, 2, True, "gemm", "gemm", False),      # reads the input as it lies in memory
-    (64, 3, 32, 2, True, "generic", "sm90", False),        # a forward in float32
+    (64, 3, 32, 2, True, "generic", "sm90", False),     # a forward in float32
 ])
 def test_it_is_kept_where_forward_and_gradients_take_the_same_path(monkeypatch, in_channels, out_channels, size, kernel, tf32, forward, gradients, kept):
     """On any machine: the table's choice for a Hopper GPU, with a library that supports everything."""
     class Library:
         def __getattr__(self, name):
-            if not name.rsplit("_", 1)[-1] in ("sm90", "packed"):
+            if name.rsplit("_", 1)[-1] not in ("sm90", "packed"):
                 raise AttributeError(name)
             return lambda *arguments: 1000 if name.endswith("_packed") else 1
 
-    caches = model_new._select, model_new._shared_packed_bytes
     monkeypatch.setattr(model_new, "_library", lambda backend: Library())
     monkeypatch.setattr(model_new, "_capability", lambda device: (9, 0))
-    for cache in caches:
-        cache.cache_clear()
-    stride = (2, 2, 2)
-    geometry, _ = model_new._geometry((2, in_channels, size, size, size), (in_channels, out_channels, kernel, kernel, kernel), stride, (0, 0, 0), (0, 0, 0), 1, (1, 1, 1))
+    forget_paths()
+    geometry, _ = model_new._geometry((2, in_channels, size, size, size), (in_channels, out_channels, kernel, kernel, kernel), (2, 2, 2), (0, 0, 0), (0, 0, 0), 1, (1, 1, 1))
     arguments = geometry, torch.float32, torch.device("cuda", 0), tf32
     try:
         assert model_new._select("conv_transpose3d_forward", *arguments) == forward
@@ -209,5 +197,4 @@ def test_it_is_kept_where_forward_and_gradients_take_the_same_path(monkeypatch, 
             path = model_new._select(operation, *arguments)
             assert model_new._shared_packed_bytes(operation, *arguments) == (1000 if kept and path == "sm90" else 0)
     finally:
-        for cache in caches:
-            cache.cache_clear()
+        forget_paths()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model_new
 from harness.verify import relative_error
-from layers import gradients, worst_relative_error
+from layers import forget_paths, gradients, tf32_allowed, worst_relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PATH = torch.cuda.is_available() and model_new._tensor_core_path(model_new._capability(0))
@@ -21,7 +21,7 @@ def without_gemm():
 
     def use(rows_of):
         model_new._PATHS.update({operation: rows_of(rows) for operation, rows in table.items()})
-        model_new._select.cache_clear(), model_new._resolve.cache_clear(), model_new._shared_packed_bytes.cache_clear()
+        forget_paths()
 
     use(lambda rows: tuple(row for row in rows if not row[1].__name__.startswith("_gemm")))
     yield
@@ -332,11 +332,6 @@ def test_few_channels_multiply_nothing_outside(channels):
 
 def test_tf32_disallowed_is_not_this_path():
     x, w = tensors((2, 32, 10, 12, 16), 64, 3)
-    allowed = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = False
-        with model_new.record_launches() as launched:
-            model_new.conv_transpose3d(x, w)
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+    with tf32_allowed(False), model_new.record_launches() as launched:
+        model_new.conv_transpose3d(x, w)
     assert launched == ["conv_transpose3d_forward_generic"]
