@@ -39,6 +39,7 @@ SOURCES = (
     "dweight.cuh",
     "conv_transpose3d_gradients.cuh",
     "tiling_sm80.h",
+    "conv_epilogue_sm80.cuh",
     "conv_sm80.cuh",
     "conv_launch_sm80.cuh",
     "conv_transpose3d_sm80.cu",

@@ -8,7 +8,7 @@ namespace conv_sm80 {
 
 template <int kBlockN, int kChunk> int launch_conv(const Operands& o, int most_blocks, cudaStream_t stream) {
     const Tiling& t = o.a.p.t;
-    return launch_with_shared(conv_kernel<kBlockN, kChunk>, std::min(t.tiles, most_blocks), kThreads, shared_bytes(t), stream, o);
+    return launch_with_shared(conv_kernel<kBlockN, kChunk>, std::min(t.tiles, most_blocks), kThreads, shared_bytes(t, o.a.p.s.axis[2]), stream, o);
 }
 
 // The launches of the tensor cores from sm_80 up (conv_plan.cuh).
@@ -34,7 +34,7 @@ struct Path {
         const Operands o = {a, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
         int device = 0;
         RETURN_IF_ERROR(cudaGetDevice(&device));
-        const int most_blocks = multiprocessors * resident_blocks(p.t, shared_bytes(device));
+        const int most_blocks = multiprocessors * resident_blocks(p.t, p.s.axis[2], shared_bytes(device));
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
             return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, most_blocks, stream) : p.t.block_n == 192 ? launch_conv<192, kChunk>(o, most_blocks, stream) : launch_conv<128, kChunk>(o, most_blocks, stream);

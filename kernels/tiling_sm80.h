@@ -10,23 +10,27 @@ namespace conv_sm80 {
 
 using namespace conv;
 
-constexpr int kSharedHeadBytes = 2560;
-constexpr int kMaxWeightStages = 4;
+constexpr int kSharedHeadBytes = 2688;
+constexpr int kMaxTapsOfStage = 8;
 constexpr int kColumnWarps = 4;    // of a block, each with a quarter of the positions
 
 // Blocks of a multiprocessor, as many as its registers hold.
 HOST_DEVICE constexpr int blocks_of(int block_n) { return block_n == 128 ? 4 : block_n == 192 ? 3 : 2; }
 
-// Shared memory of a block: the pipeline's stages, and behind the last product, in their place, half of the staged outputs.
+// Rows of a box with the zeros behind it, which rows share, and the bytes of the table that tells where each comes from. They are loaded 2 KB at a time, which is at most 64.
+HOST_DEVICE int loaded_rows(const Tiling& t, const StencilAxis& w) { return t.box_rows * t.pitch + w.shift[w.taps - 1]; }
+HOST_DEVICE int places_bytes(const Tiling& t, const StencilAxis& w) { return (loaded_rows(t, w) + 63) / 64 * 256; }
+
+// Shared memory of a block: the pipeline's stages, half of the taps' weights being loaded while the others are multiplied, and behind the last product, in their place, half of the staged outputs.
 inline int64_t pipeline_bytes(const Tiling& t) { return int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_stages) * t.weight_bytes; }
-inline int64_t shared_bytes(const Tiling& t) {
+inline int64_t shared_bytes(const Tiling& t, const StencilAxis& w) {
     const int64_t pipeline = pipeline_bytes(t), staged = t.buffer_bytes / 2;
-    return kSharedHeadBytes + t.table_bytes + (pipeline > staged ? pipeline : staged);
+    return kSharedHeadBytes + t.table_bytes + places_bytes(t, w) + (pipeline > staged ? pipeline : staged);
 }
 
 // Blocks that a multiprocessor's shared memory has room for: it has a kilobyte more than a block can have, and keeps one for each block.
-inline int resident_blocks(const Tiling& t, int64_t most_shared) {
-    return int(std::min<int64_t>(blocks_of(t.block_n), (most_shared + 1024) / (shared_bytes(t) + 1024)));
+inline int resident_blocks(const Tiling& t, const StencilAxis& w, int64_t most_shared) {
+    return int(std::min<int64_t>(blocks_of(t.block_n), (most_shared + 1024) / (shared_bytes(t, w) + 1024)));
 }
 
 // The tiling of least estimated time, or one of block_n 0 where none fits. groups: of the split, or 1. most_shared: bytes that a block can have.
@@ -62,19 +66,22 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
             first = std::max({first, begin % t.tile_w, row});
         }
         const int64_t reach = first + block_n + halo_h * t.pitch + halo_w;
-        const int64_t loaded = int64_t(t.box_rows) * t.pitch + halo_w;
-        t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 1024);
+        const int64_t loaded = loaded_rows(t, w);
+        t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 2048);
         t.weight_bytes = kRows * row_bytes, t.weight_rings = 1;
         if (!count_tiles(t, s, samples)) continue;
         // Cycles of a tile from begin to end, fitted to the times of 28 layers and tilings (NOTES.md): steps, whose loads and barriers products do not
         // cover, boxes, less where another stage is being loaded, and outputs. The blocks share tensor cores and the way to memory.
         const double steps = steps_of(t, s), pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
         const double shared_units = 0.51 * steps * block_n + 0.0225 * out_bytes_of(t), boxes = boxes_of(t, s) * (265 + 0.117 * t.box_bytes()) * (input_stages > 1 ? 0.8 : 1);
-        const double alone = 16000 + 990 * steps / (chunk / 16) + boxes + (t.contiguous ? 108 : 200) * pieces;
         for (int blocks = blocks_of(block_n); blocks > 0; blocks--) {
-            const int64_t shared = (most_shared + 1024) / blocks - 1024, left = shared - kSharedHeadBytes - t.table_bytes - int64_t(input_stages) * t.input_bytes;
-            t.weight_stages = int(left / t.weight_bytes < kMaxWeightStages ? left / t.weight_bytes : kMaxWeightStages);
-            if (t.weight_stages < 3 || shared_bytes(t) > shared) continue;
+            const int64_t shared = (most_shared + 1024) / blocks - 1024, left = shared - kSharedHeadBytes - t.table_bytes - places_bytes(t, w) - int64_t(input_stages) * t.input_bytes;
+            const int box_taps = taps_per_box * w.taps * t.products, most = int(std::min<int64_t>({left / t.weight_bytes / 2, kMaxTapsOfStage, box_taps}));
+            if (most < 1) continue;
+            const int box_stages = int(ceil_div(box_taps, most));
+            t.weight_stages = 2 * int(ceil_div(box_taps, box_stages));
+            if (shared_bytes(t, w) > shared) continue;
+            const double alone = 9000 + 250 * boxes_of(t, s) * box_stages + boxes + steps * 40 + (t.contiguous ? 50 : 120) * pieces;
             const int64_t at_once = int64_t(multiprocessors) * blocks;
             const double time = (alone + blocks * shared_units) * (t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5);
             if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;

@@ -168,9 +168,9 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
     return true;
 }
 
-static bool fits(const Tiling& t, int shared) {
-    REQUIRE((on_sm80(t) ? conv_sm80::shared_bytes(t) : conv_sm90::shared_bytes(t)) <= shared);
-    REQUIRE(t.weight_stages >= (on_sm80(t) ? 3 : 2) && t.weight_rings * t.weight_stages <= conv_sm90::kMaxStages);
+static bool fits(const Tiling& t, const StencilAxis& w, int shared) {
+    REQUIRE((on_sm80(t) ? conv_sm80::shared_bytes(t, w) : conv_sm90::shared_bytes(t)) <= shared);
+    REQUIRE(t.weight_stages >= 2 && t.weight_stages % (on_sm80(t) ? 2 : 1) == 0 && t.weight_rings * t.weight_stages <= conv_sm90::kMaxStages);
     REQUIRE(on_sm80(t) || (t.pitch <= 256 && t.box_rows <= 256 && (!t.tensor_store || (t.run <= 256 && t.run % 4 == 0))));
     REQUIRE(t.buffer_bytes % 128 == 0 && t.table_bytes % 128 == 0 && t.weight_bytes % 1024 == 0 && t.input_bytes % 1024 == 0);
     return true;
@@ -214,7 +214,7 @@ int main(int, char** arguments) {
         p.t = sm80 ? conv_sm80::choose_tiling(p.s, g.N, channels, p.C_out, 1, multiprocessors, sm80_bytes)
                    : conv_sm90::choose_tiling(p.s, g.N, channels, p.C_out, 1, multiprocessors);
         done++, planes += p.t.planes > 1, parts += p.t.k_parts > 1;
-        if (p.t.block_n == 0 || (fits(p.t, sm80 ? sm80_bytes : conv_sm90::kSharedBytes) && emulate(direction, g, p))) continue;
+        if (p.t.block_n == 0 || (fits(p.t, p.s.axis[2], sm80 ? sm80_bytes : conv_sm90::kSharedBytes) && emulate(direction, g, p))) continue;
         std::printf("%s on %s: N %d, channels %d -> %d, block_n %d, strips %d", forward ? "forward" : "dx", sm80 ? "sm_80" : "sm_90", int(g.N), int(g.C_in), int(g.C_out), p.t.block_n, p.t.strips);
         for (const Axis& a : g.axis) std::printf(", (in %d, out %d, kernel %d, stride %d, padding %d, dilation %d)", int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation));
         std::printf("\n");

@@ -1,0 +1,177 @@
+// The epilogue of the mma.sync convolution (conv_sm80.cuh): outputs are staged where the pipeline's stages were, half a row tile at a time, and
+// whole warps store rows of memory. Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
+#pragma once
+
+#include "conv_epilogue.cuh"
+#include "tiling_sm80.h"
+
+namespace conv_sm80 {
+
+constexpr int kThreads = 128;
+
+// A tap of a box, and its weights' first vector of 16 bytes.
+struct Step { int rows, weights; };    // of shared memory, by which the tap is shifted in its box; and flags
+constexpr int kOpensBox = 1 << 28, kEndsStage = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
+struct Box { int plane, source_row, channel; };
+constexpr int kStepBatch = kMaxTapsOfStage, kStepSlots = 4 * kStepBatch;    // found out at a time; a stage is multiplied, one loaded, one known, and one found out
+
+// What a lane needs of a row of a row tile: its factor and bias, where it is staged (-1: it is nobody's output), its phase of (H, W), and where its moments go.
+struct Row { float scale, bias; int region, phase_hw; };
+constexpr int kMostPhases = 8;         // of (H, W) in a row tile
+
+struct SharedHead {
+    Tile tile;
+    Row rows[kRows];
+    int moments[kRows];
+    float2 counts[kColumnWarps][kMostPhases];    // of a warp's outputs, and 1 / count
+    int4 table_key;                    // what the table was made for
+    Cursor at;                         // of the walk over the tile's steps: in shared memory, since one warp walks and all need registers
+    int tap;                           // the next one of the box
+    Step steps[kStepSlots];
+    Box boxes[kStepSlots];             // of the steps that open one
+};
+static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind the head");
+
+// Element (granule, j, e) of a lane: row granule * 8 + lane / 4 of the row tile, position j * 8 + lane % 4 * 2 + e of the warp's.
+template <int kColumns> struct Sums {
+    float v[4][kColumns / 8][4];
+    __device__ __forceinline__ float at(int granule, int j, int e) const { return v[granule / 2][j][granule % 2 * 2 + e]; }
+};
+
+// The regions of the first and the second half of a row tile's granules. Where the halves are phases of D, they take turns.
+__device__ __forceinline__ bool halves_are_phases(const Problem& p) { return p.t.rows.octets == 1 && packed_phases(p.t, p.s, 0) == 2; }
+__device__ __forceinline__ int slot_of(const Problem& p, int region) { return halves_are_phases(p) ? region / 2 : region & (p.t.rows.octets * 4 * packed_phases(p.t, p.s, 0) - 1); }
+
+// Threads 0 to 63: what their rows are. Phases' numbers are powers of two (choose_tiling).
+__device__ __forceinline__ void find_row(const Parameters& a, SharedHead& head) {
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const Run& run = head.tile.run[0];
+    const int log_d = __ffs(packed_phases(t, p.s, 0)) - 1, log_phases = __ffs(t.rows.packed_phases) - 1, log_hw = log_phases - log_d, granule = threadIdx.x / 8;
+    const int phase = granule & (t.rows.packed_phases - 1), packed_d = phase >> log_hw, channel = (granule >> log_phases) * 8 + threadIdx.x % 8, region = (channel << log_d) + packed_d;
+    const bool live = run.channel0 + channel < p.C_out && (run.live >> packed_d & 1);
+    const int alignment = (run.alignment + alignment_of_region(p, channel, packed_d)) & (t.staging_unit - 1);
+    head.rows[threadIdx.x] = {live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[run.channel0 + channel])) : 0.0f, live && a.bias ? load_as_float(a.bias, a.dtype, run.channel0 + channel) : 0.0f,
+                              live ? slot_of(p, region) * t.region_stride + alignment : -1, phase & ((1 << log_hw) - 1)};
+    head.moments[threadIdx.x] = phase * t.channels() + run.channel0 + channel;
+}
+
+// Counts a warp's outputs.
+template <int kColumns> __device__ __forceinline__ void count_outputs(const int* table, int phases_hw, float2* counts) {
+    const int lane = threadIdx.x % 32;
+    for (int phase = 0; phase < phases_hw; phase++, table += kColumns * kColumnWarps) {
+        int count = 0;
+#pragma unroll
+        for (int i = 0; i < kColumns; i += 32) count += __popc(__ballot_sync(~0u, i + lane < kColumns && table[min(i + lane, kColumns - 1)] >= 0));
+        if (lane == 0) counts[phase] = make_float2(count, count > 0 ? 1.0f / count : 0.0f);
+    }
+}
+
+// Scales half of a lane's rows back, adds the bias, applies ReLU and stages them; moments: (mean, sum of squared deviations) of the warp's outputs of each row, or null.
+template <int kColumns, int kHalf>
+__device__ __forceinline__ void stage(const SharedHead& head, const int* table, float* staged, float first_scale, float lowest, float2* moments, const Sums<kColumns>& sums) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int granule = kHalf * 4; granule < kHalf * 4 + 4; granule++) {
+        const Row row = head.rows[granule * 8 + lane / 4];
+        float* region = staged + row.region;
+        int2 places[kColumns / 8];    // all at once: no load moves in front of a store to shared memory
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; j++) places[j] = *reinterpret_cast<const int2*>(table + row.phase_hw * (kColumns * kColumnWarps) + j * 8);
+        float v[kColumns / 4], sum = 0, squares = 0;
+        const auto is_output = [&](int i) { return (i % 2 ? places[i / 2].y : places[i / 2].x) >= 0; };
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i++) {
+            v[i] = max_nan(fmaf(sums.at(granule, i / 2, i % 2) * first_scale, row.scale, row.bias), lowest);
+            if (row.region >= 0 && is_output(i)) region[i % 2 ? places[i / 2].y : places[i / 2].x] = v[i];
+        }
+        if (!moments) continue;
+        const float2 count = head.counts[threadIdx.x / 32][row.phase_hw];
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i++) sum += is_output(i) ? v[i] : 0.0f;
+        const float mean = quad_sum(sum) * count.y;
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i++) {
+            const float deviation = is_output(i) ? v[i] - mean : 0.0f;
+            squares = fmaf(deviation, deviation, squares);
+        }
+        squares = quad_sum(squares);
+        if (lane % 4 == 0 && row.region >= 0) moments[head.moments[granule * 8 + lane / 4]] = make_float2(mean, squares);
+    }
+}
+
+// A warp: stores `count` neighbours; vectors: four at a time, as they are staged like they are aligned in memory.
+template <int kType> __device__ __forceinline__ void store_row(void* out, int64_t at, const float* from, int count, bool vectors) {
+    const int lane = threadIdx.x % 32;
+    if (vectors) {
+        const int head = min(count, int(-at & 3)), vectors = (count - head) / 4, tail = count - head - vectors * 4;
+        const int own = lane < 4 ? lane : count - tail + lane - 4;    // the lanes from 4 on store what is behind the vectors
+        if (lane < head || unsigned(lane - 4) < unsigned(tail)) store_as(out, kType, at + own, from[own]);
+#pragma unroll 2
+        for (int k = lane; k < vectors; k += 32) store_as(out, kType, (at + head) / 4 + k, reinterpret_cast<const float4*>(from + head)[k]);
+    } else {
+#pragma unroll 1
+        for (int k = lane; k < count; k += 32) store_as(out, kType, at + k, from[k]);
+    }
+}
+
+// A warp: stores every fourth of the regions that are staged.
+template <int kType> __device__ __forceinline__ void store_half(const Parameters& a, const SharedHead& head, const float* staged, int half) {
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const Run& run = head.tile.run[0];
+    const int warp = threadIdx.x / 32, phases_d = packed_phases(t, p.s, 0), log_d = __ffs(phases_d) - 1, out_d = p.s.axis[0].out, out_w = p.s.axis[2].out, regions = regions_of(p, run);
+    const bool turns = halves_are_phases(p);
+    const int first = turns ? half + 2 * warp : half * regions / 2 + warp, end = turns ? regions : (half + 1) * regions / 2, step = turns ? 8 : 4;
+    const int count = t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0, rows = t.contiguous ? 1 : run.rows * packed_phases(t, p.s, 1);
+    const int row_step = t.packed[1] ? 1 : p.s.axis[1].phases, oh_end = t.packed[1] ? run.oh_end : p.s.axis[1].out;
+    const int64_t area = int64_t(p.s.axis[1].out) * out_w, origin = region_origin<int64_t>(p, head.tile, run, run.channel0, run.od0);
+#pragma unroll 1
+    for (int region = first; region < end; region += step) {
+        const int channel = region >> log_d, plane = region & (phases_d - 1);
+        const int place = head.rows[(channel / 8 * t.rows.packed_phases + plane * (t.rows.packed_phases >> log_d)) * 8 + channel % 8].region;
+        if (place < 0) continue;
+        const int64_t at = origin + int64_t(channel * out_d + plane) * area;
+#pragma unroll 1
+        for (int row = 0, oh = run.oh0; row < rows; row++, oh += row_step)
+            if (oh >= 0 && oh < oh_end) store_row<kType>(a.out, at + int64_t(row * row_step) * out_w, staged + place + row * staged_row(p), count, t.bulk);
+    }
+}
+
+// Stages and stores a tile's outputs, and leaves the moments where they are wanted.
+template <int kColumns> __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, int* table, float* staged, const Sums<kColumns>& sums) {
+    const Problem& p = a.p;
+    const Tiling& t = p.t;
+    const Tile& tile = head.tile;
+    const Run& run = tile.run[0];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, phases_hw = packed_phases(t, p.s, 1) * p.s.axis[2].phases;
+    const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.sample])), lowest = a.apply_relu ? 0.0f : -INFINITY;
+    if (threadIdx.x < kRows) find_row(a, head);
+    const int4 key = table_key(p, tile, run);
+    const bool same = same_key(key, head.table_key);
+    if (!same) fill_table<kColumns * kColumnWarps>(p, tile, run, [&] { return table; });
+    __syncthreads();
+    const int* own_table = table + warp * kColumns;
+    float2* moments = nullptr;
+    if (a.workspace.moments) {
+        if (!same) count_outputs<kColumns>(own_table, phases_hw, head.counts[warp]);
+        __syncwarp();
+        const int64_t set = (index_of_run(p, tile, 0) * kColumnWarps + warp) * p.s.phases() + run.outer * t.rows.packed_phases;
+        const int phases_d = packed_phases(t, p.s, 0);
+        if (lane < t.rows.packed_phases && run.live >> lane * phases_d / t.rows.packed_phases & 1) a.workspace.counts[set + lane] = head.counts[warp][lane % phases_hw].x;
+        moments = a.workspace.moments + set * t.channels();
+    }
+    if (threadIdx.x == 0) head.table_key = key;
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+        if (half == 0) stage<kColumns, 0>(head, own_table + lane % 4 * 2, staged, first_scale, lowest, moments, sums);
+        else stage<kColumns, 1>(head, own_table + lane % 4 * 2, staged, first_scale, lowest, moments, sums);
+        __syncthreads();
+        if (a.dtype == kFloat32) store_half<kFloat32>(a, head, staged, half);
+        else if (a.dtype == kFloat16) store_half<kFloat16>(a, head, staged, half);
+        else store_half<kBFloat16>(a, head, staged, half);
+        __syncthreads();
+    }
+}
+
+}  // namespace conv_sm80
