@@ -15,14 +15,14 @@ constexpr int kOpensBox = 1 << 28, kEndsStage = 1 << 29, kNoMore = 1 << 30, kRow
 struct Box { int plane, source_row, channel; };
 constexpr int kStepBatch = kMaxTapsOfStage, kStepSlots = 4 * kStepBatch;    // found out at a time; a stage is multiplied, one loaded, one known, and one found out
 
-// What a lane needs of a row of a row tile: its factor and bias, where it is staged (-1: it is nobody's output), its phase of (H, W), and where its moments go.
+// What a lane needs of a row of a row tile: its factor and bias, where it is staged (-1: it is nobody's output), and its phase of (H, W).
 struct Row { float scale, bias; int region, phase_hw; };
 constexpr int kMostPhases = 8;         // of (H, W) in a row tile
 
 struct SharedHead {
     Tile tile;
     Row rows[kRows];
-    int moments[kRows];
+    int moments[kRows];                // where they go
     float2 counts[kColumnWarps][kMostPhases];    // of a warp's outputs, and 1 / count
     int4 table_key;                    // what the table was made for
     Cursor at;                         // of the walk over the tile's steps: in shared memory, since one warp walks and all need registers
@@ -35,7 +35,7 @@ static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind t
 // Element (granule, j, e) of a lane: row granule * 8 + lane / 4 of the row tile, position j * 8 + lane % 4 * 2 + e of the warp's.
 template <int kColumns> struct Sums {
     float v[4][kColumns / 8][4];
-    __device__ __forceinline__ float at(int granule, int j, int e) const { return v[granule / 2][j][granule % 2 * 2 + e]; }
+    __device__ __forceinline__ float& at(int granule, int j, int e) { return v[granule / 2][j][granule % 2 * 2 + e]; }
 };
 
 // The regions of the first and the second half of a row tile's granules. Where the halves are phases of D, they take turns.
@@ -67,79 +67,94 @@ template <int kColumns> __device__ __forceinline__ void count_outputs(const int*
     }
 }
 
+// Calls f(value, place) for the sums of a lane's row `granule`; place: of the staged output, or negative. Some places at a time are loaded in advance: no load moves in front of a
+// store to shared memory.
+template <int kColumns, typename F> __device__ __forceinline__ void for_each_output(Sums<kColumns>& sums, int granule, const int* table, F f) {
+    constexpr int kAtOnce = kColumns / 16;
+#pragma unroll
+    for (int first = 0; first < kColumns / 8; first += kAtOnce) {
+        int2 places[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) places[j] = *reinterpret_cast<const int2*>(table + (first + j) * 8);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) f(sums.at(granule, first + j, 0), places[j].x), f(sums.at(granule, first + j, 1), places[j].y);
+    }
+}
+
 // Scales half of a lane's rows back, adds the bias, applies ReLU and stages them; moments: (mean, sum of squared deviations) of the warp's outputs of each row, or null.
 template <int kColumns, int kHalf>
-__device__ __forceinline__ void stage(const SharedHead& head, const int* table, float* staged, float first_scale, float lowest, float2* moments, const Sums<kColumns>& sums) {
+__device__ __forceinline__ void stage(const SharedHead& head, const int* table, float* staged, float first_scale, float lowest, float2* moments, Sums<kColumns>& sums) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int granule = kHalf * 4; granule < kHalf * 4 + 4; granule++) {
         const Row row = head.rows[granule * 8 + lane / 4];
+        const int* places = table + row.phase_hw * (kColumns * kColumnWarps);
         float* region = staged + row.region;
-        int2 places[kColumns / 8];    // all at once: no load moves in front of a store to shared memory
-#pragma unroll
-        for (int j = 0; j < kColumns / 8; j++) places[j] = *reinterpret_cast<const int2*>(table + row.phase_hw * (kColumns * kColumnWarps) + j * 8);
-        float v[kColumns / 4], sum = 0, squares = 0;
-        const auto is_output = [&](int i) { return (i % 2 ? places[i / 2].y : places[i / 2].x) >= 0; };
-#pragma unroll
-        for (int i = 0; i < kColumns / 4; i++) {
-            v[i] = max_nan(fmaf(sums.at(granule, i / 2, i % 2) * first_scale, row.scale, row.bias), lowest);
-            if (row.region >= 0 && is_output(i)) region[i % 2 ? places[i / 2].y : places[i / 2].x] = v[i];
-        }
+        float sum = 0, squares = 0;
+        for_each_output(sums, granule, places, [&](float& v, int place) {
+            v = max_nan(fmaf(v * first_scale, row.scale, row.bias), lowest);
+            if (row.region >= 0 && place >= 0) region[place] = v;
+            if (place >= 0) sum += v;
+        });
         if (!moments) continue;
         const float2 count = head.counts[threadIdx.x / 32][row.phase_hw];
-#pragma unroll
-        for (int i = 0; i < kColumns / 4; i++) sum += is_output(i) ? v[i] : 0.0f;
         const float mean = quad_sum(sum) * count.y;
-#pragma unroll
-        for (int i = 0; i < kColumns / 4; i++) {
-            const float deviation = is_output(i) ? v[i] - mean : 0.0f;
-            squares = fmaf(deviation, deviation, squares);
-        }
+        for_each_output(sums, granule, places, [&](float v, int place) {
+            if (place >= 0) squares = fmaf(v - mean, v - mean, squares);
+        });
         squares = quad_sum(squares);
         if (lane % 4 == 0 && row.region >= 0) moments[head.moments[granule * 8 + lane / 4]] = make_float2(mean, squares);
     }
 }
 
-// A warp: stores `count` neighbours; vectors: four at a time, as they are staged like they are aligned in memory.
-template <int kType> __device__ __forceinline__ void store_row(void* out, int64_t at, const float* from, int count, bool vectors) {
+template <typename T> __device__ constexpr int type_of() { return std::is_same_v<T, float> ? kFloat32 : std::is_same_v<T, __half> ? kFloat16 : kBFloat16; }
+
+// A warp: stores `count` neighbours from out on; vectors: four at a time, as they are staged like they are aligned in memory.
+template <typename T> __device__ __forceinline__ void store_row(T* out, int alignment, const float* from, int count, bool vectors) {
     const int lane = threadIdx.x % 32;
     if (vectors) {
-        const int head = min(count, int(-at & 3)), vectors = (count - head) / 4, tail = count - head - vectors * 4;
-        const int own = lane < 4 ? lane : count - tail + lane - 4;    // the lanes from 4 on store what is behind the vectors
-        if (lane < head || unsigned(lane - 4) < unsigned(tail)) store_as(out, kType, at + own, from[own]);
+        const int head = min(count, -alignment & 3), body = (count - head) & ~3, tail = count - head - body;
+        const int own = lane < 4 ? lane : head + body + lane - 4;    // the lanes from 4 on store what is behind the vectors
+        if (lane < head || unsigned(lane - 4) < unsigned(tail)) out[own] = from_acc<T>(from[own]);
 #pragma unroll 2
-        for (int k = lane; k < vectors; k += 32) store_as(out, kType, (at + head) / 4 + k, reinterpret_cast<const float4*>(from + head)[k]);
+        for (int k = lane * 4; k < body; k += 128) store_as(out + head + k, type_of<T>(), 0, *reinterpret_cast<const float4*>(from + head + k));
     } else {
 #pragma unroll 1
-        for (int k = lane; k < count; k += 32) store_as(out, kType, at + k, from[k]);
+        for (int k = lane; k < count; k += 32) out[k] = from_acc<T>(from[k]);
     }
 }
 
 // A warp: stores every fourth of the regions that are staged.
-template <int kType> __device__ __forceinline__ void store_half(const Parameters& a, const SharedHead& head, const float* staged, int half) {
+template <typename T> __device__ __forceinline__ void store_half(const Parameters& a, const SharedHead& head, const float* staged, int half) {
     const Problem& p = a.p;
     const Tiling& t = p.t;
     const Run& run = head.tile.run[0];
-    const int warp = threadIdx.x / 32, phases_d = packed_phases(t, p.s, 0), log_d = __ffs(phases_d) - 1, out_d = p.s.axis[0].out, out_w = p.s.axis[2].out, regions = regions_of(p, run);
+    const int warp = threadIdx.x / 32, phases_d = packed_phases(t, p.s, 0), log_d = __ffs(phases_d) - 1, phases_hw = t.rows.packed_phases >> log_d, out_w = p.s.axis[2].out, regions = regions_of(p, run);
     const bool turns = halves_are_phases(p);
     const int first = turns ? half + 2 * warp : half * regions / 2 + warp, end = turns ? regions : (half + 1) * regions / 2, step = turns ? 8 : 4;
     const int count = t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0, rows = t.contiguous ? 1 : run.rows * packed_phases(t, p.s, 1);
-    const int row_step = t.packed[1] ? 1 : p.s.axis[1].phases, oh_end = t.packed[1] ? run.oh_end : p.s.axis[1].out;
+    const int row_step = t.packed[1] ? 1 : p.s.axis[1].phases, oh_end = t.packed[1] ? run.oh_end : p.s.axis[1].out, row_pitch = staged_row(p), out_d = p.s.axis[0].out;
     const int64_t area = int64_t(p.s.axis[1].out) * out_w, origin = region_origin<int64_t>(p, head.tile, run, run.channel0, run.od0);
 #pragma unroll 1
     for (int region = first; region < end; region += step) {
         const int channel = region >> log_d, plane = region & (phases_d - 1);
-        const int place = head.rows[(channel / 8 * t.rows.packed_phases + plane * (t.rows.packed_phases >> log_d)) * 8 + channel % 8].region;
+        const int place = head.rows[((channel >> 3 << log_d) + plane) * phases_hw * 8 + channel % 8].region;
         if (place < 0) continue;
-        const int64_t at = origin + int64_t(channel * out_d + plane) * area;
+        const int64_t at = origin + (channel * out_d + plane) * area;
+        if (t.contiguous) {
+            store_row(static_cast<T*>(a.out) + at, int(at), staged + place, count, t.bulk);
+            continue;
+        }
 #pragma unroll 1
-        for (int row = 0, oh = run.oh0; row < rows; row++, oh += row_step)
-            if (oh >= 0 && oh < oh_end) store_row<kType>(a.out, at + int64_t(row * row_step) * out_w, staged + place + row * staged_row(p), count, t.bulk);
+        for (int row = 0, oh = run.oh0; row < rows; row++, oh += row_step) {
+            const int64_t row_at = at + int64_t(row * row_step) * out_w;
+            if (oh >= 0 && oh < oh_end) store_row(static_cast<T*>(a.out) + row_at, int(row_at), staged + place + row * row_pitch, count, t.bulk);
+        }
     }
 }
 
 // Stages and stores a tile's outputs, and leaves the moments where they are wanted.
-template <int kColumns> __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, int* table, float* staged, const Sums<kColumns>& sums) {
+template <int kColumns> __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, int* table, float* staged, Sums<kColumns>& sums) {
     const Problem& p = a.p;
     const Tiling& t = p.t;
     const Tile& tile = head.tile;
@@ -167,9 +182,9 @@ template <int kColumns> __device__ __forceinline__ void finish(const Parameters&
         if (half == 0) stage<kColumns, 0>(head, own_table + lane % 4 * 2, staged, first_scale, lowest, moments, sums);
         else stage<kColumns, 1>(head, own_table + lane % 4 * 2, staged, first_scale, lowest, moments, sums);
         __syncthreads();
-        if (a.dtype == kFloat32) store_half<kFloat32>(a, head, staged, half);
-        else if (a.dtype == kFloat16) store_half<kFloat16>(a, head, staged, half);
-        else store_half<kBFloat16>(a, head, staged, half);
+        if (a.dtype == kFloat32) store_half<float>(a, head, staged, half);
+        else if (a.dtype == kFloat16) store_half<__half>(a, head, staged, half);
+        else store_half<__nv_bfloat16>(a, head, staged, half);
         __syncthreads();
     }
 }

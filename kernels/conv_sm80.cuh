@@ -63,6 +63,7 @@ template <int kChunk> struct Loader {
     const SharedHead& head;
     int* const places;              // of a box's rows in a plane of the source, or -1: each warp finds out those of the rows that it loads
     const uint32_t boxes_at, weights_at;    // the stages, in shared memory
+    const uint32_t box_bytes, stage_bytes;  // of one of two; 0: there is one only
     const uint32_t place;           // of this thread's first piece in a stage
     const uint4* const weights;     // what this thread loads of each tap's
     int steps = 0;                  // that were loaded or are on their way
@@ -70,13 +71,14 @@ template <int kChunk> struct Loader {
     uint32_t box = 0, stage = 0;    // where the next ones go
 
     __device__ __forceinline__ Loader(const Operands& o, const SharedHead& head, int* places, uint32_t stages)
-        : o(o), head(head), places(places), boxes_at(stages), weights_at(stages + o.a.p.t.input_stages * o.a.p.t.input_bytes), place(swizzled(threadIdx.x / kPieces, threadIdx.x % kPieces, kRowBytes)),
+        : o(o), head(head), places(places), boxes_at(stages), weights_at(stages + o.a.p.t.input_stages * o.a.p.t.input_bytes), box_bytes(o.a.p.t.input_stages == 1 ? 0 : o.a.p.t.input_bytes),
+          stage_bytes(o.a.p.t.weight_stages / 2 * (kRows * kRowBytes)), place(swizzled(threadIdx.x / kPieces, threadIdx.x % kPieces, kRowBytes)),
           weights(reinterpret_cast<const uint4*>(o.w + int64_t(threadIdx.x / kPieces) * o.w_pitch) + threadIdx.x % kPieces) {}
 
     __device__ __forceinline__ const Step& step() const { return head.steps[unsigned(steps) % kStepSlots]; }
     // The stage behind the one at `offset`.
-    __device__ __forceinline__ uint32_t next_box(uint32_t offset) const { return o.a.p.t.input_stages == 1 || offset > 0 ? 0 : o.a.p.t.input_bytes; }
-    __device__ __forceinline__ uint32_t next_stage(uint32_t offset) const { return offset > 0 ? 0 : o.a.p.t.weight_stages / 2 * (kRows * kRowBytes); }
+    __device__ __forceinline__ uint32_t next_box(uint32_t offset) const { return box_bytes - offset; }
+    __device__ __forceinline__ uint32_t next_stage(uint32_t offset) const { return stage_bytes - offset; }
 
     __device__ __forceinline__ void find_places() {
         const StencilAxis &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
@@ -126,46 +128,41 @@ template <int kChunk> struct Loader {
 
 // -------------------------------------------------------------------------------------------------------- Products
 
-// One tap's products: 64 rows of weights at `weights`, kColumns positions from row `row` of the box on.
+// Products of steps `done` to `end`, whose weights are `weights` and what follows: 64 rows of them, kColumns positions from row `first_row` of the box on. `rows` are the first step's
+// and then those of step `end`. Operands are loaded ahead of the products, 16 rows of weights, or 16 positions, at a time; in the end once more, in vain.
 template <int kColumns, int kChunk>
-__device__ __forceinline__ void multiply(uint32_t weights, uint32_t box, int row, Sums<kColumns>& sums) {
-    constexpr int kRowBytes = kChunk * 2, kSteps = kChunk / 16;
+__device__ __forceinline__ void multiply(const SharedHead& head, uint32_t weights, uint32_t box, int first_row, int& done, int end, int& rows, Sums<kColumns>& sums) {
+    constexpr int kRowBytes = kChunk * 2, kSteps = kChunk / 16, kPairs = kColumns / 16;
     const int lane = threadIdx.x % 32;
-    const uint32_t first_a = weights + swizzled(lane % 16, lane / 16, kRowBytes), first_b = box + swizzled(row + lane / 16 * 8 + lane % 8, lane / 8 % 2, kRowBytes);
-    // A step is two pieces on, which only the swizzle's bits tell of; 16 rows on, the swizzle is the same.
-    const auto from_a = [&](int step) { return first_a ^ step << 5; };
-    const auto from_b = [&](int step) { return first_b ^ step << 5; };
-    if constexpr (blocks_of(kColumns * kColumnWarps) == 2) {    // few warps, many registers: operands are loaded a step in advance
-        uint32_t a[2][4][4], b[2][kColumns / 16][4];
-        auto load = [&](int step) {
+    // A step of 16 channels is two pieces on, which only the swizzle's bits tell of; 16 rows on, the swizzle is the same.
+    const auto place_of_row = [&](int row) { return box + swizzled(first_row + (row & kRowsOfStep) + lane / 16 * 8 + lane % 8, lane / 8 % 2, kRowBytes); };
+    uint32_t a[2][4], b[2][kPairs][4], a_at = weights + swizzled(lane % 16, lane / 16, kRowBytes), b_at = place_of_row(rows);
 #pragma unroll
-            for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4(b[step % 2][j], from_b(step) + j * 16 * kRowBytes);
-#pragma unroll
-            for (int m = 0; m < 4; m++) ldmatrix_x4(a[step % 2][m], from_a(step) + m * 16 * kRowBytes);
-        };
-        load(0);
+    for (int j = 0; j < kPairs; j++) ldmatrix_x4(b[0][j], b_at + j * 16 * kRowBytes);
+    ldmatrix_x4(a[0], a_at);
+#pragma unroll 1
+    for (; done < end; done++) {
+        rows = head.steps[unsigned(done + 1) % kStepSlots].rows;
+        const bool last = done + 1 == end;
+        const uint32_t next_a = last ? a_at : a_at + kRows * kRowBytes, next_b = last ? b_at : place_of_row(rows);
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
-            if (step + 1 < kSteps) load(step + 1);
-#pragma unroll
-            for (int m = 0; m < 4; m++)
-#pragma unroll
-                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(sums.v[m][j], a[step % 2][m], b[step % 2][j / 2][j % 2 * 2], b[step % 2][j / 2][j % 2 * 2 + 1]);
-        }
-    } else {
-#pragma unroll 2
-        for (int step = 0; step < kSteps; step++) {
-            uint32_t b[kColumns / 16][4];
-#pragma unroll
-            for (int j = 0; j < kColumns / 16; j++) ldmatrix_x4(b[j], from_b(step) + j * 16 * kRowBytes);
+            const uint32_t a_ahead = step + 1 < kSteps ? a_at ^ (step + 1) << 5 : next_a, b_ahead = step + 1 < kSteps ? b_at ^ (step + 1) << 5 : next_b;
 #pragma unroll
             for (int m = 0; m < 4; m++) {
-                uint32_t a[4];
-                ldmatrix_x4(a, from_a(step) + m * 16 * kRowBytes);
+                ldmatrix_x4(a[(m + 1) % 2], m < 3 ? (a_at ^ step << 5) + (m + 1) * 16 * kRowBytes : a_ahead);
+                if (m < kPairs) ldmatrix_x4(b[(step + 1) % 2][m], b_ahead + m * 16 * kRowBytes);
 #pragma unroll
-                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(sums.v[m][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(sums.v[m][j], a[m % 2], b[step % 2][j / 2][j % 2 * 2], b[step % 2][j / 2][j % 2 * 2 + 1]);
             }
         }
+        if (kSteps % 2 == 1) {
+#pragma unroll
+            for (int j = 0; j < kPairs; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) b[0][j][i] = b[1][j][i];
+        }
+        a_at = next_a, b_at = next_b;
     }
 }
 
@@ -195,7 +192,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
         Loader<kChunk> loader(o, head, places, shared_address(stages));
         const int first_row = head.tile.run[0].b_row + warp * kColumns;    // of the box
         uint32_t box = 0, stage = 0;    // that are multiplied
-        bool more = !(loader.step().rows & kNoMore);
+        int rows = loader.step().rows;    // of the next one: read in advance
+        bool more = !(rows & kNoMore);
         if (more) loader.load_box(0), loader.load_weights();
         for (int done = 0; more;) {
             cp_async_wait_all();
@@ -209,10 +207,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
                 if (warp == 0) publish_steps(o, head, published, published + kStepBatch);
                 published += kStepBatch;
             }
-            uint32_t weights = loader.weights_at + stage;
+            multiply<kColumns, kChunk>(head, loader.weights_at + stage, loader.boxes_at + box, first_row, done, next, rows, sums);
             stage = loader.next_stage(stage);
-            for (; done < next; done++, weights += kRows * Loader<kChunk>::kRowBytes)
-                multiply<kColumns, kChunk>(weights, loader.boxes_at + box, first_row + (head.steps[unsigned(done) % kStepSlots].rows & kRowsOfStep), sums);
             if (opens_box) box = loader.next_box(box);
             if (waits) {
                 __syncthreads();

@@ -17,9 +17,12 @@ constexpr int kColumnWarps = 4;    // of a block, each with a quarter of the pos
 // Blocks of a multiprocessor, as many as its registers hold.
 HOST_DEVICE constexpr int blocks_of(int block_n) { return block_n == 128 ? 4 : block_n == 192 ? 3 : 2; }
 
-// Rows of a box with the zeros behind it, which rows share, and the bytes of the table that tells where each comes from. They are loaded 2 KB at a time, which is at most 64.
+// Rows of a box with the zeros behind it, which rows share, and the bytes of the table that tells where each comes from. They are loaded 2 KB at a time.
 HOST_DEVICE int loaded_rows(const Tiling& t, const StencilAxis& w) { return t.box_rows * t.pitch + w.shift[w.taps - 1]; }
-HOST_DEVICE int places_bytes(const Tiling& t, const StencilAxis& w) { return (loaded_rows(t, w) + 63) / 64 * 256; }
+HOST_DEVICE int places_bytes(const Tiling& t, const StencilAxis& w) {
+    const int at_once = 1024 / t.chunk, rows = (loaded_rows(t, w) + at_once - 1) / at_once * at_once;
+    return (rows * 4 + 127) / 128 * 128;
+}
 
 // Shared memory of a block: the pipeline's stages, half of the taps' weights being loaded while the others are multiplied, and behind the last product, in their place, half of the staged outputs.
 inline int64_t pipeline_bytes(const Tiling& t) { return int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_stages) * t.weight_bytes; }
