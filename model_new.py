@@ -5367,7 +5367,7 @@ namespace conv_sm80 {
 using namespace conv;
 
 constexpr int kSharedHeadBytes = 2688;
-constexpr int kMaxTapsOfStage = 8;
+constexpr int kMaxTapsOfStage = 5;
 constexpr int kColumnWarps = 4;    // of a block, each with a quarter of the positions
 
 // Blocks of a multiprocessor, as many as its registers hold.
@@ -5468,7 +5468,8 @@ constexpr int kThreads = 128;
 struct Step { int rows, weights; };    // of shared memory, by which the tap is shifted in its box; and flags
 constexpr int kOpensBox = 1 << 28, kEndsStage = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
 struct Box { int plane, source_row, channel; };
-constexpr int kStepBatch = kMaxTapsOfStage, kStepSlots = 4 * kStepBatch;    // found out at a time; a stage is multiplied, one loaded, one known, and one found out
+constexpr int kStepBatch = 16, kStepSlots = 32;    // found out at a time; a stage is multiplied, one loaded, and the next one is known
+static_assert(2 * kMaxTapsOfStage + kMaxTapsOfStage - 1 + kStepBatch <= kStepSlots && 2 * kStepBatch <= kStepSlots, "what is found out has room");
 
 // What a lane needs of a row of a row tile: its factor and bias, where it is staged (-1: it is nobody's output), and its phase of (H, W).
 struct Row { float scale, bias; int region, phase_hw; };
@@ -5653,7 +5654,7 @@ _SOURCES['conv_sm80.cuh'] = r'''
 //
 // A block is four warps, each with all 64 rows of a tile and a quarter of its positions, which balances what it reads of shared memory for
 // both operands. Weights come by cp.async, some taps at a time, while those before them are multiplied; a box of the source comes with its
-// first tap. One warp finds out what comes next; all load it. Two to four blocks share a multiprocessor, so that the tensor cores have
+// first tap. A warp finds out what comes next, all load it. Two to four blocks share a multiprocessor, so that the tensor cores have
 // products of one while another loads a box, waits, or stores its outputs.
 //
 // What counts is the number of instructions: few warps issue one every six cycles.
@@ -5711,7 +5712,7 @@ template <int kChunk> struct Loader {
     static_assert(kAtOnce % 8 == 0, "those are swizzled alike");
     const Operands& o;
     const SharedHead& head;
-    int* const places;              // of a box's rows in a plane of the source, or -1: each warp finds out those of the rows that it loads
+    int* const places;              // of a box's rows in a plane of the source, in vectors of 16 bytes, or -1: each warp finds out those of the rows that it loads
     const uint32_t boxes_at, weights_at;    // the stages, in shared memory
     const uint32_t box_bytes, stage_bytes;  // of one of two; 0: there is one only
     const uint32_t place;           // of this thread's first piece in a stage
@@ -5741,7 +5742,7 @@ template <int kChunk> struct Loader {
             int h = row;
             const int w = w0 + o.a.p.t.by_pitch.take(h);
             h += source_row;
-            places[row] = unsigned(h) < unsigned(ah.sources) && unsigned(w) < unsigned(aw.sources) && row < loaded_rows(o.a.p.t, aw) ? h * aw.sources + w : -1;
+            places[row] = unsigned(h) < unsigned(ah.sources) && unsigned(w) < unsigned(aw.sources) && row < loaded_rows(o.a.p.t, aw) ? (h * aw.sources + w) * (o.x_pitch / 8) : -1;
         }
         __syncwarp();
     }
@@ -5752,11 +5753,18 @@ template <int kChunk> struct Loader {
         const StencilAxis &ad = o.a.p.s.axis[0], &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
         const Box from = head.boxes[unsigned(first) % kStepSlots];
         if (from.source_row != source_row) source_row = from.source_row, find_places();
-        const __half* plane = o.x + (int64_t(head.tile.sample) * ad.sources + from.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + from.channel + threadIdx.x % kPieces * 8;
+        const char* plane = reinterpret_cast<const char*>(o.x + (int64_t(head.tile.sample) * ad.sources + from.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + from.channel + threadIdx.x % kPieces * 8);
         const int* row = places + threadIdx.x / kPieces;
         uint32_t to = boxes_at + box + place;
-#pragma unroll 4
-        for (int i = passes(); i > 0; i--, row += kAtOnce, to += kBytesAtOnce) cp_async_16(to, plane + int64_t(max(*row, 0)) * o.x_pitch, *row >= 0);
+#pragma unroll 1
+        for (int left = passes(); left > 0; left -= 4, row += 4 * kAtOnce, to += 4 * kBytesAtOnce) {
+            int at[4];    // loaded in advance: no load moves in front of a copy
+#pragma unroll
+            for (int i = 0; i < 4; i++) at[i] = i < left ? row[i * kAtOnce] : 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (i < left) cp_async_16(to + i * kBytesAtOnce, plane + int64_t(at[i]) * 16, at[i] >= 0);
+        }
         box = next_box(box);
     }
 
@@ -5853,8 +5861,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
             const bool opens_box = more && first & kOpensBox, waits = opens_box && t.input_stages == 1;    // for this box's products
             if (more) loader.load_weights();
             if (opens_box && !waits) loader.load_box(next);
-            if (published < loader.steps + kStepBatch) {
-                if (warp == 0) publish_steps(o, head, published, published + kStepBatch);
+            if (published < loader.steps + kMaxTapsOfStage) {
+                if (warp == published / kStepBatch % kColumnWarps) publish_steps(o, head, published, published + kStepBatch);    // warps take turns
                 published += kStepBatch;
             }
             multiply<kColumns, kChunk>(head, loader.weights_at + stage, loader.boxes_at + box, first_row, done, next, rows, sums);

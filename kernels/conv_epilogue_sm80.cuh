@@ -13,7 +13,8 @@ constexpr int kThreads = 128;
 struct Step { int rows, weights; };    // of shared memory, by which the tap is shifted in its box; and flags
 constexpr int kOpensBox = 1 << 28, kEndsStage = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
 struct Box { int plane, source_row, channel; };
-constexpr int kStepBatch = kMaxTapsOfStage, kStepSlots = 4 * kStepBatch;    // found out at a time; a stage is multiplied, one loaded, one known, and one found out
+constexpr int kStepBatch = 16, kStepSlots = 32;    // found out at a time; a stage is multiplied, one loaded, and the next one is known
+static_assert(2 * kMaxTapsOfStage + kMaxTapsOfStage - 1 + kStepBatch <= kStepSlots && 2 * kStepBatch <= kStepSlots, "what is found out has room");
 
 // What a lane needs of a row of a row tile: its factor and bias, where it is staged (-1: it is nobody's output), and its phase of (H, W).
 struct Row { float scale, bias; int region, phase_hw; };

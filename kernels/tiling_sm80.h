@@ -11,7 +11,7 @@ namespace conv_sm80 {
 using namespace conv;
 
 constexpr int kSharedHeadBytes = 2688;
-constexpr int kMaxTapsOfStage = 8;
+constexpr int kMaxTapsOfStage = 5;
 constexpr int kColumnWarps = 4;    // of a block, each with a quarter of the positions
 
 // Blocks of a multiprocessor, as many as its registers hold.
