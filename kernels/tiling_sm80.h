@@ -73,10 +73,10 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 2048);
         t.weight_bytes = kRows * row_bytes, t.weight_rings = 1;
         if (!count_tiles(t, s, samples)) continue;
-        // Cycles of a tile from begin to end, fitted to the times of 28 layers and tilings (NOTES.md): steps, whose loads and barriers products do not
-        // cover, boxes, less where another stage is being loaded, and outputs. The blocks share tensor cores and the way to memory.
-        const double steps = steps_of(t, s), pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
-        const double shared_units = 0.51 * steps * block_n + 0.0225 * out_bytes_of(t), boxes = boxes_of(t, s) * (265 + 0.117 * t.box_bytes()) * (input_stages > 1 ? 0.8 : 1);
+        // Cycles of a tile from begin to end, fitted to the times of 16 layers and 177 tilings (NOTES.md): what a block takes by itself for taps, barriers, boxes, less where another
+        // one is being multiplied, and pieces of outputs; and what the blocks share, tensor cores and the ways to memory.
+        const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), boxes = boxes_of(t, s), taps = steps_of(t, s) / (chunk / 16);
+        const double by_itself = 420 * taps + 420 * boxes / input_stages + (t.contiguous ? 28 : 110) * pieces, shared_units = 0.56 * steps_of(t, s) * block_n + 0.04 * boxes * t.box_bytes() + 0.117 * out_bytes_of(t);
         for (int blocks = blocks_of(block_n); blocks > 0; blocks--) {
             const int64_t shared = (most_shared + 1024) / blocks - 1024, left = shared - kSharedHeadBytes - t.table_bytes - places_bytes(t, w) - int64_t(input_stages) * t.input_bytes;
             const int box_taps = taps_per_box * w.taps * t.products, most = int(std::min<int64_t>({left / t.weight_bytes / 2, kMaxTapsOfStage, box_taps}));
@@ -84,9 +84,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
             const int box_stages = int(ceil_div(box_taps, most));
             t.weight_stages = 2 * int(ceil_div(box_taps, box_stages));
             if (shared_bytes(t, w) > shared) continue;
-            const double alone = 9000 + 250 * boxes_of(t, s) * box_stages + boxes + steps * 40 + (t.contiguous ? 50 : 120) * pieces;
             const int64_t at_once = int64_t(multiprocessors) * blocks;
-            const double time = (alone + blocks * shared_units) * (t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5);
+            const double time = (by_itself + 160 * boxes * box_stages + blocks * shared_units) * (t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5);
             if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;
         }
     }
