@@ -5060,6 +5060,16 @@ HOST_DEVICE Box box_of(const Problem& a, const Boxes& boxes, int index) {
     return b;
 }
 
+// The next one, but for the last.
+HOST_DEVICE void advance(const Problem& a, const Boxes& boxes, Box& b) {
+    b.h0 += a.t.rows;
+    if (b.h0 < a.t.row_groups * a.t.rows) return;
+    b.h0 = 0, b.w0 += a.t.tile_w;
+    if (b.w0 < a.t.strips * a.t.tile_w) return;
+    b.w0 = 0, b.d++;
+    if (b.d == boxes.begin_d + boxes.planes) b.d = boxes.begin_d, b.n++;
+}
+
 // Row and column of x that the first row of a group's box has, and the row of the box that the first block of columns of a job begins with.
 HOST_DEVICE int first_row(const Problem& a, const Group& g) { return a.s.axis[1].first - a.s.axis[1].shift[last_tap_h(a, g)]; }
 HOST_DEVICE int first_column(const Problem& a) { return a.s.axis[2].first - a.s.axis[2].shift[a.s.axis[2].taps - 1]; }
@@ -5961,20 +5971,21 @@ struct Operands {
     int x_pitch, dout_pitch;        // elements of a position
 };
 
-// What is loaded of a plane: `channels` channels of a position's, from `from` on.
-struct Plane { const __half* from; int pitch, height, width, channels; };
+// What is loaded of a plane: of positions inside of h_end and w_end, channels from `from` on. width: of the plane; pitch: elements from position to position.
+struct Plane { const __half* from; int pitch, width, h_end, w_end; };
 
-// All threads: loads rows of shared memory, row_bytes each: `columns` of every `pitch` rows are positions, from (h0, w0) on; zeros for the
-// others and outside the plane.
-__device__ __forceinline__ void load_rows(uint32_t to, const Plane& plane, int h0, int w0, int rows, int columns, int pitch, int row_bytes) {
-    const int pieces = row_bytes / 16, at_once = kThreads / pieces, piece = threadIdx.x % pieces, step_h = at_once / pitch, step_w = at_once % pitch;
-    int row = threadIdx.x / pieces, h = h0 + row / pitch, column = row % pitch;
-    for (; row < rows; row += at_once) {
-        const int w = w0 + column;
-        const bool inside = column < columns && unsigned(h) < unsigned(plane.height) && unsigned(w) < unsigned(plane.width) && piece * 8 < plane.channels;
-        cp_async_16(to + swizzled(row, piece, row_bytes), inside ? plane.from + (int64_t(h) * plane.width + w) * plane.pitch + piece * 8 : plane.from, inside);
-        h += step_h, column += step_w;
-        if (column >= pitch) column -= pitch, h++;
+// All threads: loads rows of shared memory, row_bytes each, `box_pitch` positions of each row of the plane from (h, w) on; zeros outside.
+__device__ __forceinline__ void load_rows(uint32_t to, const Plane& plane, int h, int w, int rows, int box_pitch, int row_bytes) {
+    const int pieces = row_bytes / 16, at_once = kThreads / pieces, row = threadIdx.x / pieces, piece = threadIdx.x % pieces, step_h = at_once / box_pitch, step_w = at_once % box_pitch;
+    const int w_wrap = w + box_pitch;
+    const __half* from = plane.from + piece * 8;
+    to += swizzled(row, piece, row_bytes), h += row / box_pitch, w += row % box_pitch;
+#pragma unroll 2
+    for (int left = rows - row; left > 0; left -= at_once) {
+        const bool inside = unsigned(h) < unsigned(plane.h_end) && unsigned(w) < unsigned(plane.w_end);
+        cp_async_16(to, from + (inside ? int64_t(h * plane.width + w) * plane.pitch : 0), inside);
+        to += kThreads * 16, h += step_h, w += step_w;    // as many rows on, the swizzle is the same
+        if (w >= w_wrap) w -= box_pitch, h++;
     }
 }
 
@@ -5987,13 +5998,14 @@ __device__ __forceinline__ void load_stage(const Operands& o, const Group& g, co
         const int d = ad.first + b.d - ad.shift[box.td];    // outside of x, with a joint group: zeros
         const bool inside = d >= 0 && d < ad.sources;
         const __half* x = o.x + (int64_t(b.n) * ad.sources + (inside ? d : 0)) * ah.sources * aw.sources * o.x_pitch + box.chunk * t.chunk;
-        load_rows(stage + t.dout_boxes * t.dout_bytes + j * t.x_bytes, {x, o.x_pitch, inside ? ah.sources : 0, aw.sources, t.chunk},
-                  first_row(p, g) + b.h0, first_column(p) + b.w0, t.box_rows * t.pitch, t.pitch, t.pitch, t.chunk * 2);
+        load_rows(stage + t.dout_boxes * t.dout_bytes + j * t.x_bytes, {x, o.x_pitch, aw.sources, inside ? ah.sources : 0, aw.sources}, first_row(p, g) + b.h0, first_column(p) + b.w0, t.box_rows * t.pitch, t.pitch, t.chunk * 2);
     }
     const __half* dout = o.dout + (int64_t(b.n) * ad.positions + b.d) * ah.positions * aw.positions * o.dout_pitch;
-    for (int j = 0; j < dout_boxes_of(t, g); j++)
-        load_rows(stage + j * t.dout_bytes, {dout + (g.m + j) * kRows, o.dout_pitch, min(ah.positions, b.h0 + t.rows), aw.positions, o.dout_pitch - (g.m + j) * kRows},
-                  b.h0, b.w0, t.steps * 16, t.tile_w, t.pitch, kRows * 2);
+    for (int j = 0; j < dout_boxes_of(t, g); j++) {
+        const int channel = (g.m + j) * kRows, piece = threadIdx.x % (kRows / 8) * 8;
+        const int h_end = channel + piece < o.dout_pitch ? min(ah.positions, b.h0 + t.rows) : 0;
+        load_rows(stage + j * t.dout_bytes, {dout + channel, o.dout_pitch, aw.positions, h_end, min(aw.positions, b.w0 + t.tile_w)}, b.h0, b.w0, t.steps * 16, t.pitch, kRows * 2);
+    }
 }
 
 // --------------------------------------------------------------------------------------------------------- Kernel
@@ -6056,26 +6068,25 @@ template <int kBlockN, int kItems> __global__ void __launch_bounds__(kThreads, 1
         first = false, chain = 0;
     };
     const uint32_t base = shared_address(stages);
+    Box box = begin < end ? box_of(a.p, boxes, begin) : Box{}, next = box;    // that are multiplied and loaded
     for (int i = 0; i < t.stages - 1; i++) {
-        if (begin + i < end) load_stage(o, g, box_of(a.p, boxes, begin + i), base + i * t.stage_bytes);
+        if (begin + i < end) load_stage(o, g, next, base + i * t.stage_bytes), advance(a.p, boxes, next);
         cp_async_commit_group();
     }
-    for (int i = begin; i < end; i++) {
-        const int n = box_of(a.p, boxes, i).n;
-        if (n != sample) {
-            const int next_x = scaled_half::shift_of(a.x_max[n]), next_dout = scaled_half::shift_of(a.dout_max[n]);
+    for (int i = begin, slot = 0; i < end; i++, slot = slot + 1 == t.stages ? 0 : slot + 1, advance(a.p, boxes, box)) {
+        if (box.n != sample) {
+            const int next_x = scaled_half::shift_of(a.x_max[box.n]), next_dout = scaled_half::shift_of(a.dout_max[box.n]);
             if (sample >= 0 && (next_x != shift_x || next_dout != shift_dout)) flush();
-            sample = n, shift_x = next_x, shift_dout = next_dout;
+            sample = box.n, shift_x = next_x, shift_dout = next_dout;
         }
         if (chain >= kChain) flush();
         chain += t.steps * 16;
         if (t.stages == 2) cp_async_wait_group<0>();
         else cp_async_wait_group<1>();
         __syncthreads();
-        const int next = i + t.stages - 1;
-        if (next < end) load_stage(o, g, box_of(a.p, boxes, next), base + (next - begin) % t.stages * t.stage_bytes);
+        if (i + t.stages - 1 < end) load_stage(o, g, next, base + (slot == 0 ? t.stages - 1 : slot - 1) * t.stage_bytes), advance(a.p, boxes, next);
         cp_async_commit_group();
-        const uint32_t stage = base + (i - begin) % t.stages * t.stage_bytes;
+        const uint32_t stage = base + slot * t.stage_bytes;
 #pragma unroll
         for (int item = 0; item < kItems; item++) {
             if (item >= items) break;

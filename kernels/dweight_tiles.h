@@ -229,6 +229,16 @@ HOST_DEVICE Box box_of(const Problem& a, const Boxes& boxes, int index) {
     return b;
 }
 
+// The next one, but for the last.
+HOST_DEVICE void advance(const Problem& a, const Boxes& boxes, Box& b) {
+    b.h0 += a.t.rows;
+    if (b.h0 < a.t.row_groups * a.t.rows) return;
+    b.h0 = 0, b.w0 += a.t.tile_w;
+    if (b.w0 < a.t.strips * a.t.tile_w) return;
+    b.w0 = 0, b.d++;
+    if (b.d == boxes.begin_d + boxes.planes) b.d = boxes.begin_d, b.n++;
+}
+
 // Row and column of x that the first row of a group's box has, and the row of the box that the first block of columns of a job begins with.
 HOST_DEVICE int first_row(const Problem& a, const Group& g) { return a.s.axis[1].first - a.s.axis[1].shift[last_tap_h(a, g)]; }
 HOST_DEVICE int first_column(const Problem& a) { return a.s.axis[2].first - a.s.axis[2].shift[a.s.axis[2].taps - 1]; }

@@ -43,9 +43,12 @@ static bool emulate(const Geometry& g, const Problem& p) {
         std::vector<float>& sums = all_sums[(size_t(index) * kConsumers + consumer) * t.items + item];
         sums.assign(kRows * t.block_n, 0);
         const Boxes boxes(p, group);
+        Box next = {};
         for (int i = 0; i < boxes.count; i++) {
             const Box b = box_of(p, boxes, i);
             REQUIRE(b.n < g.N && b.d >= 0 && b.d < ad->positions);
+            REQUIRE(i == 0 || (next.n == b.n && next.d == b.d && next.w0 == b.w0 && next.h0 == b.h0));
+            next = b, advance(p, boxes, next);
             const int plane = ad->first + b.d - ad->shift[job.td];
             if (plane < 0 || plane >= ad->sources) {    // zeros
                 REQUIRE(t.joint);
