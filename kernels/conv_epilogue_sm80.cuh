@@ -1,5 +1,5 @@
-// The epilogue of the mma.sync convolution (conv_sm80.cuh): outputs are staged where the pipeline's stages were, half a row tile at a time, and
-// whole warps store rows of memory. Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
+// The epilogue of the mma.sync convolution (conv_sm80.cuh): outputs are staged where the pipeline's stages were, half a row tile at a time,
+// and whole warps store rows of memory. Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -9,29 +9,16 @@ namespace conv_sm80 {
 
 constexpr int kThreads = 128;
 
-// A tap of a box, and its weights' first vector of 16 bytes.
-struct Step { int rows, weights; };    // of shared memory, by which the tap is shifted in its box; and flags
-constexpr int kOpensBox = 1 << 28, kEndsStage = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
-struct Box { int plane, source_row, channel; };
-constexpr int kStepBatch = 16, kStepSlots = 32;    // found out at a time; a stage is multiplied, one loaded, and the next one is known
-static_assert(2 * kMaxTapsOfStage + kMaxTapsOfStage - 1 + kStepBatch <= kStepSlots && 2 * kStepBatch <= kStepSlots, "what is found out has room");
-
 // What a lane needs of a row of a row tile: its factor and bias, where it is staged (-1: it is nobody's output), and its phase of (H, W).
 struct Row { float scale, bias; int region, phase_hw; };
 constexpr int kMostPhases = 8;         // of (H, W) in a row tile
 
-struct SharedHead {
-    Tile tile;
+struct Epilogue {
     Row rows[kRows];
     int moments[kRows];                // where they go
     float2 counts[kColumnWarps][kMostPhases];    // of a warp's outputs, and 1 / count
     int4 table_key;                    // what the table was made for
-    Cursor at;                         // of the walk over the tile's steps: in shared memory, since one warp walks and all need registers
-    int tap;                           // the next one of the box
-    Step steps[kStepSlots];
-    Box boxes[kStepSlots];             // of the steps that open one
 };
-static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind the head");
 
 // Element (granule, j, e) of a lane: row granule * 8 + lane / 4 of the row tile, position j * 8 + lane % 4 * 2 + e of the warp's.
 template <int kColumns> struct Sums {
@@ -44,17 +31,16 @@ __device__ __forceinline__ bool halves_are_phases(const Problem& p) { return p.t
 __device__ __forceinline__ int slot_of(const Problem& p, int region) { return halves_are_phases(p) ? region / 2 : region & (p.t.rows.octets * 4 * packed_phases(p.t, p.s, 0) - 1); }
 
 // Threads 0 to 63: what their rows are. Phases' numbers are powers of two (choose_tiling).
-__device__ __forceinline__ void find_row(const Parameters& a, SharedHead& head) {
+__device__ __forceinline__ void find_row(const Parameters& a, const Run& run, Epilogue& shared) {
     const Problem& p = a.p;
     const Tiling& t = p.t;
-    const Run& run = head.tile.run[0];
     const int log_d = __ffs(packed_phases(t, p.s, 0)) - 1, log_phases = __ffs(t.rows.packed_phases) - 1, log_hw = log_phases - log_d, granule = threadIdx.x / 8;
     const int phase = granule & (t.rows.packed_phases - 1), packed_d = phase >> log_hw, channel = (granule >> log_phases) * 8 + threadIdx.x % 8, region = (channel << log_d) + packed_d;
     const bool live = run.channel0 + channel < p.C_out && (run.live >> packed_d & 1);
     const int alignment = (run.alignment + alignment_of_region(p, channel, packed_d)) & (t.staging_unit - 1);
-    head.rows[threadIdx.x] = {live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[run.channel0 + channel])) : 0.0f, live && a.bias ? load_as_float(a.bias, a.dtype, run.channel0 + channel) : 0.0f,
+    shared.rows[threadIdx.x] = {live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[run.channel0 + channel])) : 0.0f, live && a.bias ? load_as_float(a.bias, a.dtype, run.channel0 + channel) : 0.0f,
                               live ? slot_of(p, region) * t.region_stride + alignment : -1, phase & ((1 << log_hw) - 1)};
-    head.moments[threadIdx.x] = phase * t.channels() + run.channel0 + channel;
+    shared.moments[threadIdx.x] = phase * t.channels() + run.channel0 + channel;
 }
 
 // Counts a warp's outputs.
@@ -84,11 +70,11 @@ template <int kColumns, typename F> __device__ __forceinline__ void for_each_out
 
 // Scales half of a lane's rows back, adds the bias, applies ReLU and stages them; moments: (mean, sum of squared deviations) of the warp's outputs of each row, or null.
 template <int kColumns, int kHalf>
-__device__ __forceinline__ void stage(const SharedHead& head, const int* table, float* staged, float first_scale, float lowest, float2* moments, Sums<kColumns>& sums) {
+__device__ __forceinline__ void stage(const Epilogue& shared, const int* table, float* staged, float first_scale, float lowest, float2* moments, Sums<kColumns>& sums) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int granule = kHalf * 4; granule < kHalf * 4 + 4; granule++) {
-        const Row row = head.rows[granule * 8 + lane / 4];
+        const Row row = shared.rows[granule * 8 + lane / 4];
         const int* places = table + row.phase_hw * (kColumns * kColumnWarps);
         float* region = staged + row.region;
         float sum = 0, squares = 0;
@@ -98,13 +84,13 @@ __device__ __forceinline__ void stage(const SharedHead& head, const int* table, 
             if (place >= 0) sum += v;
         });
         if (!moments) continue;
-        const float2 count = head.counts[threadIdx.x / 32][row.phase_hw];
+        const float2 count = shared.counts[threadIdx.x / 32][row.phase_hw];
         const float mean = quad_sum(sum) * count.y;
         for_each_output(sums, granule, places, [&](float v, int place) {
             if (place >= 0) squares = fmaf(v - mean, v - mean, squares);
         });
         squares = quad_sum(squares);
-        if (lane % 4 == 0 && row.region >= 0) moments[head.moments[granule * 8 + lane / 4]] = make_float2(mean, squares);
+        if (lane % 4 == 0 && row.region >= 0) moments[shared.moments[granule * 8 + lane / 4]] = make_float2(mean, squares);
     }
 }
 
@@ -126,26 +112,22 @@ template <typename T> __device__ __forceinline__ void store_row(T* out, int alig
 }
 
 // A warp: stores every fourth of the regions that are staged.
-template <typename T> __device__ __forceinline__ void store_half(const Parameters& a, const SharedHead& head, const float* staged, int half) {
+template <typename T> __device__ __forceinline__ void store_half(const Parameters& a, const Tile& tile, const Epilogue& shared, const float* staged, int half) {
     const Problem& p = a.p;
     const Tiling& t = p.t;
-    const Run& run = head.tile.run[0];
+    const Run& run = tile.run[0];
     const int warp = threadIdx.x / 32, phases_d = packed_phases(t, p.s, 0), log_d = __ffs(phases_d) - 1, phases_hw = t.rows.packed_phases >> log_d, out_w = p.s.axis[2].out, regions = regions_of(p, run);
     const bool turns = halves_are_phases(p);
     const int first = turns ? half + 2 * warp : half * regions / 2 + warp, end = turns ? regions : (half + 1) * regions / 2, step = turns ? 8 : 4;
     const int count = t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0, rows = t.contiguous ? 1 : run.rows * packed_phases(t, p.s, 1);
     const int row_step = t.packed[1] ? 1 : p.s.axis[1].phases, oh_end = t.packed[1] ? run.oh_end : p.s.axis[1].out, row_pitch = staged_row(p), out_d = p.s.axis[0].out;
-    const int64_t area = int64_t(p.s.axis[1].out) * out_w, origin = region_origin<int64_t>(p, head.tile, run, run.channel0, run.od0);
+    const int64_t area = int64_t(p.s.axis[1].out) * out_w, origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0);
 #pragma unroll 1
     for (int region = first; region < end; region += step) {
         const int channel = region >> log_d, plane = region & (phases_d - 1);
-        const int place = head.rows[((channel >> 3 << log_d) + plane) * phases_hw * 8 + channel % 8].region;
+        const int place = shared.rows[((channel >> 3 << log_d) + plane) * phases_hw * 8 + channel % 8].region;
         if (place < 0) continue;
         const int64_t at = origin + (channel * out_d + plane) * area;
-        if (t.contiguous) {
-            store_row(static_cast<T*>(a.out) + at, int(at), staged + place, count, t.bulk);
-            continue;
-        }
 #pragma unroll 1
         for (int row = 0, oh = run.oh0; row < rows; row++, oh += row_step) {
             const int64_t row_at = at + int64_t(row * row_step) * out_w;
@@ -155,37 +137,36 @@ template <typename T> __device__ __forceinline__ void store_half(const Parameter
 }
 
 // Stages and stores a tile's outputs, and leaves the moments where they are wanted.
-template <int kColumns> __device__ __forceinline__ void finish(const Parameters& a, SharedHead& head, int* table, float* staged, Sums<kColumns>& sums) {
+template <int kColumns> __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, Epilogue& shared, int* table, float* staged, Sums<kColumns>& sums) {
     const Problem& p = a.p;
     const Tiling& t = p.t;
-    const Tile& tile = head.tile;
     const Run& run = tile.run[0];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, phases_hw = packed_phases(t, p.s, 1) * p.s.axis[2].phases;
     const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.sample])), lowest = a.apply_relu ? 0.0f : -INFINITY;
-    if (threadIdx.x < kRows) find_row(a, head);
+    if (threadIdx.x < kRows) find_row(a, run, shared);
     const int4 key = table_key(p, tile, run);
-    const bool same = same_key(key, head.table_key);
+    const bool same = same_key(key, shared.table_key);
     if (!same) fill_table<kColumns * kColumnWarps>(p, tile, run, [&] { return table; });
     __syncthreads();
     const int* own_table = table + warp * kColumns;
     float2* moments = nullptr;
     if (a.workspace.moments) {
-        if (!same) count_outputs<kColumns>(own_table, phases_hw, head.counts[warp]);
+        if (!same) count_outputs<kColumns>(own_table, phases_hw, shared.counts[warp]);
         __syncwarp();
         const int64_t set = (index_of_run(p, tile, 0) * kColumnWarps + warp) * p.s.phases() + run.outer * t.rows.packed_phases;
         const int phases_d = packed_phases(t, p.s, 0);
-        if (lane < t.rows.packed_phases && run.live >> lane * phases_d / t.rows.packed_phases & 1) a.workspace.counts[set + lane] = head.counts[warp][lane % phases_hw].x;
+        if (lane < t.rows.packed_phases && run.live >> lane * phases_d / t.rows.packed_phases & 1) a.workspace.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
         moments = a.workspace.moments + set * t.channels();
     }
-    if (threadIdx.x == 0) head.table_key = key;
+    if (threadIdx.x == 0) shared.table_key = key;
 #pragma unroll 1
     for (int half = 0; half < 2; half++) {
-        if (half == 0) stage<kColumns, 0>(head, own_table + lane % 4 * 2, staged, first_scale, lowest, moments, sums);
-        else stage<kColumns, 1>(head, own_table + lane % 4 * 2, staged, first_scale, lowest, moments, sums);
+        if (half == 0) stage<kColumns, 0>(shared, own_table + lane % 4 * 2, staged, first_scale, lowest, moments, sums);
+        else stage<kColumns, 1>(shared, own_table + lane % 4 * 2, staged, first_scale, lowest, moments, sums);
         __syncthreads();
-        if (a.dtype == kFloat32) store_half<float>(a, head, staged, half);
-        else if (a.dtype == kFloat16) store_half<__half>(a, head, staged, half);
-        else store_half<__nv_bfloat16>(a, head, staged, half);
+        if (a.dtype == kFloat32) store_half<float>(a, tile, shared, staged, half);
+        else if (a.dtype == kFloat16) store_half<__half>(a, tile, shared, staged, half);
+        else store_half<__nv_bfloat16>(a, tile, shared, staged, half);
         __syncthreads();
     }
 }

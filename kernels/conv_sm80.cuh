@@ -21,6 +21,23 @@ struct Operands {
 
 // ------------------------------------------------------------------------------------------------------------ Walk
 
+// A tap of a box, and its weights' first vector of 16 bytes.
+struct Step { int rows, weights; };    // of shared memory, by which the tap is shifted in its box; and flags
+constexpr int kOpensBox = 1 << 28, kEndsStage = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
+struct Box { int plane, source_row, channel; };
+constexpr int kStepBatch = 16, kStepSlots = 32;    // found out at a time; a stage is multiplied, one loaded, and the next one is known
+static_assert(2 * kMaxTapsOfStage + kMaxTapsOfStage - 1 + kStepBatch <= kStepSlots && 2 * kStepBatch <= kStepSlots, "what is found out has room");
+
+struct SharedHead {
+    Tile tile;
+    Epilogue epilogue;
+    Cursor at;                         // of the walk over the tile's steps: in shared memory, since a warp walks and all need registers
+    int tap;                           // the next one of the box
+    Step steps[kStepSlots];
+    Box boxes[kStepSlots];             // of the steps that open one
+};
+static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind the head");
+
 // A warp: publishes a tile's steps from `begin` to `end`, to be called without gaps. A step is a tap of a box; a stage ends with the last tap of its box or where it is full.
 __device__ __forceinline__ void publish_steps(const Operands& o, SharedHead& head, int begin, int end) {
     const Problem& p = o.a.p;
@@ -82,7 +99,7 @@ template <int kChunk> struct Loader {
 
     __device__ __forceinline__ void find_places() {
         const StencilAxis &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
-        constexpr int kOwn = kAtOnce / 4;    // rows of a warp
+        constexpr int kOwn = kAtOnce / kColumnWarps;    // rows of a warp
         const int warp = threadIdx.x / 32, count = passes() * kOwn, w0 = aw.first + head.tile.w0 - aw.shift[aw.taps - 1];
         __syncwarp();
 #pragma unroll 1
@@ -187,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
     uint8_t* stages = base + kSharedHeadBytes + t.table_bytes + places_bytes(t, p.s.axis[2]);
     constexpr int kColumns = kBlockN / kColumnWarps;
     const int warp = threadIdx.x / 32;
-    if (threadIdx.x == 0) head.table_key = make_int4(-1, 0, 0, 0);
+    if (threadIdx.x == 0) head.epilogue.table_key = make_int4(-1, 0, 0, 0);
     for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
         __syncthreads();
         if (threadIdx.x == 0) locate(p, index, head.tile);
@@ -222,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
                 loader.load_box(next);
             }
         }
-        finish<kColumns>(o.a, head, table, reinterpret_cast<float*>(stages), sums);
+        finish<kColumns>(o.a, head.tile, head.epilogue, table, reinterpret_cast<float*>(stages), sums);
     }
 }
 

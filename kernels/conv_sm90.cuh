@@ -643,6 +643,16 @@ template <int kBlockN, bool kRelu> struct Stager {
     }
 };
 
+// A warp: stores a piece of staged outputs, four at a time where they are staged as they are aligned in memory.
+__device__ __forceinline__ void store_piece(const Parameters& a, int64_t at, const float* from, int count) {
+    const int lane = threadIdx.x % 32, head = a.p.t.bulk ? min(count, int(-at & 3)) : count, body = (count - head) / 4, tail = head + body * 4;
+#pragma unroll 1
+    for (int k = lane; k < head; k += 32) store_as(a.out, a.dtype, at + k, from[k]);
+    if (lane < count - tail) store_as(a.out, a.dtype, at + tail + lane, from[tail + lane]);
+#pragma unroll 2
+    for (int k = lane; k < body; k += 32) store_as(a.out, a.dtype, (at + head) / 4 + k, reinterpret_cast<const float4*>(from + head)[k]);
+}
+
 // What a consumer does behind a tile's products.
 template <int kBlockN, bool kRelu>
 __device__ __forceinline__ void finish(Consumer& me, const Tile& tile, float (&v)[kBlockN / 2]) {

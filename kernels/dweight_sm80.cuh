@@ -97,7 +97,7 @@ template <int kBlockN, int kItems> __global__ void __launch_bounds__(kThreads, 1
     float d[kItems][4][kColumns / 8][4] = {};
     float4* partial = reinterpret_cast<float4*>(a.partial) + ((int64_t(split) * t.groups + index) * kConsumers + consumer) * t.items * (kBlockN / 8 * 128);
     bool first = true;
-    int sample = -1, shift_x = 0, shift_dout = 0, chain = 0;
+    int shift_x = 0, shift_dout = 0, chain = 0;
     // Adds the sums to scratch memory, scaled back, and clears them.
     auto flush = [&] {
         const ScaleBack back(shift_x, shift_dout);
@@ -118,16 +118,17 @@ template <int kBlockN, int kItems> __global__ void __launch_bounds__(kThreads, 1
         first = false, chain = 0;
     };
     const uint32_t base = shared_address(stages);
-    Box box = begin < end ? box_of(a.p, boxes, begin) : Box{}, next = box;    // that are multiplied and loaded
+    Box next = begin < end ? box_of(a.p, boxes, begin) : Box{};    // that is loaded
     for (int i = 0; i < t.stages - 1; i++) {
         if (begin + i < end) load_stage(o, g, next, base + i * t.stage_bytes), advance(a.p, boxes, next);
         cp_async_commit_group();
     }
-    for (int i = begin, slot = 0; i < end; i++, slot = slot + 1 == t.stages ? 0 : slot + 1, advance(a.p, boxes, box)) {
-        if (box.n != sample) {
-            const int next_x = scaled_half::shift_of(a.x_max[box.n]), next_dout = scaled_half::shift_of(a.dout_max[box.n]);
-            if (sample >= 0 && (next_x != shift_x || next_dout != shift_dout)) flush();
-            sample = box.n, shift_x = next_x, shift_dout = next_dout;
+    const int boxes_of_sample = boxes.planes * t.strips * t.row_groups;
+    for (int i = begin, slot = 0, sample_end = begin; i < end; i++, slot = slot + 1 == t.stages ? 0 : slot + 1) {
+        if (i == sample_end) {
+            const int sample = i / boxes_of_sample, next_x = scaled_half::shift_of(a.x_max[sample]), next_dout = scaled_half::shift_of(a.dout_max[sample]);
+            if (i > begin && (next_x != shift_x || next_dout != shift_dout)) flush();
+            shift_x = next_x, shift_dout = next_dout, sample_end = (sample + 1) * boxes_of_sample;
         }
         if (chain >= kChain) flush();
         chain += t.steps * 16;
