@@ -73,10 +73,11 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 2048);
         t.weight_bytes = kRows * row_bytes, t.weight_rings = 1;
         if (!count_tiles(t, s, samples)) continue;
-        // Cycles of a tile from begin to end, fitted to the times of 16 layers and 177 tilings (NOTES.md): what a block takes by itself for taps, barriers, boxes, less where another
+        // Cycles of a tile from begin to end, fitted to the times of 16 layers and 184 tilings (NOTES.md): what a block takes by itself for taps, barriers, boxes, less where another
         // one is being multiplied, and pieces of outputs; and what the blocks share, tensor cores and the ways to memory.
         const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), boxes = boxes_of(t, s), taps = steps_of(t, s) / (chunk / 16);
-        const double by_itself = 420 * taps + 420 * boxes / input_stages + (t.contiguous ? 28 : 110) * pieces, shared_units = 0.56 * steps_of(t, s) * block_n + 0.04 * boxes * t.box_bytes() + 0.117 * out_bytes_of(t);
+        const double by_itself = (0.26 * chunk / 16 * block_n + 320) * taps + 690 * boxes / input_stages + (t.contiguous ? 77 : 113) * pieces;
+        const double shared_units = 0.47 * chunk / 16 * taps * block_n + 0.035 * boxes * t.box_bytes() + 0.095 * out_bytes_of(t);
         for (int blocks = blocks_of(block_n); blocks > 0; blocks--) {
             const int64_t shared = (most_shared + 1024) / blocks - 1024, left = shared - kSharedHeadBytes - t.table_bytes - places_bytes(t, w) - int64_t(input_stages) * t.input_bytes;
             const int box_taps = taps_per_box * w.taps * t.products, most = int(std::min<int64_t>({left / t.weight_bytes / 2, kMaxTapsOfStage, box_taps}));
@@ -85,7 +86,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
             t.weight_stages = 2 * int(ceil_div(box_taps, box_stages));
             if (shared_bytes(t, w) > shared) continue;
             const int64_t at_once = int64_t(multiprocessors) * blocks;
-            const double time = (by_itself + 160 * boxes * box_stages + blocks * shared_units) * (t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5);
+            const double time = (by_itself + 260 * boxes * box_stages + blocks * shared_units) * (t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5);
             if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;
         }
     }

@@ -188,7 +188,8 @@ def check_gradients(shape, channels, groups, kernel, stride, padding, output_pad
     truth = gradients(F.conv_transpose3d, x.double(), w.double(), grad.double(), sizes)
     with model_new.record_launches() as launched:
         ours = gradients(model_new.conv_transpose3d, x, w, grad, sizes)
-    assert launched[-1] == f"conv_transpose3d_gradients_{PATH}"
+    fits = dilation < 8 or model_new._SHARED_BYTES[model_new._capability(0)] > 99 * 1024    # dweight's boxes of x and its halo
+    assert launched[-1] == (f"conv_transpose3d_gradients_{PATH}" if fits else "conv_transpose3d_dweight_generic")
     for result, again, exact in zip(ours, gradients(model_new.conv_transpose3d, x, w, grad, sizes), truth):
         # PyTorch's own gradients are sometimes those of TF32 truncated (8e-4), sometimes those of float32.
         assert relative_error(result, exact) <= {torch.float32: 3.1e-4, torch.float16: 4.5e-4, torch.bfloat16: 3.5e-3}[dtype]
