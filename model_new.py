@@ -5439,7 +5439,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
             const int box_taps = taps_per_box * w.taps * t.products, most = int(std::min<int64_t>({left / t.weight_bytes / 2, kMaxTapsOfStage, box_taps}));
             if (most < 1) continue;
             const int box_stages = int(ceil_div(box_taps, most));
-            t.weight_stages = 2 * int(ceil_div(box_taps, box_stages));
+            t.weight_stages = 2 * int(ceil_div(box_taps, box_stages));    // of one tap each: those of the stage that is multiplied, and of the one that is loaded
             if (shared_bytes(t, w) > shared) continue;
             const int64_t at_once = int64_t(multiprocessors) * blocks;
             const double time = (by_itself + 260 * boxes * box_stages + blocks * shared_units) * (t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5);
@@ -5461,8 +5461,6 @@ _SOURCES['conv_epilogue_sm80.cuh'] = r'''
 #include "tiling_sm80.h"
 
 namespace conv_sm80 {
-
-constexpr int kThreads = 128;
 
 // What a lane needs of a row of a row tile: its factor and bias, where it is staged (-1: it is nobody's output), and its phase of (H, W).
 struct Row { float scale, bias; int region, phase_hw; };
@@ -5644,6 +5642,8 @@ _SOURCES['conv_sm80.cuh'] = r'''
 #include "conv_epilogue_sm80.cuh"
 
 namespace conv_sm80 {
+
+constexpr int kThreads = 32 * kColumnWarps;
 
 struct Operands {
     Parameters a;

@@ -7,8 +7,6 @@
 
 namespace conv_sm80 {
 
-constexpr int kThreads = 128;
-
 // What a lane needs of a row of a row tile: its factor and bias, where it is staged (-1: it is nobody's output), and its phase of (H, W).
 struct Row { float scale, bias; int region, phase_hw; };
 constexpr int kMostPhases = 8;         // of (H, W) in a row tile

@@ -13,6 +13,8 @@
 
 namespace conv_sm80 {
 
+constexpr int kThreads = 32 * kColumnWarps;
+
 struct Operands {
     Parameters a;
     const __half *x, *w;            // packed
