@@ -13,8 +13,6 @@
 
 namespace conv_sm80 {
 
-constexpr int kThreads = 32 * kColumnWarps;
-
 struct Operands {
     Parameters a;
     const __half *x, *w;            // packed
@@ -76,7 +74,7 @@ __device__ __forceinline__ void publish_steps(const Operands& o, SharedHead& hea
 
 // All threads: loads stages, one after another.
 template <int kChunk> struct Loader {
-    static constexpr int kRowBytes = kChunk * 2, kPieces = kRowBytes / 16, kAtOnce = kThreads / kPieces, kBytesAtOnce = kThreads * 16;    // rows, and bytes, that the block loads at a time
+    static constexpr int kRowBytes = kChunk * 2, kPieces = kRowBytes / 16, kAtOnce = kThreads / kPieces;    // rows that the block loads at a time
     static_assert(kAtOnce % 8 == 0, "those are swizzled alike");
     const Operands& o;
     const SharedHead& head;
@@ -203,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
     SharedHead& head = *reinterpret_cast<SharedHead*>(base);
     int* table = reinterpret_cast<int*>(base + kSharedHeadBytes);
     int* places = reinterpret_cast<int*>(base + kSharedHeadBytes + t.table_bytes);
-    uint8_t* stages = base + kSharedHeadBytes + t.table_bytes + places_bytes(t, p.s.axis[2]);
+    uint8_t* stages = base + stages_begin(t, p.s.axis[2]);
     constexpr int kColumns = kBlockN / kColumnWarps;
     const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) head.epilogue.table_key = make_int4(-1, 0, 0, 0);

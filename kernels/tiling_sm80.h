@@ -13,22 +13,26 @@ using namespace conv;
 constexpr int kSharedHeadBytes = 2688;
 constexpr int kMaxTapsOfStage = 5;
 constexpr int kColumnWarps = 4;    // of a block, each with a quarter of the positions
+constexpr int kThreads = 32 * kColumnWarps, kBytesAtOnce = 16 * kThreads;    // of a block; that it loads at a time
 
 // Blocks of a multiprocessor, as many as its registers hold.
 HOST_DEVICE constexpr int blocks_of(int block_n) { return block_n == 128 ? 4 : block_n == 192 ? 3 : 2; }
 
-// Rows of a box with the zeros behind it, which rows share, and the bytes of the table that tells where each comes from. They are loaded 2 KB at a time.
+// Rows of a box with the zeros behind it, which rows share, and the bytes of the table that tells where each comes from.
 HOST_DEVICE int loaded_rows(const Tiling& t, const StencilAxis& w) { return t.box_rows * t.pitch + w.shift[w.taps - 1]; }
 HOST_DEVICE int places_bytes(const Tiling& t, const StencilAxis& w) {
-    const int at_once = 1024 / t.chunk, rows = (loaded_rows(t, w) + at_once - 1) / at_once * at_once;
+    const int at_once = kBytesAtOnce / 2 / t.chunk, rows = (loaded_rows(t, w) + at_once - 1) / at_once * at_once;
     return (rows * 4 + 127) / 128 * 128;
 }
+
+// Where the pipeline's stages begin in shared memory, behind the head and the tables.
+HOST_DEVICE int stages_begin(const Tiling& t, const StencilAxis& w) { return kSharedHeadBytes + t.table_bytes + places_bytes(t, w); }
 
 // Shared memory of a block: the pipeline's stages, half of the taps' weights being loaded while the others are multiplied, and behind the last product, in their place, half of the staged outputs.
 inline int64_t pipeline_bytes(const Tiling& t) { return int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_stages) * t.weight_bytes; }
 inline int64_t shared_bytes(const Tiling& t, const StencilAxis& w) {
     const int64_t pipeline = pipeline_bytes(t), staged = t.buffer_bytes / 2;
-    return kSharedHeadBytes + t.table_bytes + places_bytes(t, w) + (pipeline > staged ? pipeline : staged);
+    return stages_begin(t, w) + (pipeline > staged ? pipeline : staged);
 }
 
 // Blocks that a multiprocessor's shared memory has room for: it has a kilobyte more than a block can have, and keeps one for each block.
@@ -70,16 +74,16 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         }
         const int64_t reach = first + block_n + halo_h * t.pitch + halo_w;
         const int64_t loaded = loaded_rows(t, w);
-        t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, 2048);
+        t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, kBytesAtOnce);
         t.weight_bytes = kRows * row_bytes, t.weight_rings = 1;
         if (!count_tiles(t, s, samples)) continue;
         // Cycles of a tile from begin to end, fitted to the times of 16 layers and 184 tilings (NOTES.md): what a block takes by itself for taps, barriers, boxes, less where another
         // one is being multiplied, and pieces of outputs; and what the blocks share, tensor cores and the ways to memory.
-        const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), boxes = boxes_of(t, s), taps = steps_of(t, s) / (chunk / 16);
-        const double by_itself = (0.26 * chunk / 16 * block_n + 320) * taps + 690 * boxes / input_stages + (t.contiguous ? 77 : 113) * pieces;
-        const double shared_units = 0.47 * chunk / 16 * taps * block_n + 0.035 * boxes * t.box_bytes() + 0.095 * out_bytes_of(t);
+        const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), boxes = boxes_of(t, s), steps = steps_of(t, s);
+        const double by_itself = 0.26 * steps * block_n + 320 * steps / (chunk / 16) + 690 * boxes / input_stages + (t.contiguous ? 77 : 113) * pieces;
+        const double shared_units = 0.47 * steps * block_n + 0.035 * boxes * t.box_bytes() + 0.095 * out_bytes_of(t);
         for (int blocks = blocks_of(block_n); blocks > 0; blocks--) {
-            const int64_t shared = (most_shared + 1024) / blocks - 1024, left = shared - kSharedHeadBytes - t.table_bytes - places_bytes(t, w) - int64_t(input_stages) * t.input_bytes;
+            const int64_t shared = (most_shared + 1024) / blocks - 1024, left = shared - stages_begin(t, w) - int64_t(input_stages) * t.input_bytes;
             const int box_taps = taps_per_box * w.taps * t.products, most = int(std::min<int64_t>({left / t.weight_bytes / 2, kMaxTapsOfStage, box_taps}));
             if (most < 1) continue;
             const int box_stages = int(ceil_div(box_taps, most));

@@ -12,6 +12,8 @@ from layers import forget_paths, gradients, tf32_allowed, worst_relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PATH = torch.cuda.is_available() and model_new._tensor_core_path(model_new._capability(0))
+FORCED = model_new._forced_capability()
+SHARED_BYTES = torch.cuda.is_available() and (model_new._SHARED_BYTES[FORCED] if FORCED else torch.cuda.get_device_properties(0).shared_memory_per_block_optin)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -188,7 +190,7 @@ def check_gradients(shape, channels, groups, kernel, stride, padding, output_pad
     truth = gradients(F.conv_transpose3d, x.double(), w.double(), grad.double(), sizes)
     with model_new.record_launches() as launched:
         ours = gradients(model_new.conv_transpose3d, x, w, grad, sizes)
-    fits = dilation < 8 or model_new._SHARED_BYTES[model_new._capability(0)] > 99 * 1024    # dweight's boxes of x and its halo
+    fits = dilation < 8 or SHARED_BYTES > 99 * 1024    # dweight's boxes of x and its halo
     assert launched[-1] == (f"conv_transpose3d_gradients_{PATH}" if fits else "conv_transpose3d_dweight_generic")
     for result, again, exact in zip(ours, gradients(model_new.conv_transpose3d, x, w, grad, sizes), truth):
         # PyTorch's own gradients are sometimes those of TF32 truncated (8e-4), sometimes those of float32.
