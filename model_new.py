@@ -564,15 +564,16 @@ def _launch(operation, shape, dtypes, device, inputs, outputs, packed=None):
         return _launch_cpu(function, first, inputs, outputs)
     scratch_bytes = workspace_bytes + packed_bytes if packed_bytes and packed is None else workspace_bytes    # with the packed input behind it, unless that has memory of its own
     scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device) if scratch_bytes else None
-    memory = (scratch,) if packed_bytes is None else (scratch, scratch.data_ptr() + workspace_bytes if packed is None else packed)
+    behind = scratch.data_ptr() + workspace_bytes if packed_bytes else None
+    memory = (scratch,) if packed_bytes is None else (scratch, behind if packed is None else packed)
     error = function(*first, torch._C._cuda_getCurrentRawStream(device.index), *_pointers(memory), *_pointers(inputs), *_pointers(outputs))
     if error:
         raise RuntimeError(f"{name}: CUDA error {error}, {_library('cuda').cuda_error_string(error).decode()}")
 
 
 def _packed_input(operation, geometry, input, kept):
-    """Memory for the copy of ``input`` that the forward ``operation`` makes for the tensor cores, if the gradients read the same one: the weight's gradient then needs it in
-    place of the input, so it is appended to ``kept``. None if not, or if it is larger than the input (some bytes a sample aside), or where ``kept`` is None."""
+    """Memory for the copy of ``input`` that the forward ``operation`` makes for the tensor cores and the gradients read: the weight's gradient then needs it in
+    place of the input, so it is appended to ``kept``. None if there is none, or if it is larger than the input (some bytes a sample aside), or where ``kept`` is None."""
     if kept is None or input.device.type == "cpu":
         return None
     count = _shared_packed_bytes(operation, geometry, input.dtype, input.device, _tf32_allowed(input.dtype))
@@ -584,13 +585,12 @@ def _packed_input(operation, geometry, input, kept):
 
 @functools.lru_cache(maxsize=4096)
 def _shared_packed_bytes(operation, geometry, dtype, device, tf32):
-    """Bytes of that copy; 0 where the forward and the gradients do not take the same path, or not the same copy."""
+    """Bytes of that copy; 0 where the forward and the gradients do not take the same path."""
     path = _select(operation, geometry, dtype, device, tf32)
-    library, shape = _library("cuda"), ctypes.addressof(geometry)
-    shares = getattr(library, f"conv_transpose3d_gradients_share_packed_{path}", None)
-    if not shares or _select("conv_transpose3d_gradients", geometry, dtype, device, tf32) != path or not shares(shape, device.index):
+    packed = getattr(_library("cuda"), f"conv_transpose3d_gradients_{path}_packed", None)
+    if not packed or _select("conv_transpose3d_gradients", geometry, dtype, device, tf32) != path:
         return 0
-    return getattr(library, f"{operation}_{path}_packed")(shape, _DTYPES[dtype], device.index)
+    return packed(ctypes.addressof(geometry), _DTYPES[dtype], device.index)
 
 
 def _pointers(arguments):
@@ -968,7 +968,7 @@ def _declare(library, backend):
     if backend == "cuda":
         library.cuda_error_string.restype = ctypes.c_char_p
         for path in ("sm90", "sm80"):
-            for question in ("forward_supports", "gradients_supports", "gradients_share_packed"):
+            for question in ("forward_supports", "gradients_supports"):
                 function = getattr(library, f"conv_transpose3d_{question}_{path}", None)
                 if function:
                     function.argtypes = [pointer, integer]
@@ -3434,6 +3434,8 @@ struct Activation {
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
+    __half* plain;                                 // where it is split, and the gradients read a copy that is not: that one, (N, positions, plain_channels); or null
+    int64_t plain_channels;
     SampleMax* max;                                // (N), starts at zero
     bool vectors;                                  // rows and the address are multiples of four elements
     NormGradient norm;
@@ -3446,7 +3448,7 @@ struct Activation {
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split, int third) {
-    Activation a = {N, C, phase_channels, split, third, {}, nullptr, nullptr, nullptr, false, {}};
+    Activation a = {N, C, phase_channels, split, third, {}, nullptr, nullptr, nullptr, 0, nullptr, false, {}};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
@@ -3787,6 +3789,7 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
             if (kSplit && !thirds) *reinterpret_cast<uint4*>(to + a.split) = tile[kSplit][at];
             if (thirds && column < a.third) *reinterpret_cast<uint4*>(to) = tile[kSplit][at], *reinterpret_cast<uint4*>(to + a.third) = tile[0][at];
             if (thirds) *reinterpret_cast<uint4*>(to + 2 * a.third) = tile[0][at];
+            if (kSplit && a.plain && column < a.plain_channels) *reinterpret_cast<uint4*>(a.plain + (n * count + (plain ? f0 + s : places[s].y)) * a.plain_channels + column) = tile[0][at];
         }
     }
     return max;
@@ -4684,10 +4687,10 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     return w;
 }
 
-// These take the memory of the copies of an activation, maxima included, and of a weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, int third, const void* x) {
+// These take the memory of the copies of an activation, maxima included unless there are some, and of a weight.
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, int third, const void* x, scaled_half::SampleMax* max = nullptr) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(third ? 3 * third : channels), split, third);
-    a.x = x, a.max = scratch.take_zeroed<scaled_half::SampleMax>(N);
+    a.x = x, a.max = max ? max : scratch.take_zeroed<scaled_half::SampleMax>(N);
     a.copy = scratch.take<__half>(a.copied());
     return a;
 }
@@ -4741,19 +4744,25 @@ _SOURCES['conv_transpose3d_forward.cuh'] = r'''
 
 namespace conv {
 
-// The packed copy of x has memory of its own, which the gradients may need.
+// The packed copy of x has memory of its own, which the gradients may need. Where operands are split, that is another copy, made if there is memory for it.
 struct ForwardMemory {
     Scratch scratch, packed;
     Workspace workspace;
-    scaled_half::Activation source;
+    scaled_half::Activation plain, source;
     scaled_half::Weight weight;
     ForwardMemory(const Geometry& g, const Plan& plan, bool fused, void* base, void* packed_base, const void* x, const void* w) : scratch(base), packed(packed_base) {
         const Problem& p = plan.problem;
         auto* weight_max = scratch.take_zeroed<unsigned>(p.C_out);
+        auto* max = splits(plan) ? scratch.take_zeroed<scaled_half::SampleMax>(g.N) : nullptr;
         workspace = take_workspace(scratch, p, fused);
-        source = take_activation(packed, p.s, g.N, g.C_in, p.t.split, plan.third, x);
+        source = plain = take_activation(packed, p.s, g.N, g.C_in, 0, 0, x);
         weight = take_weight(scratch, plan, g, weight_max, w);
+        if (!splits(plan)) return;
+        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, plan.third, x, packed_base ? plain.max : max);
+        if (packed_base) source.plain = plain.copy, source.plain_channels = plain.phase_channels;
     }
+    static bool splits(const Plan& plan) { return plan.problem.t.split || plan.third; }
+    int zero(cudaStream_t stream) const { return scratch.zero(source.max == plain.max ? packed : Scratch(nullptr), stream); }
 };
 
 // Whether a tiling fits: 1 or 0.
@@ -4762,10 +4771,13 @@ template <typename Path> int forward_supports(const Geometry& g, int device) { r
 template <typename Path> ForwardMemory forward_memory(const Geometry& g, bool fused, int device) {
     return ForwardMemory(g, plan_of<Path>(g, Direction::kForward, device), fused, nullptr, nullptr, nullptr, nullptr);
 }
+template <typename Path> int64_t forward_packed_bytes(const Geometry& g, int device) {
+    return ForwardMemory::splits(plan_of<Path>(g, Direction::kForward, device)) ? 0 : forward_memory<Path>(g, false, device).packed.bytes();
+}
 
 template <typename Path>
 int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out, const Normalization& norm) {
-    RETURN_IF_ERROR(memory.scratch.zero(memory.packed, stream));
+    RETURN_IF_ERROR(memory.zero(stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
     return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, norm, stream);
 }
@@ -4799,13 +4811,13 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
 
 }  // namespace conv
 
-// The C functions of a path. packed: memory for the copy of x.
+// The C functions of a path. packed: memory for the copy of x that the gradients read (theirs tell its size); null where the forward needs none and they do not want it.
 #define FORWARD_LAUNCHERS(path, Path)                                                                                                                      \
     extern "C" int conv_transpose3d_forward_supports_##path(const Geometry* g, int device) { return conv::forward_supports<Path>(*g, device); }            \
     extern "C" int64_t conv_transpose3d_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, false, device).scratch.bytes(); } \
-    extern "C" int64_t conv_transpose3d_forward_##path##_packed(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, false, device).packed.bytes(); } \
+    extern "C" int64_t conv_transpose3d_forward_##path##_packed(const Geometry* g, int, int device) { return conv::forward_packed_bytes<Path>(*g, device); } \
     extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, true, device).scratch.bytes(); } \
-    extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_packed(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, true, device).packed.bytes(); } \
+    extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_packed(const Geometry* g, int, int device) { return conv::forward_packed_bytes<Path>(*g, device); } \
     extern "C" int conv_transpose3d_forward_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, void* packed, const void* x, const void* w, const void* bias, \
                                                    int apply_relu, void* out) {                                                                            \
         DeviceGuard guard(device);                                                                                                                         \
@@ -5310,9 +5322,6 @@ template <typename Path> GradientsMemory gradients_memory(const Geometry& g, int
     return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 
-// Whether the forward's copy of x is the gradients', whose operands are not split: 1 or 0.
-inline int gradients_share_packed(const Geometry& g) { return !splits_groups(g) && third_of(g) == 0; }
-
 // The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
 // (2, N, num_groups) in place of dout.
 template <typename Path> int64_t relu_group_norm_gradients_workspace(const Geometry& g, int device) {
@@ -5337,7 +5346,6 @@ int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStre
 // The C functions of a path. packed: memory for the copy of x, or, where x is null, that copy.
 #define GRADIENTS_LAUNCHERS(path, Path)                                                                                                                    \
     extern "C" int conv_transpose3d_gradients_supports_##path(const Geometry* g, int device) { return conv::gradients_supports<Path>(*g, device); }        \
-    extern "C" int conv_transpose3d_gradients_share_packed_##path(const Geometry* g, int) { return conv::gradients_share_packed(*g); }                          \
     extern "C" int64_t conv_transpose3d_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).scratch.bytes(); } \
     extern "C" int64_t conv_transpose3d_gradients_##path##_packed(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).packed.bytes(); } \
     extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::relu_group_norm_gradients_workspace<Path>(*g, device); } \

@@ -122,10 +122,10 @@ inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) 
     return w;
 }
 
-// These take the memory of the copies of an activation, maxima included, and of a weight.
-inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, int third, const void* x) {
+// These take the memory of the copies of an activation, maxima included unless there are some, and of a weight.
+inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& s, int64_t N, int64_t channels, int split, int third, const void* x, scaled_half::SampleMax* max = nullptr) {
     scaled_half::Activation a = scaled_half::make_activation(s, N, channels, split ? 2 * channels : padded_channels(third ? 3 * third : channels), split, third);
-    a.x = x, a.max = scratch.take_zeroed<scaled_half::SampleMax>(N);
+    a.x = x, a.max = max ? max : scratch.take_zeroed<scaled_half::SampleMax>(N);
     a.copy = scratch.take<__half>(a.copied());
     return a;
 }

@@ -69,9 +69,6 @@ template <typename Path> GradientsMemory gradients_memory(const Geometry& g, int
     return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 
-// Whether the forward's copy of x is the gradients', whose operands are not split: 1 or 0.
-inline int gradients_share_packed(const Geometry& g) { return !splits_groups(g) && third_of(g) == 0; }
-
 // The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
 // (2, N, num_groups) in place of dout.
 template <typename Path> int64_t relu_group_norm_gradients_workspace(const Geometry& g, int device) {
@@ -96,7 +93,6 @@ int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStre
 // The C functions of a path. packed: memory for the copy of x, or, where x is null, that copy.
 #define GRADIENTS_LAUNCHERS(path, Path)                                                                                                                    \
     extern "C" int conv_transpose3d_gradients_supports_##path(const Geometry* g, int device) { return conv::gradients_supports<Path>(*g, device); }        \
-    extern "C" int conv_transpose3d_gradients_share_packed_##path(const Geometry* g, int) { return conv::gradients_share_packed(*g); }                          \
     extern "C" int64_t conv_transpose3d_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).scratch.bytes(); } \
     extern "C" int64_t conv_transpose3d_gradients_##path##_packed(const Geometry* g, int, int device) { return conv::gradients_memory<Path>(*g, device).packed.bytes(); } \
     extern "C" int64_t conv_transpose3d_relu_group_norm_gradients_##path##_workspace(const Geometry* g, int, int device) { return conv::relu_group_norm_gradients_workspace<Path>(*g, device); } \

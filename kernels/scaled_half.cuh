@@ -68,6 +68,8 @@ struct Activation {
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
+    __half* plain;                                 // where it is split, and the gradients read a copy that is not: that one, (N, positions, plain_channels); or null
+    int64_t plain_channels;
     SampleMax* max;                                // (N), starts at zero
     bool vectors;                                  // rows and the address are multiples of four elements
     NormGradient norm;
@@ -80,7 +82,7 @@ struct Activation {
 
 // The source of a stencil; each of its channels has less than 2^31 elements, phases included.
 inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_t phase_channels, int split, int third) {
-    Activation a = {N, C, phase_channels, split, third, {}, nullptr, nullptr, nullptr, false, {}};
+    Activation a = {N, C, phase_channels, split, third, {}, nullptr, nullptr, nullptr, 0, nullptr, false, {}};
     for (int i = 0; i < 3; i++) a.axis[i] = {s.axis[i].sources, s.axis[i].source_phases, s.axis[i].source_crop, s.axis[i].source_out};
     return a;
 }
@@ -421,6 +423,7 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
             if (kSplit && !thirds) *reinterpret_cast<uint4*>(to + a.split) = tile[kSplit][at];
             if (thirds && column < a.third) *reinterpret_cast<uint4*>(to) = tile[kSplit][at], *reinterpret_cast<uint4*>(to + a.third) = tile[0][at];
             if (thirds) *reinterpret_cast<uint4*>(to + 2 * a.third) = tile[0][at];
+            if (kSplit && a.plain && column < a.plain_channels) *reinterpret_cast<uint4*>(a.plain + (n * count + (plain ? f0 + s : places[s].y)) * a.plain_channels + column) = tile[0][at];
         }
     }
     return max;

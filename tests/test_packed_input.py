@@ -12,6 +12,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 PLAIN = model_new.ConvTranspose3dNew(64, 32, 3, stride=2, padding=1, output_padding=1, bias=True)
 FUSED = model_new.ModelNew(64, 128, 3, 8, padding=1)
+GROUPED = model_new.ConvTranspose3dNew(64, 32, 3, stride=2, padding=1, groups=4)    # a forward with split operands, which leaves another copy
+THIRDS = model_new.ConvTranspose3dNew(64, 64, (1, 4, 4), stride=(1, 4, 2))          # likewise, of one group
 
 
 def run(layer, dtype=torch.float32):
@@ -49,7 +51,7 @@ def holds(saved, tensor):
 
 
 @needs_gpu
-@pytest.mark.parametrize("layer, dtype", [(PLAIN, torch.float32), (PLAIN, torch.float16), (PLAIN, torch.bfloat16), (FUSED, torch.float32)])
+@pytest.mark.parametrize("layer, dtype", [(PLAIN, torch.float32), (PLAIN, torch.float16), (PLAIN, torch.bfloat16), (FUSED, torch.float32), (GROUPED, torch.float32), (THIRDS, torch.float32)])
 def test_the_input_is_not_kept_and_the_gradient_is_the_same(layer, dtype):
     layer, x, y, grad = run(layer, dtype)
     saved = saved_by(layer, x)
@@ -61,17 +63,27 @@ def test_the_input_is_not_kept_and_the_gradient_is_the_same(layer, dtype):
 
 
 @needs_gpu
-def test_it_is_as_accurate_as_with_the_input():
-    layer, x, y, grad = run(PLAIN)
+@pytest.mark.parametrize("layer", [PLAIN, GROUPED, THIRDS])
+def test_it_is_as_accurate_as_with_the_input(layer):
+    layer, x, y, grad = run(layer)
     of_copy = weight_gradient(layer, y, grad)
-    geometry = ([2, 2, 2], [1, 1, 1], [1, 1, 1], 1, [1, 1, 1])
+    geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
     _, of_input, _ = model_new._backward(grad, x, None, layer.weight.detach(), x.shape, layer.weight.shape, *geometry, [False, True, False])
     assert torch.equal(of_copy, of_input)
-    assert relative_error(of_copy, true_weight_gradient(x, grad)) < 4e-4
+    truth = gradients(F.conv_transpose3d, x.double(), layer.weight.double(), grad.double(), geometry)[1]
+    assert relative_error(of_copy, truth) < 4e-4
 
 
 @needs_gpu
-@pytest.mark.parametrize("layer", [PLAIN, FUSED])
+@pytest.mark.parametrize("layer", [GROUPED, THIRDS])
+def test_leaving_another_copy_does_not_change_the_output(layer):
+    layer, x, y, _ = run(layer)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+
+
+@needs_gpu
+@pytest.mark.parametrize("layer", [PLAIN, FUSED, GROUPED])
 def test_changing_the_input_behind_the_forward_does_not_matter(layer):
     layer, x, y, grad = run(layer)
     expected = weight_gradient(layer, y, grad)
@@ -181,7 +193,7 @@ def test_it_is_kept_where_forward_and_gradients_take_the_same_path(monkeypatch, 
     """On any machine: the table's choice for a Hopper GPU, with a library that supports everything."""
     class Library:
         def __getattr__(self, name):
-            if name.rsplit("_", 1)[-1] not in ("sm90", "packed"):
+            if not name.removesuffix("_packed").endswith("_sm90"):
                 raise AttributeError(name)
             return lambda *arguments: 1000 if name.endswith("_packed") else 1
 
