@@ -562,10 +562,11 @@ def _launch(operation, shape, dtypes, device, inputs, outputs, packed=None):
         names.append(name)
     if device.type == "cpu":
         return _launch_cpu(function, first, inputs, outputs)
-    scratch_bytes = workspace_bytes + packed_bytes if packed_bytes and packed is None else workspace_bytes    # with the packed input behind it, unless that has memory of its own
-    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device) if scratch_bytes else None
-    behind = scratch.data_ptr() + workspace_bytes if packed_bytes else None
-    memory = (scratch,) if packed_bytes is None else (scratch, behind if packed is None else packed)
+    behind = packed_bytes if packed_bytes and packed is None else 0    # for the packed input, unless that has memory of its own
+    scratch = torch.empty(workspace_bytes + behind, dtype=torch.uint8, device=device) if workspace_bytes + behind else None
+    if behind:
+        packed = scratch.data_ptr() + workspace_bytes
+    memory = (scratch,) if packed_bytes is None else (scratch, packed)
     error = function(*first, torch._C._cuda_getCurrentRawStream(device.index), *_pointers(memory), *_pointers(inputs), *_pointers(outputs))
     if error:
         raise RuntimeError(f"{name}: CUDA error {error}, {_library('cuda').cuda_error_string(error).decode()}")
@@ -3434,8 +3435,8 @@ struct Activation {
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
-    __half* plain;                                 // where it is split, and the gradients read a copy that is not: that one, (N, positions, plain_channels); or null
-    int64_t plain_channels;
+    __half* unsplit;                               // where it is split, the copy that the gradients read, if they want one: (N, positions, unsplit_channels)
+    int64_t unsplit_channels;
     SampleMax* max;                                // (N), starts at zero
     bool vectors;                                  // rows and the address are multiples of four elements
     NormGradient norm;
@@ -3789,7 +3790,7 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
             if (kSplit && !thirds) *reinterpret_cast<uint4*>(to + a.split) = tile[kSplit][at];
             if (thirds && column < a.third) *reinterpret_cast<uint4*>(to) = tile[kSplit][at], *reinterpret_cast<uint4*>(to + a.third) = tile[0][at];
             if (thirds) *reinterpret_cast<uint4*>(to + 2 * a.third) = tile[0][at];
-            if (kSplit && a.plain && column < a.plain_channels) *reinterpret_cast<uint4*>(a.plain + (n * count + (plain ? f0 + s : places[s].y)) * a.plain_channels + column) = tile[0][at];
+            if (kSplit && a.unsplit && column < a.unsplit_channels) *reinterpret_cast<uint4*>(a.unsplit + (n * count + (plain ? f0 + s : places[s].y)) * a.unsplit_channels + column) = tile[0][at];
         }
     }
     return max;
@@ -4744,25 +4745,23 @@ _SOURCES['conv_transpose3d_forward.cuh'] = r'''
 
 namespace conv {
 
-// The packed copy of x has memory of its own, which the gradients may need. Where operands are split, that is another copy, made if there is memory for it.
+// The packed copy of x has memory of its own, which the gradients may need. Where operands are split, the convolution has another, and that one is made if there is memory for it.
 struct ForwardMemory {
     Scratch scratch, packed;
     Workspace workspace;
-    scaled_half::Activation plain, source;
+    scaled_half::Activation source;
     scaled_half::Weight weight;
     ForwardMemory(const Geometry& g, const Plan& plan, bool fused, void* base, void* packed_base, const void* x, const void* w) : scratch(base), packed(packed_base) {
         const Problem& p = plan.problem;
+        const bool splits = p.t.split || plan.third, has_unsplit = !splits || packed_base;
         auto* weight_max = scratch.take_zeroed<unsigned>(p.C_out);
-        auto* max = splits(plan) ? scratch.take_zeroed<scaled_half::SampleMax>(g.N) : nullptr;
+        auto* max = has_unsplit ? nullptr : scratch.take_zeroed<scaled_half::SampleMax>(g.N);
         workspace = take_workspace(scratch, p, fused);
-        source = plain = take_activation(packed, p.s, g.N, g.C_in, 0, 0, x);
+        const scaled_half::Activation unsplit = has_unsplit ? take_activation(packed, p.s, g.N, g.C_in, 0, 0, x) : scaled_half::Activation{};
+        source = splits ? take_activation(scratch, p.s, g.N, g.C_in, p.t.split, plan.third, x, has_unsplit ? unsplit.max : max) : unsplit;
+        if (splits) source.unsplit = unsplit.copy, source.unsplit_channels = unsplit.phase_channels;
         weight = take_weight(scratch, plan, g, weight_max, w);
-        if (!splits(plan)) return;
-        source = take_activation(scratch, p.s, g.N, g.C_in, p.t.split, plan.third, x, packed_base ? plain.max : max);
-        if (packed_base) source.plain = plain.copy, source.plain_channels = plain.phase_channels;
     }
-    static bool splits(const Plan& plan) { return plan.problem.t.split || plan.third; }
-    int zero(cudaStream_t stream) const { return scratch.zero(source.max == plain.max ? packed : Scratch(nullptr), stream); }
 };
 
 // Whether a tiling fits: 1 or 0.
@@ -4771,13 +4770,10 @@ template <typename Path> int forward_supports(const Geometry& g, int device) { r
 template <typename Path> ForwardMemory forward_memory(const Geometry& g, bool fused, int device) {
     return ForwardMemory(g, plan_of<Path>(g, Direction::kForward, device), fused, nullptr, nullptr, nullptr, nullptr);
 }
-template <typename Path> int64_t forward_packed_bytes(const Geometry& g, int device) {
-    return ForwardMemory::splits(plan_of<Path>(g, Direction::kForward, device)) ? 0 : forward_memory<Path>(g, false, device).packed.bytes();
-}
 
 template <typename Path>
 int pack_and_convolve(const Plan& plan, const ForwardMemory& memory, int dtype, cudaStream_t stream, const void* bias, bool apply_relu, void* out, const Normalization& norm) {
-    RETURN_IF_ERROR(memory.zero(stream));
+    RETURN_IF_ERROR(memory.scratch.zero(memory.packed, stream));
     RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, dtype, plan.multiprocessors, stream));
     return convolve<Path>(plan, memory.source, memory.weight, memory.workspace, dtype, bias, apply_relu, out, norm, stream);
 }
@@ -4815,9 +4811,9 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
 #define FORWARD_LAUNCHERS(path, Path)                                                                                                                      \
     extern "C" int conv_transpose3d_forward_supports_##path(const Geometry* g, int device) { return conv::forward_supports<Path>(*g, device); }            \
     extern "C" int64_t conv_transpose3d_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, false, device).scratch.bytes(); } \
-    extern "C" int64_t conv_transpose3d_forward_##path##_packed(const Geometry* g, int, int device) { return conv::forward_packed_bytes<Path>(*g, device); } \
+    extern "C" int64_t conv_transpose3d_forward_##path##_packed(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, false, device).packed.bytes(); } \
     extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_workspace(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, true, device).scratch.bytes(); } \
-    extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_packed(const Geometry* g, int, int device) { return conv::forward_packed_bytes<Path>(*g, device); } \
+    extern "C" int64_t conv_transpose3d_relu_group_norm_forward_##path##_packed(const Geometry* g, int, int device) { return conv::forward_memory<Path>(*g, true, device).packed.bytes(); } \
     extern "C" int conv_transpose3d_forward_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, void* packed, const void* x, const void* w, const void* bias, \
                                                    int apply_relu, void* out) {                                                                            \
         DeviceGuard guard(device);                                                                                                                         \

@@ -68,8 +68,8 @@ struct Activation {
     Axis axis[3];                                  // D, H, W
     const void* x;
     __half* copy;
-    __half* plain;                                 // where it is split, and the gradients read a copy that is not: that one, (N, positions, plain_channels); or null
-    int64_t plain_channels;
+    __half* unsplit;                               // where it is split, the copy that the gradients read, if they want one: (N, positions, unsplit_channels)
+    int64_t unsplit_channels;
     SampleMax* max;                                // (N), starts at zero
     bool vectors;                                  // rows and the address are multiples of four elements
     NormGradient norm;
@@ -423,7 +423,7 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
             if (kSplit && !thirds) *reinterpret_cast<uint4*>(to + a.split) = tile[kSplit][at];
             if (thirds && column < a.third) *reinterpret_cast<uint4*>(to) = tile[kSplit][at], *reinterpret_cast<uint4*>(to + a.third) = tile[0][at];
             if (thirds) *reinterpret_cast<uint4*>(to + 2 * a.third) = tile[0][at];
-            if (kSplit && a.plain && column < a.plain_channels) *reinterpret_cast<uint4*>(a.plain + (n * count + (plain ? f0 + s : places[s].y)) * a.plain_channels + column) = tile[0][at];
+            if (kSplit && a.unsplit && column < a.unsplit_channels) *reinterpret_cast<uint4*>(a.unsplit + (n * count + (plain ? f0 + s : places[s].y)) * a.unsplit_channels + column) = tile[0][at];
         }
     }
     return max;
