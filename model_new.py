@@ -3909,6 +3909,7 @@ struct Tiling {
     int buffer_bytes;
     int row_pairs, tiles;                      // row tiles of a block
     bool keeps_weights;                        // from tile to tile
+    int loaders, box_loader;                   // warps; which of them loads boxes
     int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
     double cycles;                             // estimated, of a multiprocessor
@@ -6405,6 +6406,8 @@ inline bool lay_out_stages(Tiling& t, const Stencil& s) {
     // With one ring, the stages between the two warpgroups are not there to load weights in advance.
     const int advance = int(ceil_div(2000, int64_t(t.block_n) * t.chunk / 16 * t.items)) + 2;
     t.lag = t.split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
+    // One warp is enough for boxes and weights that are kept; otherwise each ring has one, or boxes and the one ring.
+    t.loaders = t.keeps_weights ? 1 : 2, t.box_loader = t.keeps_weights || t.weight_rings == 2 ? 0 : 1;
     t.queues = t.keeps_weights ? t.row_pairs : 1;
     t.column_warps = 1;
     return true;
@@ -6714,7 +6717,7 @@ struct SharedParts {
 
 // ------------------------------------------------------------------------------------------------------ Producers
 
-// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone. A block's first tile is that of its own number, unless blocks
+// A warp, which may be a storer too: takes tiles from the queues and tells everyone. A block's first tile is that of its own number, unless blocks
 // wait for each other (conv_normalizer.cuh): then none is kept for a block that may not run yet.
 struct Publisher {
     const Parameters& a;
@@ -6760,13 +6763,14 @@ struct Publisher {
     }
 };
 
-// A warp for each ring of weights: loads them, and the first one the boxes. Each lane knows one of the steps that come next, a tap and its box.
+// A warp: loads a ring's weights, boxes, or both. Each lane knows one of the steps that come next, a tap and its box.
 // Tiles with the same live taps have the same steps; where there are no more than lanes, they are looked up once.
 struct Loader {
     const Parameters& a;
     const SharedParts& shared;
     const CUtensorMap *x_map, *w_map;
     int ring;
+    bool loads_boxes, loads_weights;
     RingPosition slot, in, weight;
     int kept = -1, kept_row = -1;      // which weights lane i's stage i of the ring has, of this row
     struct Step {
@@ -6846,8 +6850,8 @@ struct Loader {
                     if (steps == 32) i = steps = 0, all = false;
                     take_steps(tile, at, tap, more);
                 }
-                if (ring == 0 && __shfl_sync(~0u, step.rows, i) & kOpensBox) load_box(tile, i);
-                load_weights(i, row, i == steps - 1 && !more);
+                if (loads_boxes && __shfl_sync(~0u, step.rows, i) & kOpensBox) load_box(tile, i);
+                if (loads_weights) load_weights(i, row, i == steps - 1 && !more);
             }
             if (!all) steps_live = -1;
             mbarrier_arrive(head.tile_empty + slot.stage);
@@ -7380,7 +7384,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     if (threadIdx.x == 0) {
         for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 4 * kConsumers);
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 4 * kConsumers);
-        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, kConsumers), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.weight_rings * 32);
+        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, kConsumers), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.loaders * 32);
         for (int i = 0; normalizes && i < 4 * kConsumers * kPieceStages; i++) mbarrier_init(head.piece_full[0] + i, 1);
         for (int i = 0; i < kConsumers; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged[0] + i, 128), mbarrier_init(head.staged[1] + i, 128);
         fence_mbarrier_init();
@@ -7396,10 +7400,10 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
-        if (warp < t.weight_rings) {
-            Loader{a, shared, &x_map, &w_map, warp}.run();
+        if (warp < t.loaders) {
+            Loader{a, shared, &x_map, &w_map, t.weight_rings == 2 ? warp : 0, warp == t.box_loader, warp < t.weight_rings}.run();
         } else {
-            const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
+            const bool publishes = warp == (t.loaders == 2 ? 3 : 1);
             Publisher publisher(a, head);
             if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes, normalizes);
             else while (publisher.publish()) {}

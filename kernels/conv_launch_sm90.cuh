@@ -24,7 +24,7 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     if (threadIdx.x == 0) {
         for (int i = 0; i < t.input_stages; i++) mbarrier_init(head.input_full + i, 1), mbarrier_init(head.input_empty + i, 4 * kConsumers);
         for (int i = 0; i < t.weight_rings * t.weight_stages; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, t.weight_rings == 2 ? 4 : 4 * kConsumers);
-        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, kConsumers), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.weight_rings * 32);
+        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, kConsumers), mbarrier_init(head.tile_empty + i, 128 * kConsumers + 2 * 32 + t.loaders * 32);
         for (int i = 0; normalizes && i < 4 * kConsumers * kPieceStages; i++) mbarrier_init(head.piece_full[0] + i, 1);
         for (int i = 0; i < kConsumers; i++) mbarrier_init(head.buffer_free + i, 32), mbarrier_init(head.staged[0] + i, 128), mbarrier_init(head.staged[1] + i, 128);
         fence_mbarrier_init();
@@ -40,10 +40,10 @@ conv_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ C
     const int warp = threadIdx.x / 32;
     if (warp < 4) {
         setmaxnreg_dec<producer_registers(kConsumers)>();
-        if (warp < t.weight_rings) {
-            Loader{a, shared, &x_map, &w_map, warp}.run();
+        if (warp < t.loaders) {
+            Loader{a, shared, &x_map, &w_map, t.weight_rings == 2 ? warp : 0, warp == t.box_loader, warp < t.weight_rings}.run();
         } else {
-            const bool publishes = warp == (t.weight_rings == 2 ? 3 : 1);
+            const bool publishes = warp == (t.loaders == 2 ? 3 : 1);
             Publisher publisher(a, head);
             if (warp >= 2) Storer{a, shared, &out_map, warp - 2}.run(publisher, publishes, normalizes);
             else while (publisher.publish()) {}

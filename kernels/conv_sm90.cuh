@@ -68,7 +68,7 @@ struct SharedParts {
 
 // ------------------------------------------------------------------------------------------------------ Producers
 
-// A warp, which with two rings of weights is a storer too: takes tiles from the queues and tells everyone. A block's first tile is that of its own number, unless blocks
+// A warp, which may be a storer too: takes tiles from the queues and tells everyone. A block's first tile is that of its own number, unless blocks
 // wait for each other (conv_normalizer.cuh): then none is kept for a block that may not run yet.
 struct Publisher {
     const Parameters& a;
@@ -114,13 +114,14 @@ struct Publisher {
     }
 };
 
-// A warp for each ring of weights: loads them, and the first one the boxes. Each lane knows one of the steps that come next, a tap and its box.
+// A warp: loads a ring's weights, boxes, or both. Each lane knows one of the steps that come next, a tap and its box.
 // Tiles with the same live taps have the same steps; where there are no more than lanes, they are looked up once.
 struct Loader {
     const Parameters& a;
     const SharedParts& shared;
     const CUtensorMap *x_map, *w_map;
     int ring;
+    bool loads_boxes, loads_weights;
     RingPosition slot, in, weight;
     int kept = -1, kept_row = -1;      // which weights lane i's stage i of the ring has, of this row
     struct Step {
@@ -200,8 +201,8 @@ struct Loader {
                     if (steps == 32) i = steps = 0, all = false;
                     take_steps(tile, at, tap, more);
                 }
-                if (ring == 0 && __shfl_sync(~0u, step.rows, i) & kOpensBox) load_box(tile, i);
-                load_weights(i, row, i == steps - 1 && !more);
+                if (loads_boxes && __shfl_sync(~0u, step.rows, i) & kOpensBox) load_box(tile, i);
+                if (loads_weights) load_weights(i, row, i == steps - 1 && !more);
             }
             if (!all) steps_live = -1;
             mbarrier_arrive(head.tile_empty + slot.stage);

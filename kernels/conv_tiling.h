@@ -46,6 +46,7 @@ struct Tiling {
     int buffer_bytes;
     int row_pairs, tiles;                      // row tiles of a block
     bool keeps_weights;                        // from tile to tile
+    int loaders, box_loader;                   // warps; which of them loads boxes
     int queues;                                // of tiles: one, or one for each row pair, whose weights a block keeps
     int column_warps;                          // warps that share a row's positions
     double cycles;                             // estimated, of a multiprocessor

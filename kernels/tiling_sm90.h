@@ -49,6 +49,8 @@ inline bool lay_out_stages(Tiling& t, const Stencil& s) {
     // With one ring, the stages between the two warpgroups are not there to load weights in advance.
     const int advance = int(ceil_div(2000, int64_t(t.block_n) * t.chunk / 16 * t.items)) + 2;
     t.lag = t.split_m ? 4 : t.weight_stages > advance ? t.weight_stages - advance : 1;
+    // One warp is enough for boxes and weights that are kept; otherwise each ring has one, or boxes and the one ring.
+    t.loaders = t.keeps_weights ? 1 : 2, t.box_loader = t.keeps_weights || t.weight_rings == 2 ? 0 : 1;
     t.queues = t.keeps_weights ? t.row_pairs : 1;
     t.column_warps = 1;
     return true;
