@@ -1683,6 +1683,15 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 __device__ __forceinline__ void shared_store(uint32_t address, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory"); }
+// Where `inside` is true.
+__device__ __forceinline__ void shared_store(uint32_t address, const uint4& v, bool inside) {
+    asm volatile("{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\n@inside st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(int(inside)) : "memory");
+}
+__device__ __forceinline__ float shared_load(uint32_t address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+    return v;
+}
 
 // Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
 __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {
@@ -3409,6 +3418,7 @@ constexpr unsigned kInfinity = 0x7f800000;    // the bits of an infinite magnitu
 __device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(v) & 0x7fffffff; }
 __device__ __forceinline__ unsigned finite_magnitude(float v) { return magnitude(v) < kInfinity ? magnitude(v) : 0; }
 struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the finite values and of all
+__device__ __forceinline__ void find_extremes(Extremes& e, float v) { e.finite = umax(e.finite, finite_magnitude(v)), e.any = umax(e.any, magnitude(v)); }
 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
@@ -3807,13 +3817,18 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
-// Copies again the samples whose first copy does not hold: mostly none, which each warp finds out by itself.
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a, unsigned sample_tiles) {
-    wait_for_previous_kernel();
+// Whether some sample's first copy does not hold: mostly none. Each warp finds out by itself.
+__device__ __forceinline__ bool any_copied_again(const SampleMax* max, int samples) {
     bool again = false;
 #pragma unroll 1
-    for (int n = threadIdx.x % 32; n < int(a.N); n += 32) again |= !first_copy_holds(a.max[n]);
-    if (!__any_sync(~0u, again)) return;
+    for (int n = threadIdx.x % 32; n < samples; n += 32) again |= !first_copy_holds(max[n]);
+    return __any_sync(~0u, again);
+}
+
+// Copies those again.
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a, unsigned sample_tiles) {
+    wait_for_previous_kernel();
+    if (!any_copied_again(a.max, int(a.N))) return;
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
@@ -3855,6 +3870,13 @@ inline int pack(const Activation& a, const Weight& p, int dtype, int multiproces
         case kBFloat16: return pack<__nv_bfloat16>(a, p, multiprocessors, stream);
     }
     return cudaErrorInvalidValue;
+}
+
+// The same where another kernel copies the activation, float32, one operand, no norm: that is looked at, and the weight copied.
+inline int pack_weight_and_look(const Activation& a, const Weight& p, void* stream) {
+    RETURN_IF_ERROR(launch(look_kernel<float, false>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p));
+    const int64_t weight_tiles = tiles_of_weight(p);
+    return launch(copy_kernel<float, 32, Kind::kPlain>, weight_tiles, kThreads, stream, a, p, unsigned(weight_tiles), 1u);
 }
 
 }  // namespace scaled_half
@@ -4831,6 +4853,7 @@ _SOURCES['dweight_tiles.h'] = r'''
 // How the tensor cores' kernels for dweight cut their work, and which element is where: for host and device. dweight.cuh tells the method.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "conv_tiling.h"
@@ -4843,6 +4866,9 @@ constexpr int kMaxItems = 3;
 constexpr int kMaxStages = 6;
 constexpr int kHeadBytes = 1024;
 
+// Where a block packs dout itself (dweight_packing_sm90.cuh), it has more warps for that and fewer consumers of more sums.
+constexpr int kPackingConsumers = 2, kPackingItems = 5, kPackerWarps = 8;
+
 // --------------------------------------------------------------------------------------------------------- Tiling
 
 struct Tiling {
@@ -4851,7 +4877,8 @@ struct Tiling {
     bool n_over_taps, m_over_taps;     // what GEMM_N and the consumers have neighbours of; or
     bool joint;                        // a block has all row blocks and taps (d, h), whose jobs the consumers take in turns:
     int live_jobs;                     // bit (row block, d, h): it has weights
-    int items;                         // sums of kRows x block_n that a consumer has: 1 or kMaxItems
+    bool packs;                        // a block, of one group that has everything, packs dout
+    int consumers, items;              // sums of kRows x block_n that a consumer has: 1; joint ones kMaxItems or kPackingItems
     int row_blocks, chunks;            // of GEMM_M, of 64 rows; of x
     int tile_w, strips, rows, row_groups, pitch;    // a stage has `rows` rows of a strip
     int steps, box_rows;               // of 16 positions; rows of x
@@ -4897,16 +4924,16 @@ HOST_DEVICE bool is_live(const Problem& a, Job job) {
 HOST_DEVICE Job job_of(const Problem& a, const Group& g, int consumer, int item) {
     const Tiling& t = a.t;
     if (!t.joint) return {g.m + (t.m_over_taps ? 0 : consumer), g.td, g.th + (t.m_over_taps ? consumer : 0)};
-    const int job = conv::place_of_bit(t.live_jobs, item * kConsumers + consumer), taps_h = a.s.axis[1].taps, row_tap = job / taps_h;
+    const int job = conv::place_of_bit(t.live_jobs, item * t.consumers + consumer), taps_h = a.s.axis[1].taps, row_tap = job / taps_h;
     return {row_tap / a.s.axis[0].taps, row_tap % a.s.axis[0].taps, job % taps_h};
 }
 
 // How many jobs a consumer has.
 HOST_DEVICE int items_of(const Problem& a, const Group& g, int consumer) {
-    return a.t.joint ? (conv::count_bits(a.t.live_jobs) + kConsumers - 1 - consumer) / kConsumers : is_live(a, job_of(a, g, consumer, 0));
+    return a.t.joint ? (conv::count_bits(a.t.live_jobs) + a.t.consumers - 1 - consumer) / a.t.consumers : is_live(a, job_of(a, g, consumer, 0));
 }
 HOST_DEVICE bool is_live(const Problem& a, const Group& g) {
-    for (int consumer = 0; consumer < kConsumers; consumer++)
+    for (int consumer = 0; consumer < a.t.consumers; consumer++)
         if (items_of(a, g, consumer) > 0) return true;
     return false;
 }
@@ -4925,6 +4952,7 @@ HOST_DEVICE int last_tap_w(const Tiling& t, const Stencil& s, int first) {
 // Boxes of a stage that a group loads.
 HOST_DEVICE int dout_boxes_of(const Tiling& t, const Group& g) { return t.dout_boxes < t.row_blocks - g.m ? t.dout_boxes : t.row_blocks - g.m; }
 HOST_DEVICE int x_boxes_of(const Tiling& t, const Group& g) { return t.joint ? t.x_boxes : t.n_over_taps ? 1 : t.blocks < t.chunks - g.n ? t.blocks : t.chunks - g.n; }
+HOST_DEVICE int x_bytes_of(const Tiling& t, const Group& g) { return x_boxes_of(t, g) * t.box_rows * t.pitch * t.chunk * 2; }
 
 // The boxes of GEMM_K: (sample, plane, strip, rows), for the planes of dout that the tap d connects with one of x, or for all.
 struct Boxes {
@@ -4944,8 +4972,25 @@ struct Boxes {
 // Rows of x from one block of columns to the next, where they are taps.
 HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
 
+// A block that packs takes dout by units: so many elements of so many channels, of one row of a box or of the beginnings of two. A box's are (phase d, phase h, rows, columns, channels).
+constexpr int kUnitElements = 64, kUnitChannels = 8, kMostUnits = 32;
+struct UnitShape {
+    int row, columns, rows;            // elements of a box's row, phases w included; units beside and below each other
+    HOST_DEVICE int unit_columns() const { return row > 32 ? 64 : 32; }
+    HOST_DEVICE int unit_rows() const { return kUnitElements / unit_columns(); }
+};
+HOST_DEVICE UnitShape shape_of_units(const Problem& a) {
+    UnitShape shape = {a.t.tile_w * a.s.axis[2].phases, 0, 0};
+    shape.columns = int(ceil_div(shape.row, shape.unit_columns())), shape.rows = int(ceil_div(a.t.rows, shape.unit_rows()));
+    return shape;
+}
+HOST_DEVICE int units_of_box(const Problem& a) {
+    const UnitShape shape = shape_of_units(a);
+    return int(ceil_div(a.C_out, kUnitChannels)) * shape.columns * shape.rows * a.s.axis[0].phases * a.s.axis[1].phases;
+}
+
 // How GEMM_M, GEMM_N and the taps are shared out. False where a joint one does not fit.
-inline bool cut_products(Problem& p, int64_t phase_channels_x, bool joint) {
+inline bool cut_products(Problem& p, int64_t phase_channels_x, bool joint, bool packs) {
     const Stencil& s = p.s;
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     Tiling& t = p.t = {};
@@ -4963,13 +5008,13 @@ inline bool cut_products(Problem& p, int64_t phase_channels_x, bool joint) {
     t.groups = (joint ? 1 : d.taps) * t.groups_h * t.groups_w * t.groups_n * t.groups_m;
     t.dout_boxes = t.m_over_taps ? 1 : joint || t.row_blocks < kConsumers ? t.row_blocks : kConsumers;
     t.x_boxes = joint ? d.taps : t.n_over_taps ? 1 : t.block_n / t.chunk;
-    t.items = 1;
+    t.packs = packs, t.consumers = packs ? kPackingConsumers : kConsumers, t.items = 1;
     if (!joint) return true;
     const int jobs = t.row_blocks * d.taps * h.taps;
     if (t.block_n * kMaxItems > 192 || jobs > 31) return false;
     for (int job = 0; job < jobs; job++) t.live_jobs |= int(is_live(p, {job / h.taps / d.taps, job / h.taps % d.taps, job % h.taps})) << job;
-    t.items = kMaxItems;
-    return conv::count_bits(t.live_jobs) > kConsumers && conv::count_bits(t.live_jobs) <= kConsumers * kMaxItems;
+    t.items = packs ? kPackingItems : kMaxItems;
+    return conv::count_bits(t.live_jobs) > kConsumers && conv::count_bits(t.live_jobs) <= t.consumers * t.items;
 }
 
 // The boxes of least estimated time. False where none fit.
@@ -4985,7 +5030,7 @@ inline bool cut_boxes(Problem& p, int shared_bytes) {
         const int halo = t.m_over_taps || t.joint ? h.shift[last_tap_h(p, g)] - h.shift[g.th] : 0;
         halo_h = halo > halo_h ? halo : halo_h;
     }
-    const int row_bytes = t.chunk * 2;
+    const int row_bytes = t.chunk * 2, phases = s.phases();
     // Jobs of a block, and the cycles of one: bound by the tensor cores or by shared memory.
     const int jobs = t.joint ? conv::count_bits(t.live_jobs) : t.m_over_taps ? (h.taps < kConsumers ? h.taps : kConsumers) : t.dout_boxes;
     const double product = t.block_n / 2.0, operands = (kRows * 32 + t.block_n * 32) / 128.0;
@@ -4997,18 +5042,20 @@ inline bool cut_boxes(Problem& p, int shared_bytes) {
         t.tile_w = int(ceil_div(w.positions, strips));
         t.pitch = conv::box_pitch(w, t.tile_w, strips);
         t.row_groups = int(ceil_div(h.positions, rows));
-        t.steps = int(ceil_div(int64_t(rows) * t.pitch, 16));
+        t.steps = int(ceil_div(int64_t(rows - 1) * t.pitch + t.tile_w, 16));
         t.box_rows = rows + halo_h;
         if (t.pitch > 256 || t.tile_w > 256 || t.box_rows > 256) continue;
         const int64_t reach = int64_t(halo_h) * t.pitch + t.steps * 16 + halo_w + int64_t(t.block_n / t.chunk) * step_w(s), box = int64_t(t.box_rows) * t.pitch;
         const int64_t dout_bytes = ceil_div(int64_t(t.steps) * 16 * kRows * 2, 1024) * 1024, x_bytes = ceil_div((reach > box ? reach : box) * row_bytes, 1024) * 1024;
         const int64_t stage = t.dout_boxes * dout_bytes + t.x_boxes * x_bytes, stages = (shared_bytes - kHeadBytes) / stage;
         if (stages < 2) break;
+        if (t.packs && units_of_box(p) > kMostUnits) continue;
         t.dout_bytes = int(dout_bytes), t.x_bytes = int(x_bytes), t.stage_bytes = int(stage), t.stages = int(stages < kMaxStages ? stages : kMaxStages);
-        // Cycles of a stage: the products, or the loads, at 18 bytes a cycle.
+        // Cycles of a stage: the products, or the loads, at 18 bytes a cycle, or packing: a packer takes 1250 for a unit, and loads the ends of rows for nothing.
         const double products = t.steps * jobs * (product > operands ? product : operands);
-        const double loads = (t.dout_boxes * double(rows) * t.tile_w * 128 + double(x_boxes_of(t, Group(t, s, 0))) * box * row_bytes) / 18;
-        const double time = ((products > loads ? products : loads) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
+        const double dout = t.packs ? double(p.C_out) * phases / w.phases * rows * (t.tile_w * w.phases + 16) * 4 : t.dout_boxes * double(rows) * t.tile_w * 128;
+        const double loads = (dout + double(x_boxes_of(t, Group(t, s, 0))) * box * row_bytes) / 18, packing = t.packs ? ceil_div(units_of_box(p), kPackerWarps) * 1250.0 : 0;
+        const double time = (std::max({products, loads, packing}) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
     }
     t = best;
@@ -5034,13 +5081,20 @@ inline int splits_of(const Problem& p, int multiprocessors) {
     return best;
 }
 
-// The tiling; block_n 0 where none fits. A joint one, where there is one, reads least.
-inline Tiling choose_tiling(Problem p, int64_t phase_channels_x, int multiprocessors, int shared_bytes) {
+// Where packing dout on its way is faster than a copy of it first (NOTES.md): lanes have the same phase in all of a row's units, whose rows are full, and there is enough to do for
+// all packers and blocks.
+inline bool pays_to_pack(const Problem& p, int multiprocessors) {
+    const Group g(p.t, p.s, 0);
+    return p.t.groups == 1 && 32 % p.s.axis[2].phases == 0 && shape_of_units(p).row >= 32 && units_of_box(p) >= 2 * kPackerWarps && Boxes(p, g).count >= 32 * multiprocessors;
+}
+
+// The tiling; block_n 0 where none fits. A joint one, where there is one, reads least. packs: one of blocks that pack dout, where that pays.
+inline Tiling choose_tiling(Problem p, int64_t phase_channels_x, int multiprocessors, int shared_bytes, bool packs) {
     const StencilAxis& w = p.s.axis[2];
     for (int t = 1; t < w.taps; t++)
         if (w.shift[t] - w.shift[t - 1] != step_w(p.s)) return {};
     for (bool joint : {true, false}) {
-        if (!cut_products(p, phase_channels_x, joint) || !cut_boxes(p, shared_bytes)) continue;
+        if ((packs && !joint) || !cut_products(p, phase_channels_x, joint, packs) || !cut_boxes(p, shared_bytes) || (packs && !pays_to_pack(p, multiprocessors))) continue;
         p.t.splits = splits_of(p, multiprocessors);
         return p.t;
     }
@@ -5113,7 +5167,7 @@ HOST_DEVICE Sum sum_of(const Problem& a, const SumOfTap& tap, const SumOfInput& 
     Sum sum = {tap.group + input.group, 0, 0, m % kRows, (tap.block + input.block) * t.chunk + input.column};
     if (t.joint) {
         const int job = row_block * a.s.axis[0].taps * a.s.axis[1].taps + tap.job, live = conv::count_bits(t.live_jobs & ((1 << job) - 1));
-        sum.consumer = live % kConsumers, sum.item = live / kConsumers;
+        sum.consumer = live % t.consumers, sum.item = live / t.consumers;
     } else if (t.m_over_taps) {
         sum.group += row_block, sum.consumer = tap.job;
     } else {
@@ -5148,16 +5202,16 @@ constexpr int kChain = 32768;
 struct Parameters {
     Problem p;
     const scaled_half::SampleMax *x_max, *dout_max;    // (N)
-    float* partial;                    // (splits, groups, kConsumers, items, block_n / 8, 128, 4): a thread's sums, four by four
+    float* partial;                    // (splits, groups, consumers, items, block_n / 8, 128, 4): a thread's sums, four by four
 };
 
-HOST_DEVICE int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * kConsumers * t.items * kRows * t.block_n; }
+HOST_DEVICE int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * t.consumers * t.items * kRows * t.block_n; }
 
 // A thread has rows r and r + 8, two neighbours of every eight columns: sums 4i and 4i + 1 the first row's, 4i + 2 and 4i + 3 the second's. Vector v of scratch memory has
 // four sums of one row, which are in two columns' eights, the first at sum_at(v), so that neighbours have 16 columns of a row.
 HOST_DEVICE constexpr int sum_at(int v) { return v / 2 * 8 + v % 2 * 2; }
 HOST_DEVICE int place_in_partial(const Tiling& t, const Sum& s) {
-    const int item = (s.group * kConsumers + s.consumer) * t.items + s.item, vector = s.column / 16 * 2 + s.row / 8 % 2, thread = s.row / 16 * 32 + s.row % 8 * 4 + s.column % 8 / 2;
+    const int item = (s.group * t.consumers + s.consumer) * t.items + s.item, vector = s.column / 16 * 2 + s.row / 8 % 2, thread = s.row / 16 * 32 + s.row % 8 * 4 + s.column % 8 / 2;
     return ((item * (t.block_n / 8) + vector) * 128 + thread) * 4 + s.column / 8 % 2 * 2 + s.column % 2;
 }
 
@@ -5253,7 +5307,7 @@ _SOURCES['conv_transpose3d_gradients.cuh'] = r'''
 //   dx[n, ci, i]       = sum over co, k of dout[n, co, i * stride - padding + k * dilation] * w[ci, co, k]
 //   dweight[ci, co, k] = sum over n, i of x[n, ci, i] * dout[n, co, i * stride - padding + k * dilation]
 //
-// Both read one packed copy of dout, in which the phases of the stride are channels. dx is the forward's convolution, its
+// Both read one packed copy of dout, in which the phases of the stride are channels; dweight's kernel may also make it (dweight_packing_sm90.cuh). dx is the forward's convolution, its
 // stencil the other way round; dweight is in dweight.cuh.
 
 #pragma once
@@ -5263,15 +5317,21 @@ _SOURCES['conv_transpose3d_gradients.cuh'] = r'''
 
 namespace conv {
 
-template <typename Path> static const dweight::Problem& dweight_plan_of(const Geometry& g, int device) {
-    static Memo<dweight::Problem> plans;
+// dweight from dout's packed copy, and from float32 dout; the latter has block_n 0 where that does not pay.
+struct DweightPlans { dweight::Problem plain, packing; };
+
+template <typename Path> static const DweightPlans& dweight_plans_of(const Geometry& g, int device) {
+    static Memo<DweightPlans> plans;
     return plans.get(g, Direction::kDInput, device, [&] {
         dweight::Problem p = {};
-        if (!has_stencil(g)) return p;
+        if (!has_stencil(g)) return DweightPlans{p, p};
         p.s = make_stencil(Direction::kForward, g);
         p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
-        p.t = dweight::choose_tiling(p, padded_channels(g.C_in), plan_of<Path>(g, Direction::kDInput, device).multiprocessors, Path::shared_bytes(device));
-        return p;
+        const int multiprocessors = plan_of<Path>(g, Direction::kDInput, device).multiprocessors;
+        DweightPlans both = {p, p};
+        both.plain.t = dweight::choose_tiling(p, padded_channels(g.C_in), multiprocessors, Path::shared_bytes(device), false);
+        if constexpr (Path::kPacks) both.packing.t = dweight::choose_tiling(p, padded_channels(g.C_in), multiprocessors, Path::kPackingSharedBytes, true);
+        return both;
     });
 }
 
@@ -5281,13 +5341,13 @@ struct GradientsMemory {
     scaled_half::Activation dout, x;
     scaled_half::Weight weight;
     float* partial;
-    GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, void* packed_base, const void* dout_data, const void* x_data, const void* w) : scratch(base), packed(packed_base) {
+    GradientsMemory(const Geometry& g, const Plan& plan, const DweightPlans& dweight, void* base, void* packed_base, const void* dout_data, const void* x_data, const void* w) : scratch(base), packed(packed_base) {
         auto* weight_max = scratch.take_zeroed<unsigned>(plan.problem.C_out);
         workspace = take_workspace(scratch, plan.problem, false);
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, 0, dout_data);
         weight = take_weight(scratch, plan, g, weight_max, w);
-        x = take_activation(packed, dweight.s, g.N, g.C_in, 0, 0, x_data);
-        partial = scratch.take<float>(dweight::partial_count(dweight.t));
+        x = take_activation(packed, dweight.plain.s, g.N, g.C_in, 0, 0, x_data);
+        partial = scratch.take<float>(std::max(dweight::partial_count(dweight.plain.t), dweight::partial_count(dweight.packing.t)));
     }
 };
 
@@ -5295,28 +5355,38 @@ struct GradientsMemory {
 template <typename Path>
 int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, void* packed, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
     const Plan& plan = plan_of<Path>(g, Direction::kDInput, device);
-    const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
-    GradientsMemory memory(g, plan, dweight_plan, workspace, packed, dout, x, w);
+    const DweightPlans& dweight_plans = dweight_plans_of<Path>(g, device);
+    GradientsMemory memory(g, plan, dweight_plans, workspace, packed, dout, x, w);
     memory.dout.norm = norm;
     RETURN_IF_ERROR(memory.scratch.zero(x ? memory.packed : Scratch(nullptr), stream));
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
-    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
+    const scaled_half::Weight& weight = dx ? memory.weight : none;
+    const auto pack_x = [&] { return x ? scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream) : int(cudaSuccess); };
+    const auto parameters = [&](const dweight::Problem& p) { return dweight::Parameters{p, memory.x.max, memory.dout.max, memory.partial}; };
+    const bool packs = dweight && dweight_plans.packing.t.block_n > 0 && dtype == kFloat32 && !norm.r;
+    if constexpr (Path::kPacks) {
+        if (packs) {
+            RETURN_IF_ERROR(pack_x());
+            RETURN_IF_ERROR(scaled_half::pack_weight_and_look(memory.dout, weight, stream));
+            RETURN_IF_ERROR(Path::pack_and_differentiate(parameters(dweight_plans.packing), memory.x, memory.dout, dx != nullptr, dweight, stream));
+        }
+    }
+    if (!packs) RETURN_IF_ERROR(scaled_half::pack(memory.dout, weight, dtype, plan.multiprocessors, stream));
     if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, {}, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
-    if (!dweight) return cudaSuccess;
-    if (x) RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
-    const dweight::Parameters a = {dweight_plan, memory.x.max, memory.dout.max, memory.partial};
-    return Path::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
+    if (!dweight || packs) return cudaSuccess;
+    RETURN_IF_ERROR(pack_x());
+    return Path::differentiate(parameters(dweight_plans.plain), memory.x, memory.dout, dtype, dweight, stream);
 }
 
 // Whether tilings fit for both: 1 or 0.
 template <typename Path> int gradients_supports(const Geometry& g, int device) {
-    return plan_of<Path>(g, Direction::kDInput, device).problem.t.block_n > 0 && dweight_plan_of<Path>(g, device).t.block_n > 0;
+    return plan_of<Path>(g, Direction::kDInput, device).problem.t.block_n > 0 && dweight_plans_of<Path>(g, device).plain.t.block_n > 0;
 }
 
 template <typename Path> GradientsMemory gradients_memory(const Geometry& g, int device) {
-    return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
+    return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plans_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 
 // The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
@@ -6136,6 +6206,7 @@ _SOURCES['conv_transpose3d_gradients_sm80.cu'] = r'''
 namespace gradients_sm80 {
 
 struct Path : conv_sm80::Path {
+    static constexpr bool kPacks = false;
     static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
         return dweight_sm80::differentiate(a, x, dout, dtype, dweight, stream);
     }
@@ -6229,6 +6300,10 @@ __device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap
 __device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
                  ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+__device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
+                 ::"l"(map), "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
 // These are of 16-byte aligned runs of bytes, without a tensor map.
@@ -7502,14 +7577,20 @@ struct SharedHead { uint64_t full[kMaxStages], empty[kMaxStages]; };
 
 #ifdef HAS_SM90A
 
+__device__ __forceinline__ void load_x(const Parameters& a, const CUtensorMap& x_map, const Group& g, const Box& b, uint8_t* stage, uint64_t* full) {
+    const Tiling& t = a.p.t;
+    const StencilAxis& ad = a.p.s.axis[0];
+    for (int j = 0; j < x_boxes_of(t, g); j++) {
+        const BoxOfX x = box_of_x(t, g, j);
+        tma_load_5d(stage + t.dout_boxes * t.dout_bytes + j * t.x_bytes, &x_map, full, x.chunk * t.chunk, first_column(a.p) + b.w0, first_row(a.p, g) + b.h0, ad.first + b.d - ad.shift[x.td], b.n);
+    }
+}
+
 // One thread: loads the boxes from `begin` to `end`.
 __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& x_map, const CUtensorMap& dout_map, SharedHead& head, uint8_t* stages, const Group& g, int split) {
     const Tiling& t = a.p.t;
-    const StencilAxis& ad = a.p.s.axis[0];
-    const int row0 = first_row(a.p, g), column0 = first_column(a.p);
     const Boxes boxes(a.p, g);
-    const int dout_boxes = dout_boxes_of(t, g), x_boxes = x_boxes_of(t, g);
-    const int bytes = dout_boxes * t.rows * t.tile_w * kRows * 2 + x_boxes * t.box_rows * t.pitch * t.chunk * 2;
+    const int dout_boxes = dout_boxes_of(t, g), bytes = dout_boxes * t.rows * t.tile_w * kRows * 2 + x_bytes_of(t, g);
     RingPosition stage;
     const int end = boxes.begin_of(t, split + 1);
     for (int i = boxes.begin_of(t, split); i < end; i++) {
@@ -7518,10 +7599,7 @@ __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& 
         uint64_t* full = head.full + stage.stage;
         mbarrier_wait(head.empty + stage.stage, stage.phase ^ 1);
         mbarrier_arrive_expect_tx(full, bytes);
-        for (int j = 0; j < x_boxes; j++) {
-            const BoxOfX x = box_of_x(t, g, j);
-            tma_load_5d(base + t.dout_boxes * t.dout_bytes + j * t.x_bytes, &x_map, full, x.chunk * t.chunk, column0 + b.w0, row0 + b.h0, ad.first + b.d - ad.shift[x.td], b.n);
-        }
+        load_x(a, x_map, g, b, base, full);
         for (int j = 0; j < dout_boxes; j++)
             for (int row = 0; row < t.rows; row++)
                 tma_load_5d(base + j * t.dout_bytes + row * t.pitch * kRows * 2, &dout_map, full, (g.m + j) * kRows, b.w0, b.h0 + row, b.d, b.n);
@@ -7529,19 +7607,55 @@ __device__ __forceinline__ void produce(const Parameters& a, const CUtensorMap& 
     }
 }
 
+// What a consumer multiplies: where its jobs' operands are in the first stage.
+template <int kItems> struct Operands {
+    uint64_t dout_descriptor, x_descriptor;
+    uint32_t dout[kItems], x[kItems];
+    __device__ __forceinline__ Operands(const Problem& p, const Group& g, const uint8_t* stages, int consumer, int items) {
+        const Tiling& t = p.t;
+        dout_descriptor = wgmma_descriptor_base(kRows * 2), x_descriptor = wgmma_descriptor_base(t.chunk * 2, block_bytes(t, p.s));
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {    // a consumer with fewer jobs has its last one several times
+            dout[i] = x[i] = 0;
+            if (items == 0) continue;
+            const Job job = job_of(p, g, consumer, min(i, items - 1));
+            dout[i] = shared_vector(stages + dout_box_of(t, job, consumer) * t.dout_bytes);
+            x[i] = shared_vector(stages + t.dout_boxes * t.dout_bytes + x_box_of(t, job) * t.x_bytes + first_shift(p, g, job) * t.chunk * 2);
+        }
+    }
+    // Adds a stage's products to d, in the background.
+    template <int kSums> __device__ __forceinline__ void multiply(const Tiling& t, int stage, float (&d)[kItems][kSums]) const {
+        const uint32_t at = stage * t.stage_bytes / 16;
+        const int row_bytes = t.chunk * 2;
+        wgmma_fence();
+#pragma unroll 1
+        for (int step = 0; step < t.steps; step++) {
+            const uint32_t dout_offset = at + step * kRows * 2, x_offset = at + step * row_bytes;
+#pragma unroll
+            for (int item = 0; item < kItems; item++) wgmma_m64k16_f16<1>(d[item], wgmma_descriptor(dout_descriptor, dout[item] + dout_offset), wgmma_descriptor(x_descriptor, x[item] + x_offset));
+        }
+        wgmma_commit_group();
+    }
+};
+
+// Adds sums to scratch memory, scaled back, and clears them: what no wgmma adds to any more.
+template <int kItems, int kSums> __device__ __forceinline__ void flush_sums(float4* partial, bool first, const ScaleBack& back, float (&d)[kItems][kSums]) {
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+#pragma unroll
+        for (int j = 0; j < kSums; j++) keep_after(d[i][j]);
+#pragma unroll
+        for (int j = 0; j < kSums / 4; j++) add_sums(partial[(i * (kSums / 4) + j) * 128], first, back, &d[i][sum_at(j)]);
+#pragma unroll
+        for (int j = 0; j < kSums; j++) d[i][j] = 0.0f;
+    }
+}
+
 template <int kBlockN, int kItems>
 __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, uint8_t* stages, const Group& g, int split, float4* partial, int consumer) {
     const Tiling& t = a.p.t;
-    const int items = items_of(a.p, g, consumer), row_bytes = t.chunk * 2;
-    const uint64_t dout_descriptor = wgmma_descriptor_base(kRows * 2), x_descriptor = wgmma_descriptor_base(row_bytes, block_bytes(t, a.p.s));
-    uint32_t dout_base[kItems] = {}, x_base[kItems] = {};    // in the first stage
-#pragma unroll
-    for (int i = 0; i < kItems; i++) {    // a consumer with fewer jobs has its last one several times
-        if (items == 0) break;
-        const Job job = job_of(a.p, g, consumer, min(i, items - 1));
-        dout_base[i] = shared_vector(stages + dout_box_of(t, job, consumer) * t.dout_bytes);
-        x_base[i] = shared_vector(stages + t.dout_boxes * t.dout_bytes + x_box_of(t, job) * t.x_bytes + first_shift(a.p, g, job) * row_bytes);
-    }
+    const int items = items_of(a.p, g, consumer);
+    const Operands<kItems> operands(a.p, g, stages, consumer, items);
     const bool elected = threadIdx.x % 32 == 0;
     float d[kItems][kBlockN / 2];
 #pragma unroll
@@ -7556,20 +7670,9 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, u
     // Adds the sums to scratch memory, scaled back, and clears them.
     auto finish = [&] {
         wgmma_wait_group<0>();
-#pragma unroll
-        for (int i = 0; i < kItems; i++)
-#pragma unroll
-            for (int j = 0; j < kBlockN / 2; j++) keep_after(d[i][j]);
         if (elected && reading >= 0) mbarrier_arrive(head.empty + reading);
         reading = -1;
-        const ScaleBack back(shift_x, shift_dout);
-#pragma unroll
-        for (int i = 0; i < kItems; i++) {
-#pragma unroll
-            for (int j = 0; j < kBlockN / 8; j++) add_sums(partial[(i * (kBlockN / 8) + j) * 128], first, back, &d[i][sum_at(j)]);
-#pragma unroll
-            for (int j = 0; j < kBlockN / 2; j++) d[i][j] = 0.0f;
-        }
+        flush_sums(partial, first, ScaleBack(shift_x, shift_dout), d);
         first = false, chain = 0;
     };
     for (int i = begin; i < end; i++) {
@@ -7582,15 +7685,7 @@ __device__ __forceinline__ void consume(const Parameters& a, SharedHead& head, u
         chain += t.steps * 16;
         mbarrier_wait(head.full + stage.stage, stage.phase);
         if (items > 0) {
-            const uint32_t at = stage.stage * t.stage_bytes / 16;
-            wgmma_fence();
-#pragma unroll 1
-            for (int step = 0; step < t.steps; step++) {
-                const uint32_t dout_offset = at + step * kRows * 2, x_offset = at + step * row_bytes;
-#pragma unroll
-                for (int item = 0; item < kItems; item++) wgmma_m64k16_f16<1>(d[item], wgmma_descriptor(dout_descriptor, dout_base[item] + dout_offset), wgmma_descriptor(x_descriptor, x_base[item] + x_offset));
-            }
-            wgmma_commit_group();
+            operands.multiply(t, stage.stage, d);
             wgmma_wait_group<1>();
         }
         if (elected && reading >= 0) mbarrier_arrive(head.empty + reading);
@@ -7639,24 +7734,416 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
-template <int kBlockN, int kItems = 1> int launch_dweight(const CUtensorMap& x_map, const CUtensorMap& dout_map, const Parameters& a, cudaStream_t stream) {
+struct Maps {
+    CUtensorMap x, dout;
+    int make(const Problem& p, const scaled_half::Activation& x_copy, const scaled_half::Activation& dout_copy) {
+        const Tiling& t = p.t;
+        const StencilAxis* axis = p.s.axis;
+        RETURN_IF_ERROR(make_tensor_map<5>(&x, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(t.chunk * 2), x_copy.copy, {x_copy.phase_channels, axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
+        return make_tensor_map<5>(&dout, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(kRows * 2), dout_copy.copy, {dout_copy.phase_channels * dout_copy.phases(), axis[2].positions, axis[1].positions, axis[0].positions, p.N}, {kRows, t.tile_w, 1, 1, 1});
+    }
+};
+
+template <int kBlockN, int kItems = 1> int launch_dweight(const Maps& maps, const Parameters& a, cudaStream_t stream) {
     const int shared = kHeadBytes + a.p.t.stages * a.p.t.stage_bytes + kTailBytes;
-    return launch_with_shared(dweight_kernel<kBlockN, kItems>, a.p.t.groups * a.p.t.splits, kThreads, shared, stream, x_map, dout_map, a);
+    return launch_with_shared(dweight_kernel<kBlockN, kItems>, a.p.t.groups * a.p.t.splits, kThreads, shared, stream, maps.x, maps.dout, a);
 }
 
 // dweight from packed x and dout.
 inline int differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
-    const Tiling& t = a.p.t;
-    const StencilAxis* axis = a.p.s.axis;
-    CUtensorMap x_map, dout_map;
-    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(t.chunk * 2), x.copy, {x.phase_channels, axis[2].sources, axis[1].sources, axis[0].sources, a.p.N}, {t.chunk, t.pitch, t.box_rows, 1, 1}));
-    RETURN_IF_ERROR(make_tensor_map<5>(&dout_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(kRows * 2), dout.copy, {dout.phase_channels * dout.phases(), axis[2].positions, axis[1].positions, axis[0].positions, a.p.N}, {kRows, t.tile_w, 1, 1, 1}));
-    switch (t.block_n) {
-        case 64: RETURN_IF_ERROR((t.joint ? launch_dweight<64, kMaxItems>(x_map, dout_map, a, stream) : launch_dweight<64>(x_map, dout_map, a, stream))); break;
-        case 128: RETURN_IF_ERROR(launch_dweight<128>(x_map, dout_map, a, stream)); break;
-        default: RETURN_IF_ERROR(launch_dweight<192>(x_map, dout_map, a, stream)); break;
+    Maps maps;
+    RETURN_IF_ERROR(maps.make(a.p, x, dout));
+    switch (a.p.t.block_n) {
+        case 64: RETURN_IF_ERROR((a.p.t.joint ? launch_dweight<64, kMaxItems>(maps, a, stream) : launch_dweight<64>(maps, a, stream))); break;
+        case 128: RETURN_IF_ERROR(launch_dweight<128>(maps, a, stream)); break;
+        default: RETURN_IF_ERROR(launch_dweight<192>(maps, a, stream)); break;
     }
     return add_parts(a, dtype, dweight, stream);
+}
+
+}  // namespace dweight_sm90
+'''
+
+_SOURCES['dweight_units.h'] = r'''
+// The units by which a block packs dout for dweight (dweight_tiles.h), which element is where: for host and device.
+#pragma once
+
+#include "dweight_tiles.h"
+
+namespace dweight {
+
+constexpr int kEach = kUnitElements / 32;    // elements of a lane, of each of the unit's channels
+
+// Row (phases h included) and element u of a box that a unit begins with, and its first channel. What comes between the box's first element and that one in dout, channels
+// left out; phase d. Position of a stage, and channel of dout's copy, of its first element.
+struct alignas(16) Unit { int row, u, channel, from, phase_d, position, copy_channel; };
+
+HOST_DEVICE Unit unit_of(const Problem& p, const UnitShape& shape, int index) {
+    const auto take = [&index](int count) { const int digit = index % count; index /= count; return digit; };
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const int channel = take(int(ceil_div(p.C_out, kUnitChannels))) * kUnitChannels, u = take(shape.columns) * shape.unit_columns(), row = take(shape.rows) * shape.unit_rows();
+    const int phase_h = take(ah.phases), phase_d = take(ad.phases), source_row = row * ah.phases + phase_h;
+    return {source_row, u, channel, (phase_d * ah.out + source_row) * aw.out + u, phase_d, row * p.t.pitch + u / aw.phases, (phase_d * ah.phases + phase_h) * aw.phases * int(p.dout_phase_channels) + channel};
+}
+
+// A lane's elements: from element `lane` of a unit on, counted as there.
+struct LaneElements { int row[kEach], u[kEach], from[kEach], position[kEach]; };
+
+inline LaneElements lane_elements_of(const Problem& p, const UnitShape& shape) {
+    LaneElements lane = {};
+    for (int e = 0; e < kEach; e++) {
+        const int columns = shape.unit_columns() / 32, row = e / columns;
+        lane.row[e] = row * p.s.axis[1].phases, lane.u[e] = e % columns * 32;
+        lane.from[e] = lane.row[e] * p.s.axis[2].out + lane.u[e], lane.position[e] = row * p.t.pitch + lane.u[e] / p.s.axis[2].phases;
+    }
+    return lane;
+}
+
+// Whether the box has that element; units may have more.
+HOST_DEVICE bool in_box(const Problem& p, const UnitShape& shape, const LaneElements& elements, const Unit& unit, int lane, int e) {
+    return unit.row + elements.row[e] < p.t.rows * p.s.axis[1].phases && unit.u + lane + elements.u[e] < shape.row;
+}
+
+}  // namespace dweight
+'''
+
+_SOURCES['dout_packer_sm90.cuh'] = r'''
+// dout's packed copy, made on its way to dweight: a block's packers bring its float32 elements to shared memory, and round them into the stages that are multiplied and that the copy
+// engine stores, for dx.
+//
+// The scale is the first one (scaled_half.cuh). Where that does not hold for some sample, all is done again with scales that do.
+#pragma once
+
+#include "dweight.cuh"
+#include "dweight_units.h"
+#include "ptx_sm90.cuh"
+
+namespace dweight_sm90 {
+
+using namespace dweight;
+
+constexpr int kUnitsAhead = 3;         // units that are under way
+constexpr int kSlots = kUnitsAhead + 1, kSlotBytes = kUnitChannels * kUnitElements * 4, kPackerBytes = kPackerWarps * kSlots * kSlotBytes;
+
+struct Packing {
+    const float* dout;
+    scaled_half::SampleMax* max;       // (N)
+    bool again;                        // with scales that hold, if the first ones do not
+    bool stores;                       // the copy is wanted
+    UnitShape shape;
+    int units;                         // of a box
+    LaneElements elements;
+    Divisor strips, row_groups, planes;
+};
+
+inline Packing make_packing(const Problem& p, const scaled_half::Activation& dout, bool stores) {
+    const UnitShape shape = shape_of_units(p);
+    return {static_cast<const float*>(dout.x), dout.max, false, stores, shape, units_of_box(p), lane_elements_of(p, shape), make_divisor(p.t.strips), make_divisor(p.t.row_groups), make_divisor(p.s.axis[0].positions)};
+}
+
+#ifdef HAS_SM90A
+
+// Boxes are dealt out in turns, so that all blocks read neighbouring ones: those of a row follow each other.
+__device__ __forceinline__ Box box_of(const Problem& p, const Packing& packing, int index) {
+    const int strip = packing.strips.take(index), row_group = packing.row_groups.take(index), d = packing.planes.take(index);
+    return {index, d, strip * p.t.tile_w, row_group * p.t.rows};
+}
+
+__device__ __forceinline__ int shift_of(const Packing& packing, int n) { return packing.again ? scaled_half::shift_of(packing.max[n]) : scaled_half::first_shift_of(packing.max[n]); }
+
+// One warp: every kPackerWarps-th unit. A lane reads only what it has brought itself.
+class Packer {
+public:
+    // units: the block's, in shared memory.
+    __device__ Packer(const Problem& p, const Packing& packing, const Unit* units, uint8_t* slots, int boxes)
+        : p_(p), packing_(packing), units_(units), slots_(shared_address(slots) + threadIdx.x / 32 * kSlots * kSlotBytes + lane() * 4), boxes_(boxes), next_box_(blockIdx.x) {
+        locate_next();
+#pragma unroll 1
+        for (int i = 0; i < kUnitsAhead; i++) load_next();
+    }
+
+    // The next box: into `stage`, which is free.
+    __device__ void pack(const Box& box, const uint8_t* stage) {
+        if (box.n != sample_) {
+            report();
+            sample_ = box.n, looked_ = packing_.max[box.n].part != 0, scale_ = scaled_half::power_of_two(shift_of(packing_, box.n));
+        }
+#pragma unroll 1
+        for (int unit = first_unit(); unit < packing_.units; unit += kPackerWarps) {
+            load_next();
+            cp_async_wait_group<kUnitsAhead>();
+            convert(units_[unit], shared_address(stage));
+        }
+    }
+
+    // Behind the last box, and a sample's: the extremes of units that the scale may be too large or too small for.
+    __device__ void report() {
+        const unsigned finite = __reduce_max_sync(~0u, extremes_.finite), any = __reduce_max_sync(~0u, extremes_.any);
+        if (any == 0) return;
+        scaled_half::SampleMax& max = packing_.max[sample_];
+        if (lane() == 0) atomicMax(&max.all, finite);
+        if (any >= scaled_half::kInfinity) max.non_finite = 1;
+        extremes_ = {};
+    }
+
+private:
+    __device__ static int lane() { return threadIdx.x % 32; }
+    __device__ static int first_unit() { return threadIdx.x / 32; }
+
+    __device__ void locate_next() {
+        const StencilAxis &ad = p_.s.axis[0], &ah = p_.s.axis[1], &aw = p_.s.axis[2];
+        const Box box = box_of(p_, packing_, next_box_);
+        next_d_ = box.d * ad.phases - ad.crop, next_h_ = box.h0 * ah.phases - ah.crop, next_w_ = box.w0 * aw.phases - aw.crop + lane();
+        next_ = packing_.dout + ((box.n * p_.C_out * ad.out + next_d_) * ah.out + next_h_) * aw.out + next_w_;
+    }
+
+    // Starts to bring the next unit to the next slot; with none left, nothing, which counts too.
+    __device__ void load_next() {
+        if (next_box_ < boxes_ && next_unit_ < packing_.units) load(units_[next_unit_]);
+        cp_async_commit_group();
+        slot_ = slot_ + 1 == kSlots ? 0 : slot_ + 1, next_unit_ += kPackerWarps;
+        if (next_unit_ >= packing_.units && next_box_ < boxes_) {
+            next_unit_ = first_unit(), next_box_ += p_.t.splits;
+            locate_next();
+        }
+    }
+
+    __device__ void load(const Unit& unit) const {
+        const StencilAxis &ad = p_.s.axis[0], &ah = p_.s.axis[1], &aw = p_.s.axis[2];
+        const LaneElements& elements = packing_.elements;
+        const int h = next_h_ + unit.row, w = next_w_ + unit.u;
+        const int64_t volume = int64_t(ad.out) * ah.out * aw.out;
+        const bool in_plane = unsigned(next_d_ + unit.phase_d) < unsigned(ad.out);
+        const float* first[kEach];
+        bool inside[kEach];
+#pragma unroll
+        for (int e = 0; e < kEach; e++) {
+            inside[e] = in_plane && unsigned(h + elements.row[e]) < unsigned(ah.out) && unsigned(w + elements.u[e]) < unsigned(aw.out) && in_box(p_, packing_.shape, elements, unit, lane(), e);
+            first[e] = next_ + unit.channel * volume + (unit.from + elements.from[e]);
+        }
+        const uint32_t to = slots_ + slot_ * kSlotBytes;
+        const auto load_channels = [&](bool all) {
+            constexpr int kAtOnce = 4;     // addresses in registers of their own: a copy reads its one late, and the next would wait for that
+#pragma unroll
+            for (int c0 = 0; c0 < kUnitChannels; c0 += kAtOnce) {
+                const float* from[kAtOnce][kEach];
+#pragma unroll
+                for (int c = 0; c < kAtOnce; c++)
+#pragma unroll
+                    for (int e = 0; e < kEach; e++) from[c][e] = first[e], first[e] += volume, keep(from[c][e]);
+#pragma unroll
+                for (int c = 0; c < kAtOnce; c++)
+#pragma unroll
+                    for (int e = 0; e < kEach; e++) cp_async_4(to + ((c0 + c) * kUnitElements + e * 32) * 4, from[c][e], inside[e] && (all || unit.channel + c0 + c < int(p_.C_out)));
+            }
+        };
+        if (unit.channel + kUnitChannels <= int(p_.C_out)) load_channels(true);
+        else load_channels(false);
+    }
+    __device__ static void keep(const float*& p) { asm volatile("" : "+l"(p)); }
+
+    // The unit that was brought first: a vector of eight channels for each of a lane's elements.
+    __device__ void convert(const Unit& unit, uint32_t stage) {
+        const Tiling& t = p_.t;
+        const LaneElements& elements = packing_.elements;
+        const int phases_w = p_.s.axis[2].phases;
+        const uint32_t from = slots_ + converted_ * kSlotBytes;
+        float values[kEach][kUnitChannels];    // before anything is stored, since no load moves ahead of that
+#pragma unroll
+        for (int e = 0; e < kEach; e++)
+#pragma unroll
+            for (int c = 0; c < kUnitChannels; c++) values[e][c] = shared_load(from + (c * kUnitElements + e * 32) * 4);
+        const int column = divide_by_phases(lane(), phases_w), channel = unit.copy_channel + (lane() - column * phases_w) * int(p_.dout_phase_channels);
+        const uint32_t block = stage + unsigned(channel) / kRows * t.dout_bytes, piece = unsigned(channel) % kRows / kUnitChannels;
+        __half2 most = __float2half2_rn(0.0f);
+#pragma unroll
+        for (int e = 0; e < kEach; e++) {
+            __half2 halves[kUnitChannels / 2];
+#pragma unroll
+            for (int c = 0; c < kUnitChannels / 2; c++) {
+                halves[c] = __floats2half2_rn(values[e][c * 2] * scale_, values[e][c * 2 + 1] * scale_);
+                most = __hmax2_nan(most, __habs2(halves[c]));
+            }
+            shared_store(block + swizzled(unit.position + column + elements.position[e], piece, kRows * 2), reinterpret_cast<const uint4&>(halves), in_box(p_, packing_.shape, elements, unit, lane(), e));
+        }
+        if (!looked_ || !__hblt2(most, __float2half2_rn(32768.0f))) {    // false with NaN
+#pragma unroll 1
+            for (int i = 0; i < kUnitChannels * kEach; i++) scaled_half::find_extremes(extremes_, shared_load(from + i * 128));
+        }
+        converted_ = converted_ + 1 == kSlots ? 0 : converted_ + 1;
+    }
+
+    const Problem& p_;
+    const Packing& packing_;
+    const Unit* const units_;
+    const uint32_t slots_;                 // this lane's
+    const int boxes_;                      // how many there are
+    int next_box_, next_unit_ = first_unit();    // to be loaded
+    int next_d_, next_h_, next_w_;         // where its first element would be in dout, and the lane's in its row
+    const float* next_;                    // there
+    int slot_ = 0, converted_ = 0;         // the next ones to be loaded and converted
+    int sample_ = -1;
+    bool looked_ = false;                  // whether there is a scale
+    float scale_ = 0;
+    scaled_half::Extremes extremes_ = {};
+};
+
+#endif  // HAS_SM90A
+
+}  // namespace dweight_sm90
+'''
+
+_SOURCES['dweight_packing_sm90.cuh'] = r'''
+// dweight.cuh on Hopper where a block reads all of a box of dout (Tiling::packs): from its float32 elements, whose packed copy is made on the way.
+//
+// A block is two warpgroups of packers and two that multiply. Shared memory leaves 60 KB of the L1 cache, which the packers' loads go through.
+#pragma once
+
+#include "dout_packer_sm90.cuh"
+#include "dweight_sm90.cuh"
+
+namespace dweight_sm90 {
+
+constexpr int kPackingN = 64;          // GEMM_N
+constexpr int kPackerThreads = 32 * kPackerWarps, kPackingThreads = kPackerThreads + 128 * kPackingConsumers, kPackerRegisters = 56, kPackingConsumerRegisters = 200;
+static_assert(kPackerThreads * kPackerRegisters + 128 * kPackingConsumers * kPackingConsumerRegisters <= 65536, "the register file of a multiprocessor");
+
+struct PackingHead {
+    uint64_t full[kMaxStages], empty[kMaxStages];
+    Unit units[kMostUnits];
+};
+constexpr int kPackingHeadBytes = 2048;    // a multiple of 1024
+static_assert(sizeof(PackingHead) <= kPackingHeadBytes, "the stages begin behind the head");
+
+// For head and stages, as choose_tiling counts them.
+constexpr int kPackingSharedBytes = 195 * 1024 - kPackerBytes - (kPackingHeadBytes - kHeadBytes);
+
+// --------------------------------------------------------------------------------------------------------- Kernel
+
+#ifdef HAS_SM90A
+
+// The packers; one thread also loads x.
+__device__ __forceinline__ void pack(const Parameters& a, const Packing& packing, const CUtensorMap& x_map, PackingHead& head, uint8_t* stages, const Group& g, int boxes) {
+    const Tiling& t = a.p.t;
+    Packer packer(a.p, packing, head.units, stages + t.stages * t.stage_bytes, boxes);
+    RingPosition stage;
+    for (int i = blockIdx.x; i < boxes; i += t.splits) {
+        const Box b = box_of(a.p, packing, i);
+        uint8_t* base = stages + stage.stage * t.stage_bytes;
+        uint64_t* full = head.full + stage.stage;
+        mbarrier_wait(head.empty + stage.stage, stage.phase ^ 1);
+        if (threadIdx.x == 0) {
+            mbarrier_arrive_expect_tx(full, x_bytes_of(t, g));
+            load_x(a, x_map, g, b, base, full);
+        }
+        __syncwarp();
+        packer.pack(b, base);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(full);
+        stage.advance(t.stages);
+    }
+    packer.report();
+}
+
+// A lane of each consumer's warps: its share of a packed box.
+__device__ __forceinline__ void store_packed(const Tiling& t, const CUtensorMap& dout_map, const Box& b, const uint8_t* stage, int warp) {
+    for (int i = warp; i < t.dout_boxes * t.rows; i += kPackingConsumers * 4) {
+        const int j = i / t.rows, row = i - j * t.rows;
+        tma_store_5d(&dout_map, stage + j * t.dout_bytes + row * t.pitch * kRows * 2, j * kRows, b.w0, b.h0 + row, b.d, b.n);
+    }
+    bulk_commit_group();
+}
+
+__device__ __forceinline__ void multiply_packed(const Parameters& a, const Packing& packing, const CUtensorMap& dout_map, PackingHead& head, uint8_t* stages, const Group& g, int boxes, float4* partial, int consumer) {
+    const Tiling& t = a.p.t;
+    const bool elected = threadIdx.x % 32 == 0;
+    const Operands<kPackingItems> operands(a.p, g, stages, consumer, items_of(a.p, g, consumer));
+    float d[kPackingItems][kPackingN / 2] = {};
+    RingPosition stage;
+    int sample = -1, shift_x = 0, shift_dout = 0, chain = 0, reading = -1;    // the stage that wgmmas and stores in flight read
+    bool first = true;
+    const auto free_stage = [&] {
+        if (elected && reading >= 0) mbarrier_arrive(head.empty + reading);
+    };
+    for (int i = blockIdx.x; i < boxes; i += t.splits) {
+        const Box b = box_of(a.p, packing, i);
+        if (b.n != sample || chain >= kChain) {
+            const int next_x = scaled_half::shift_of(a.x_max[b.n]), next_dout = shift_of(packing, b.n);
+            if (sample >= 0 && (next_x != shift_x || next_dout != shift_dout || chain >= kChain)) {
+                wgmma_wait_group<0>();
+                if (elected) bulk_wait_group_read<0>();
+                free_stage();
+                reading = -1;
+                flush_sums(partial, first, ScaleBack(shift_x, shift_dout), d);
+                first = false, chain = 0;
+            }
+            sample = b.n, shift_x = next_x, shift_dout = next_dout;
+        }
+        chain += t.steps * 16;
+        mbarrier_wait(head.full + stage.stage, stage.phase);
+        fence_proxy_async();               // what the packers have stored; there it would wait for their loads
+        if (elected && packing.stores) store_packed(t, dout_map, b, stages + stage.stage * t.stage_bytes, consumer * 4 + threadIdx.x / 32 % 4);
+        __syncwarp();
+        operands.multiply(t, stage.stage, d);
+        wgmma_wait_group<1>();
+        if (elected) bulk_wait_group_read<1>();
+        free_stage();
+        reading = stage.stage;
+        stage.advance(t.stages);
+    }
+    wgmma_wait_group<0>();
+    flush_sums(partial, first, ScaleBack(shift_x, shift_dout), d);
+    if (elected) bulk_wait_group<0>();
+}
+
+#endif  // HAS_SM90A
+
+__global__ void __launch_bounds__(kPackingThreads, 1)
+packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ Parameters a, const __grid_constant__ Packing packing) {
+#ifdef HAS_SM90A
+    extern __shared__ __align__(1024) uint8_t base[];
+    PackingHead& head = *reinterpret_cast<PackingHead*>(base);
+    uint8_t* stages = base + kPackingHeadBytes;
+    const Tiling& t = a.p.t;
+    const Group g(t, a.p.s, 0);
+    const int boxes = Boxes(a.p, g).count;
+    if (packing.again) {
+        wait_for_previous_kernel();
+        if (!scaled_half::any_copied_again(packing.max, int(a.p.N))) return;
+    }
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < t.stages; i++) mbarrier_init(head.full + i, 1 + kPackerWarps), mbarrier_init(head.empty + i, kPackingConsumers * 4);
+        fence_mbarrier_init();
+    }
+    for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kPackingThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);    // what is between rows stays so
+    for (int i = threadIdx.x; i < packing.units; i += kPackingThreads) head.units[i] = unit_of(a.p, packing.shape, i);
+    fence_proxy_async();
+    __syncthreads();
+    wait_for_previous_kernel();
+    if (threadIdx.x < kPackerThreads) {
+        setmaxnreg_dec<kPackerRegisters>();
+        pack(a, packing, x_map, head, stages, g, boxes);
+    } else {
+        setmaxnreg_inc<kPackingConsumerRegisters>();
+        const int consumer = (threadIdx.x - kPackerThreads) / 128;
+        float4* partial = reinterpret_cast<float4*>(a.partial) + (int64_t(blockIdx.x) * kPackingConsumers + consumer) * kPackingItems * (kPackingN / 8 * 128) + threadIdx.x % 128;
+        multiply_packed(a, packing, dout_map, head, stages, g, boxes, partial, consumer);
+    }
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------- Launcher
+
+// dweight from packed x and float32 dout, which was looked at, and dout's copy if it is wanted.
+inline int pack_and_differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, bool stores, void* dweight, cudaStream_t stream) {
+    Maps maps;
+    RETURN_IF_ERROR(maps.make(a.p, x, dout));
+    const int shared = kPackingHeadBytes + a.p.t.stages * a.p.t.stage_bytes + kPackerBytes;
+    Packing packing = make_packing(a.p, dout, stores);
+    RETURN_IF_ERROR(launch_with_shared(packing_dweight_kernel, a.p.t.splits, kPackingThreads, shared, stream, maps.x, maps.dout, a, packing));
+    packing.again = true;
+    if (!looks_at_all(dout)) RETURN_IF_ERROR(launch_with_shared(packing_dweight_kernel, a.p.t.splits, kPackingThreads, shared, stream, maps.x, maps.dout, a, packing));
+    return add_parts(a, kFloat32, dweight, stream);
 }
 
 }  // namespace dweight_sm90
@@ -7666,14 +8153,19 @@ _SOURCES['conv_transpose3d_gradients_sm90.cu'] = r'''
 // Gradients of a transposed convolution on Hopper: wgmma, TMA.
 
 #include "conv_transpose3d_gradients.cuh"
-#include "dweight_sm90.cuh"
+#include "dweight_packing_sm90.cuh"
 
 namespace gradients_sm90 {
 
 struct Path : conv_sm90::Path {
+    static constexpr bool kPacks = true;
+    static constexpr int kPackingSharedBytes = dweight_sm90::kPackingSharedBytes;
     static int shared_bytes(int) { return conv_sm90::kSharedBytes - dweight_sm90::kTailBytes; }
     static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
         return dweight_sm90::differentiate(a, x, dout, dtype, dweight, stream);
+    }
+    static int pack_and_differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, bool stores, void* dweight, cudaStream_t stream) {
+        return dweight_sm90::pack_and_differentiate(a, x, dout, stores, dweight, stream);
     }
 };
 

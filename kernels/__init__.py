@@ -52,6 +52,9 @@ SOURCES = (
     "conv_launch_sm90.cuh",
     "conv_transpose3d_sm90.cu",
     "dweight_sm90.cuh",
+    "dweight_units.h",
+    "dout_packer_sm90.cuh",
+    "dweight_packing_sm90.cuh",
     "conv_transpose3d_gradients_sm90.cu",
     "cpu_backend.cpp",
 )

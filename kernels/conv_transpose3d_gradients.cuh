@@ -3,7 +3,7 @@
 //   dx[n, ci, i]       = sum over co, k of dout[n, co, i * stride - padding + k * dilation] * w[ci, co, k]
 //   dweight[ci, co, k] = sum over n, i of x[n, ci, i] * dout[n, co, i * stride - padding + k * dilation]
 //
-// Both read one packed copy of dout, in which the phases of the stride are channels. dx is the forward's convolution, its
+// Both read one packed copy of dout, in which the phases of the stride are channels; dweight's kernel may also make it (dweight_packing_sm90.cuh). dx is the forward's convolution, its
 // stencil the other way round; dweight is in dweight.cuh.
 
 #pragma once
@@ -13,15 +13,21 @@
 
 namespace conv {
 
-template <typename Path> static const dweight::Problem& dweight_plan_of(const Geometry& g, int device) {
-    static Memo<dweight::Problem> plans;
+// dweight from dout's packed copy, and from float32 dout; the latter has block_n 0 where that does not pay.
+struct DweightPlans { dweight::Problem plain, packing; };
+
+template <typename Path> static const DweightPlans& dweight_plans_of(const Geometry& g, int device) {
+    static Memo<DweightPlans> plans;
     return plans.get(g, Direction::kDInput, device, [&] {
         dweight::Problem p = {};
-        if (!has_stencil(g)) return p;
+        if (!has_stencil(g)) return DweightPlans{p, p};
         p.s = make_stencil(Direction::kForward, g);
         p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
-        p.t = dweight::choose_tiling(p, padded_channels(g.C_in), plan_of<Path>(g, Direction::kDInput, device).multiprocessors, Path::shared_bytes(device));
-        return p;
+        const int multiprocessors = plan_of<Path>(g, Direction::kDInput, device).multiprocessors;
+        DweightPlans both = {p, p};
+        both.plain.t = dweight::choose_tiling(p, padded_channels(g.C_in), multiprocessors, Path::shared_bytes(device), false);
+        if constexpr (Path::kPacks) both.packing.t = dweight::choose_tiling(p, padded_channels(g.C_in), multiprocessors, Path::kPackingSharedBytes, true);
+        return both;
     });
 }
 
@@ -31,13 +37,13 @@ struct GradientsMemory {
     scaled_half::Activation dout, x;
     scaled_half::Weight weight;
     float* partial;
-    GradientsMemory(const Geometry& g, const Plan& plan, const dweight::Problem& dweight, void* base, void* packed_base, const void* dout_data, const void* x_data, const void* w) : scratch(base), packed(packed_base) {
+    GradientsMemory(const Geometry& g, const Plan& plan, const DweightPlans& dweight, void* base, void* packed_base, const void* dout_data, const void* x_data, const void* w) : scratch(base), packed(packed_base) {
         auto* weight_max = scratch.take_zeroed<unsigned>(plan.problem.C_out);
         workspace = take_workspace(scratch, plan.problem, false);
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, 0, dout_data);
         weight = take_weight(scratch, plan, g, weight_max, w);
-        x = take_activation(packed, dweight.s, g.N, g.C_in, 0, 0, x_data);
-        partial = scratch.take<float>(dweight::partial_count(dweight.t));
+        x = take_activation(packed, dweight.plain.s, g.N, g.C_in, 0, 0, x_data);
+        partial = scratch.take<float>(std::max(dweight::partial_count(dweight.plain.t), dweight::partial_count(dweight.packing.t)));
     }
 };
 
@@ -45,28 +51,38 @@ struct GradientsMemory {
 template <typename Path>
 int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, void* packed, const void* dout, const scaled_half::NormGradient& norm, const void* x, const void* w, void* dx, void* dweight) {
     const Plan& plan = plan_of<Path>(g, Direction::kDInput, device);
-    const dweight::Problem& dweight_plan = dweight_plan_of<Path>(g, device);
-    GradientsMemory memory(g, plan, dweight_plan, workspace, packed, dout, x, w);
+    const DweightPlans& dweight_plans = dweight_plans_of<Path>(g, device);
+    GradientsMemory memory(g, plan, dweight_plans, workspace, packed, dout, x, w);
     memory.dout.norm = norm;
     RETURN_IF_ERROR(memory.scratch.zero(x ? memory.packed : Scratch(nullptr), stream));
     scaled_half::Weight none = memory.weight;
     none.channels = 0;
-    RETURN_IF_ERROR(scaled_half::pack(memory.dout, dx ? memory.weight : none, dtype, plan.multiprocessors, stream));
+    const scaled_half::Weight& weight = dx ? memory.weight : none;
+    const auto pack_x = [&] { return x ? scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream) : int(cudaSuccess); };
+    const auto parameters = [&](const dweight::Problem& p) { return dweight::Parameters{p, memory.x.max, memory.dout.max, memory.partial}; };
+    const bool packs = dweight && dweight_plans.packing.t.block_n > 0 && dtype == kFloat32 && !norm.r;
+    if constexpr (Path::kPacks) {
+        if (packs) {
+            RETURN_IF_ERROR(pack_x());
+            RETURN_IF_ERROR(scaled_half::pack_weight_and_look(memory.dout, weight, stream));
+            RETURN_IF_ERROR(Path::pack_and_differentiate(parameters(dweight_plans.packing), memory.x, memory.dout, dx != nullptr, dweight, stream));
+        }
+    }
+    if (!packs) RETURN_IF_ERROR(scaled_half::pack(memory.dout, weight, dtype, plan.multiprocessors, stream));
     if (dx) RETURN_IF_ERROR(convolve<Path>(plan, memory.dout, memory.weight, memory.workspace, dtype, nullptr, false, dx, {}, stream));
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
-    if (!dweight) return cudaSuccess;
-    if (x) RETURN_IF_ERROR(scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream));
-    const dweight::Parameters a = {dweight_plan, memory.x.max, memory.dout.max, memory.partial};
-    return Path::differentiate(a, memory.x, memory.dout, dtype, dweight, stream);
+    if (!dweight || packs) return cudaSuccess;
+    RETURN_IF_ERROR(pack_x());
+    return Path::differentiate(parameters(dweight_plans.plain), memory.x, memory.dout, dtype, dweight, stream);
 }
 
 // Whether tilings fit for both: 1 or 0.
 template <typename Path> int gradients_supports(const Geometry& g, int device) {
-    return plan_of<Path>(g, Direction::kDInput, device).problem.t.block_n > 0 && dweight_plan_of<Path>(g, device).t.block_n > 0;
+    return plan_of<Path>(g, Direction::kDInput, device).problem.t.block_n > 0 && dweight_plans_of<Path>(g, device).plain.t.block_n > 0;
 }
 
 template <typename Path> GradientsMemory gradients_memory(const Geometry& g, int device) {
-    return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plan_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
+    return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plans_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 
 // The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics

@@ -20,16 +20,16 @@ constexpr int kChain = 32768;
 struct Parameters {
     Problem p;
     const scaled_half::SampleMax *x_max, *dout_max;    // (N)
-    float* partial;                    // (splits, groups, kConsumers, items, block_n / 8, 128, 4): a thread's sums, four by four
+    float* partial;                    // (splits, groups, consumers, items, block_n / 8, 128, 4): a thread's sums, four by four
 };
 
-HOST_DEVICE int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * kConsumers * t.items * kRows * t.block_n; }
+HOST_DEVICE int64_t partial_count(const Tiling& t) { return int64_t(t.splits) * t.groups * t.consumers * t.items * kRows * t.block_n; }
 
 // A thread has rows r and r + 8, two neighbours of every eight columns: sums 4i and 4i + 1 the first row's, 4i + 2 and 4i + 3 the second's. Vector v of scratch memory has
 // four sums of one row, which are in two columns' eights, the first at sum_at(v), so that neighbours have 16 columns of a row.
 HOST_DEVICE constexpr int sum_at(int v) { return v / 2 * 8 + v % 2 * 2; }
 HOST_DEVICE int place_in_partial(const Tiling& t, const Sum& s) {
-    const int item = (s.group * kConsumers + s.consumer) * t.items + s.item, vector = s.column / 16 * 2 + s.row / 8 % 2, thread = s.row / 16 * 32 + s.row % 8 * 4 + s.column % 8 / 2;
+    const int item = (s.group * t.consumers + s.consumer) * t.items + s.item, vector = s.column / 16 * 2 + s.row / 8 % 2, thread = s.row / 16 * 32 + s.row % 8 * 4 + s.column % 8 / 2;
     return ((item * (t.block_n / 8) + vector) * 128 + thread) * 4 + s.column / 8 % 2 * 2 + s.column % 2;
 }
 

@@ -1,6 +1,7 @@
 // How the tensor cores' kernels for dweight cut their work, and which element is where: for host and device. dweight.cuh tells the method.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "conv_tiling.h"
@@ -13,6 +14,9 @@ constexpr int kMaxItems = 3;
 constexpr int kMaxStages = 6;
 constexpr int kHeadBytes = 1024;
 
+// Where a block packs dout itself (dweight_packing_sm90.cuh), it has more warps for that and fewer consumers of more sums.
+constexpr int kPackingConsumers = 2, kPackingItems = 5, kPackerWarps = 8;
+
 // --------------------------------------------------------------------------------------------------------- Tiling
 
 struct Tiling {
@@ -21,7 +25,8 @@ struct Tiling {
     bool n_over_taps, m_over_taps;     // what GEMM_N and the consumers have neighbours of; or
     bool joint;                        // a block has all row blocks and taps (d, h), whose jobs the consumers take in turns:
     int live_jobs;                     // bit (row block, d, h): it has weights
-    int items;                         // sums of kRows x block_n that a consumer has: 1 or kMaxItems
+    bool packs;                        // a block, of one group that has everything, packs dout
+    int consumers, items;              // sums of kRows x block_n that a consumer has: 1; joint ones kMaxItems or kPackingItems
     int row_blocks, chunks;            // of GEMM_M, of 64 rows; of x
     int tile_w, strips, rows, row_groups, pitch;    // a stage has `rows` rows of a strip
     int steps, box_rows;               // of 16 positions; rows of x
@@ -67,16 +72,16 @@ HOST_DEVICE bool is_live(const Problem& a, Job job) {
 HOST_DEVICE Job job_of(const Problem& a, const Group& g, int consumer, int item) {
     const Tiling& t = a.t;
     if (!t.joint) return {g.m + (t.m_over_taps ? 0 : consumer), g.td, g.th + (t.m_over_taps ? consumer : 0)};
-    const int job = conv::place_of_bit(t.live_jobs, item * kConsumers + consumer), taps_h = a.s.axis[1].taps, row_tap = job / taps_h;
+    const int job = conv::place_of_bit(t.live_jobs, item * t.consumers + consumer), taps_h = a.s.axis[1].taps, row_tap = job / taps_h;
     return {row_tap / a.s.axis[0].taps, row_tap % a.s.axis[0].taps, job % taps_h};
 }
 
 // How many jobs a consumer has.
 HOST_DEVICE int items_of(const Problem& a, const Group& g, int consumer) {
-    return a.t.joint ? (conv::count_bits(a.t.live_jobs) + kConsumers - 1 - consumer) / kConsumers : is_live(a, job_of(a, g, consumer, 0));
+    return a.t.joint ? (conv::count_bits(a.t.live_jobs) + a.t.consumers - 1 - consumer) / a.t.consumers : is_live(a, job_of(a, g, consumer, 0));
 }
 HOST_DEVICE bool is_live(const Problem& a, const Group& g) {
-    for (int consumer = 0; consumer < kConsumers; consumer++)
+    for (int consumer = 0; consumer < a.t.consumers; consumer++)
         if (items_of(a, g, consumer) > 0) return true;
     return false;
 }
@@ -95,6 +100,7 @@ HOST_DEVICE int last_tap_w(const Tiling& t, const Stencil& s, int first) {
 // Boxes of a stage that a group loads.
 HOST_DEVICE int dout_boxes_of(const Tiling& t, const Group& g) { return t.dout_boxes < t.row_blocks - g.m ? t.dout_boxes : t.row_blocks - g.m; }
 HOST_DEVICE int x_boxes_of(const Tiling& t, const Group& g) { return t.joint ? t.x_boxes : t.n_over_taps ? 1 : t.blocks < t.chunks - g.n ? t.blocks : t.chunks - g.n; }
+HOST_DEVICE int x_bytes_of(const Tiling& t, const Group& g) { return x_boxes_of(t, g) * t.box_rows * t.pitch * t.chunk * 2; }
 
 // The boxes of GEMM_K: (sample, plane, strip, rows), for the planes of dout that the tap d connects with one of x, or for all.
 struct Boxes {
@@ -114,8 +120,25 @@ struct Boxes {
 // Rows of x from one block of columns to the next, where they are taps.
 HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
 
+// A block that packs takes dout by units: so many elements of so many channels, of one row of a box or of the beginnings of two. A box's are (phase d, phase h, rows, columns, channels).
+constexpr int kUnitElements = 64, kUnitChannels = 8, kMostUnits = 32;
+struct UnitShape {
+    int row, columns, rows;            // elements of a box's row, phases w included; units beside and below each other
+    HOST_DEVICE int unit_columns() const { return row > 32 ? 64 : 32; }
+    HOST_DEVICE int unit_rows() const { return kUnitElements / unit_columns(); }
+};
+HOST_DEVICE UnitShape shape_of_units(const Problem& a) {
+    UnitShape shape = {a.t.tile_w * a.s.axis[2].phases, 0, 0};
+    shape.columns = int(ceil_div(shape.row, shape.unit_columns())), shape.rows = int(ceil_div(a.t.rows, shape.unit_rows()));
+    return shape;
+}
+HOST_DEVICE int units_of_box(const Problem& a) {
+    const UnitShape shape = shape_of_units(a);
+    return int(ceil_div(a.C_out, kUnitChannels)) * shape.columns * shape.rows * a.s.axis[0].phases * a.s.axis[1].phases;
+}
+
 // How GEMM_M, GEMM_N and the taps are shared out. False where a joint one does not fit.
-inline bool cut_products(Problem& p, int64_t phase_channels_x, bool joint) {
+inline bool cut_products(Problem& p, int64_t phase_channels_x, bool joint, bool packs) {
     const Stencil& s = p.s;
     const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
     Tiling& t = p.t = {};
@@ -133,13 +156,13 @@ inline bool cut_products(Problem& p, int64_t phase_channels_x, bool joint) {
     t.groups = (joint ? 1 : d.taps) * t.groups_h * t.groups_w * t.groups_n * t.groups_m;
     t.dout_boxes = t.m_over_taps ? 1 : joint || t.row_blocks < kConsumers ? t.row_blocks : kConsumers;
     t.x_boxes = joint ? d.taps : t.n_over_taps ? 1 : t.block_n / t.chunk;
-    t.items = 1;
+    t.packs = packs, t.consumers = packs ? kPackingConsumers : kConsumers, t.items = 1;
     if (!joint) return true;
     const int jobs = t.row_blocks * d.taps * h.taps;
     if (t.block_n * kMaxItems > 192 || jobs > 31) return false;
     for (int job = 0; job < jobs; job++) t.live_jobs |= int(is_live(p, {job / h.taps / d.taps, job / h.taps % d.taps, job % h.taps})) << job;
-    t.items = kMaxItems;
-    return conv::count_bits(t.live_jobs) > kConsumers && conv::count_bits(t.live_jobs) <= kConsumers * kMaxItems;
+    t.items = packs ? kPackingItems : kMaxItems;
+    return conv::count_bits(t.live_jobs) > kConsumers && conv::count_bits(t.live_jobs) <= t.consumers * t.items;
 }
 
 // The boxes of least estimated time. False where none fit.
@@ -155,7 +178,7 @@ inline bool cut_boxes(Problem& p, int shared_bytes) {
         const int halo = t.m_over_taps || t.joint ? h.shift[last_tap_h(p, g)] - h.shift[g.th] : 0;
         halo_h = halo > halo_h ? halo : halo_h;
     }
-    const int row_bytes = t.chunk * 2;
+    const int row_bytes = t.chunk * 2, phases = s.phases();
     // Jobs of a block, and the cycles of one: bound by the tensor cores or by shared memory.
     const int jobs = t.joint ? conv::count_bits(t.live_jobs) : t.m_over_taps ? (h.taps < kConsumers ? h.taps : kConsumers) : t.dout_boxes;
     const double product = t.block_n / 2.0, operands = (kRows * 32 + t.block_n * 32) / 128.0;
@@ -167,18 +190,20 @@ inline bool cut_boxes(Problem& p, int shared_bytes) {
         t.tile_w = int(ceil_div(w.positions, strips));
         t.pitch = conv::box_pitch(w, t.tile_w, strips);
         t.row_groups = int(ceil_div(h.positions, rows));
-        t.steps = int(ceil_div(int64_t(rows) * t.pitch, 16));
+        t.steps = int(ceil_div(int64_t(rows - 1) * t.pitch + t.tile_w, 16));
         t.box_rows = rows + halo_h;
         if (t.pitch > 256 || t.tile_w > 256 || t.box_rows > 256) continue;
         const int64_t reach = int64_t(halo_h) * t.pitch + t.steps * 16 + halo_w + int64_t(t.block_n / t.chunk) * step_w(s), box = int64_t(t.box_rows) * t.pitch;
         const int64_t dout_bytes = ceil_div(int64_t(t.steps) * 16 * kRows * 2, 1024) * 1024, x_bytes = ceil_div((reach > box ? reach : box) * row_bytes, 1024) * 1024;
         const int64_t stage = t.dout_boxes * dout_bytes + t.x_boxes * x_bytes, stages = (shared_bytes - kHeadBytes) / stage;
         if (stages < 2) break;
+        if (t.packs && units_of_box(p) > kMostUnits) continue;
         t.dout_bytes = int(dout_bytes), t.x_bytes = int(x_bytes), t.stage_bytes = int(stage), t.stages = int(stages < kMaxStages ? stages : kMaxStages);
-        // Cycles of a stage: the products, or the loads, at 18 bytes a cycle.
+        // Cycles of a stage: the products, or the loads, at 18 bytes a cycle, or packing: a packer takes 1250 for a unit, and loads the ends of rows for nothing.
         const double products = t.steps * jobs * (product > operands ? product : operands);
-        const double loads = (t.dout_boxes * double(rows) * t.tile_w * 128 + double(x_boxes_of(t, Group(t, s, 0))) * box * row_bytes) / 18;
-        const double time = ((products > loads ? products : loads) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
+        const double dout = t.packs ? double(p.C_out) * phases / w.phases * rows * (t.tile_w * w.phases + 16) * 4 : t.dout_boxes * double(rows) * t.tile_w * 128;
+        const double loads = (dout + double(x_boxes_of(t, Group(t, s, 0))) * box * row_bytes) / 18, packing = t.packs ? ceil_div(units_of_box(p), kPackerWarps) * 1250.0 : 0;
+        const double time = (std::max({products, loads, packing}) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;
     }
     t = best;
@@ -204,13 +229,20 @@ inline int splits_of(const Problem& p, int multiprocessors) {
     return best;
 }
 
-// The tiling; block_n 0 where none fits. A joint one, where there is one, reads least.
-inline Tiling choose_tiling(Problem p, int64_t phase_channels_x, int multiprocessors, int shared_bytes) {
+// Where packing dout on its way is faster than a copy of it first (NOTES.md): lanes have the same phase in all of a row's units, whose rows are full, and there is enough to do for
+// all packers and blocks.
+inline bool pays_to_pack(const Problem& p, int multiprocessors) {
+    const Group g(p.t, p.s, 0);
+    return p.t.groups == 1 && 32 % p.s.axis[2].phases == 0 && shape_of_units(p).row >= 32 && units_of_box(p) >= 2 * kPackerWarps && Boxes(p, g).count >= 32 * multiprocessors;
+}
+
+// The tiling; block_n 0 where none fits. A joint one, where there is one, reads least. packs: one of blocks that pack dout, where that pays.
+inline Tiling choose_tiling(Problem p, int64_t phase_channels_x, int multiprocessors, int shared_bytes, bool packs) {
     const StencilAxis& w = p.s.axis[2];
     for (int t = 1; t < w.taps; t++)
         if (w.shift[t] - w.shift[t - 1] != step_w(p.s)) return {};
     for (bool joint : {true, false}) {
-        if (!cut_products(p, phase_channels_x, joint) || !cut_boxes(p, shared_bytes)) continue;
+        if ((packs && !joint) || !cut_products(p, phase_channels_x, joint, packs) || !cut_boxes(p, shared_bytes) || (packs && !pays_to_pack(p, multiprocessors))) continue;
         p.t.splits = splits_of(p, multiprocessors);
         return p.t;
     }
@@ -283,7 +315,7 @@ HOST_DEVICE Sum sum_of(const Problem& a, const SumOfTap& tap, const SumOfInput& 
     Sum sum = {tap.group + input.group, 0, 0, m % kRows, (tap.block + input.block) * t.chunk + input.column};
     if (t.joint) {
         const int job = row_block * a.s.axis[0].taps * a.s.axis[1].taps + tap.job, live = conv::count_bits(t.live_jobs & ((1 << job) - 1));
-        sum.consumer = live % kConsumers, sum.item = live / kConsumers;
+        sum.consumer = live % t.consumers, sum.item = live / t.consumers;
     } else if (t.m_over_taps) {
         sum.group += row_block, sum.consumer = tap.job;
     } else {

@@ -25,6 +25,15 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 __device__ __forceinline__ void shared_store(uint32_t address, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory"); }
+// Where `inside` is true.
+__device__ __forceinline__ void shared_store(uint32_t address, const uint4& v, bool inside) {
+    asm volatile("{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\n@inside st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(int(inside)) : "memory");
+}
+__device__ __forceinline__ float shared_load(uint32_t address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+    return v;
+}
 
 // Copies 16 bytes from global to shared memory in the background, or writes zeros where `inside` is false (`source` is then not read).
 __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool inside) {

@@ -42,6 +42,7 @@ constexpr unsigned kInfinity = 0x7f800000;    // the bits of an infinite magnitu
 __device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(v) & 0x7fffffff; }
 __device__ __forceinline__ unsigned finite_magnitude(float v) { return magnitude(v) < kInfinity ? magnitude(v) : 0; }
 struct Extremes { unsigned finite, any; };    // the largest magnitudes, of the finite values and of all
+__device__ __forceinline__ void find_extremes(Extremes& e, float v) { e.finite = umax(e.finite, finite_magnitude(v)), e.any = umax(e.any, magnitude(v)); }
 
 // ---------------------------------------------------------------------------------------------------- Parameters
 
@@ -440,13 +441,18 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
-// Copies again the samples whose first copy does not hold: mostly none, which each warp finds out by itself.
-template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a, unsigned sample_tiles) {
-    wait_for_previous_kernel();
+// Whether some sample's first copy does not hold: mostly none. Each warp finds out by itself.
+__device__ __forceinline__ bool any_copied_again(const SampleMax* max, int samples) {
     bool again = false;
 #pragma unroll 1
-    for (int n = threadIdx.x % 32; n < int(a.N); n += 32) again |= !first_copy_holds(a.max[n]);
-    if (!__any_sync(~0u, again)) return;
+    for (int n = threadIdx.x % 32; n < samples; n += 32) again |= !first_copy_holds(max[n]);
+    return __any_sync(~0u, again);
+}
+
+// Copies those again.
+template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds__(kThreads) copy_again_kernel(Activation a, unsigned sample_tiles) {
+    wait_for_previous_kernel();
+    if (!any_copied_again(a.max, int(a.N))) return;
     for (int64_t n = 0; n < a.N; n++) {
         if (first_copy_holds(a.max[n])) continue;
         const float scale = power_of_two(shift_of(a.max[n]));
@@ -488,6 +494,13 @@ inline int pack(const Activation& a, const Weight& p, int dtype, int multiproces
         case kBFloat16: return pack<__nv_bfloat16>(a, p, multiprocessors, stream);
     }
     return cudaErrorInvalidValue;
+}
+
+// The same where another kernel copies the activation, float32, one operand, no norm: that is looked at, and the weight copied.
+inline int pack_weight_and_look(const Activation& a, const Weight& p, void* stream) {
+    RETURN_IF_ERROR(launch(look_kernel<float, false>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p));
+    const int64_t weight_tiles = tiles_of_weight(p);
+    return launch(copy_kernel<float, 32, Kind::kPlain>, weight_tiles, kThreads, stream, a, p, unsigned(weight_tiles), 1u);
 }
 
 }  // namespace scaled_half

@@ -3,9 +3,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <set>
+#include <utility>
 #include <vector>
 
-#include "../kernels/dweight_tiles.h"
+#include "../kernels/dweight_units.h"
 
 using namespace dweight;
 
@@ -32,15 +34,15 @@ static bool emulate(const Geometry& g, const Problem& p) {
         for (int ci = 0; ci < g.C_in; ci++) for (int c = 0; c < group_out; c++)
             truth[(ci * group_out + c) * volume + k] += x[(n * g.C_in + ci) * in + i] * dout[(n * g.C_out + ci / group_in * group_out + c) * out + o];
     }
-    std::vector<std::vector<float>> all_sums(size_t(t.groups) * kConsumers * t.items);    // empty: idle
+    std::vector<std::vector<float>> all_sums(size_t(t.groups) * t.consumers * t.items);    // empty: idle
     for (int index = 0; index < t.groups; index++)
-    for (int consumer = 0; consumer < kConsumers; consumer++)
+    for (int consumer = 0; consumer < t.consumers; consumer++)
     for (int item = 0; item < items_of(p, Group(t, p.s, index), consumer); item++) {
         const Group group(t, p.s, index);
         const Job job = job_of(p, group, consumer, item);
         REQUIRE(item < t.items && is_live(p, job) && dout_box_of(t, job, consumer) < dout_boxes_of(t, group) && x_box_of(t, job) < x_boxes_of(t, group));
         REQUIRE((t.joint ? dout_box_of(t, job, consumer) : group.m + dout_box_of(t, job, consumer)) == job.row_block && box_of_x(t, group, x_box_of(t, job)).td == job.td);
-        std::vector<float>& sums = all_sums[(size_t(index) * kConsumers + consumer) * t.items + item];
+        std::vector<float>& sums = all_sums[(size_t(index) * t.consumers + consumer) * t.items + item];
         sums.assign(kRows * t.block_n, 0);
         const Boxes boxes(p, group);
         Box next = {};
@@ -80,10 +82,35 @@ static bool emulate(const Geometry& g, const Problem& p) {
     }
     for (int ci = 0; ci < g.C_in; ci++) for (int c = 0; c < group_out; c++) for (int k = 0; k < volume; k++) {
         const Sum sum = sum_of(p, sum_of_tap(p, k), sum_of_input(p, ci), ci / group_in * group_out + c);
-        REQUIRE(sum.group < t.groups && sum.consumer < kConsumers && sum.item < t.items);
-        const std::vector<float>& sums = all_sums[(size_t(sum.group) * kConsumers + sum.consumer) * t.items + sum.item];
+        REQUIRE(sum.group < t.groups && sum.consumer < t.consumers && sum.item < t.items);
+        const std::vector<float>& sums = all_sums[(size_t(sum.group) * t.consumers + sum.consumer) * t.items + sum.item];
         REQUIRE(!sums.empty() && sums[sum.row * t.block_n + sum.column] == truth[(ci * group_out + c) * volume + k]);
     }
+    return true;
+}
+
+// Every element of a box of dout, C_out rounded up to whole units, is in one place of one unit, and goes where the products look for it.
+static bool packs_all(const Problem& p) {
+    const Tiling& t = p.t;
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const UnitShape shape = shape_of_units(p);
+    const LaneElements elements = lane_elements_of(p, shape);
+    const int units = units_of_box(p), octets = int(ceil_div(p.C_out, kUnitChannels)), channels = int(p.dout_phase_channels);
+    REQUIRE(units <= kMostUnits);
+    std::set<std::pair<int, int>> places;
+    for (int i = 0; i < units; i++)
+    for (int lane = 0; lane < 32; lane++)
+    for (int e = 0; e < kEach; e++) {
+        const Unit unit = unit_of(p, shape, i);
+        if (!in_box(p, shape, elements, unit, lane, e)) continue;
+        const int row = unit.row + elements.row[e], u = unit.u + lane + elements.u[e];    // of the box, phases included
+        REQUIRE(unit.from + elements.from[e] + lane == (unit.phase_d * ah.out + row) * aw.out + u);
+        const int position = unit.position + lane / aw.phases + elements.position[e], channel = unit.copy_channel + lane % aw.phases * channels;
+        REQUIRE(position == row / ah.phases * t.pitch + u / aw.phases && position < t.steps * 16 && channel / kRows < t.dout_boxes);
+        REQUIRE(channel == ((unit.phase_d * ah.phases + row % ah.phases) * aw.phases + u % aw.phases) * channels + unit.channel && unit.channel < p.C_out);
+        REQUIRE(places.insert({position, channel}).second);
+    }
+    REQUIRE(int(places.size()) == octets * ad.phases * t.rows * ah.phases * shape.row);
     return true;
 }
 
@@ -97,7 +124,7 @@ static bool fits(const Tiling& t, int shared_bytes) {
 int main(int, char** arguments) {
     std::mt19937 random(std::atoi(arguments[2]));
     auto below = [&](int n) { return int(random() % n); };
-    int done = 0, joint = 0;
+    int done = 0, joint = 0, packing = 0;
     while (done < std::atoi(arguments[1])) {
         const int groups = below(4) ? 1 : 2;
         Geometry g = {1 + below(2), groups * (1 + below(below(3) ? 3 : 80)), groups * (1 + below(below(3) ? 3 : 80)), groups, {}};
@@ -116,14 +143,22 @@ int main(int, char** arguments) {
         if (!valid || products > 1e6) continue;
         Problem p = {make_stencil(Direction::kForward, g), {}, g.N, g.C_in, g.C_out, g.groups, conv::padded_channels(g.C_out)};
         const int budgets[] = {99, 163, 227}, shared_bytes = budgets[below(3)] * 1024;
-        p.t = choose_tiling(p, conv::padded_channels(g.C_in), below(4) ? 132 : 1 + below(132), shared_bytes);
+        const int multiprocessors = below(4) ? 132 : 1 + below(132);
+        p.t = choose_tiling(p, conv::padded_channels(g.C_in), multiprocessors, shared_bytes, false);
         done++;
         joint += p.t.joint;
-        if (p.t.block_n == 0 || (fits(p.t, shared_bytes) && emulate(g, p))) continue;
+        if (p.t.block_n == 0) continue;
+        bool right = fits(p.t, shared_bytes) && emulate(g, p);
+        if (right && cut_products(p, conv::padded_channels(g.C_in), true, true) && p.t.groups == 1 && 32 % p.s.axis[2].phases == 0 && cut_boxes(p, shared_bytes)) {    // whether it pays or not
+            p.t.splits = splits_of(p, multiprocessors);
+            right = fits(p.t, shared_bytes) && packs_all(p) && emulate(g, p);
+            packing++;
+        }
+        if (right) continue;
         std::printf("N %d, channels %d -> %d, groups %d, block_n %d, strips %d, rows %d", int(g.N), int(g.C_in), int(g.C_out), groups, p.t.block_n, p.t.strips, p.t.rows);
         for (const Axis& a : g.axis) std::printf(", (in %d, out %d, kernel %d, stride %d, padding %d, dilation %d)", int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation));
         std::printf("\n");
         return 1;
     }
-    return joint > done / 50 ? 0 : 1;    // some of each kind
+    return std::min(joint, packing) > done / 50 ? 0 : 1;    // some of each kind
 }
