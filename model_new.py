@@ -6414,6 +6414,10 @@ template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void 
     asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " "%90, %91, %92, %93, %94, %95" "}, %96, %97, %99, 1, 1, %98, %98;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[100], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n200k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") "}, %100, %101, %103, 1, 1, %102, %102;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[112], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") ", " REGS10("8") ", " REGS10("9") ", " REGS10("10") ", " "%110, %111" "}, %112, %113, %115, 1, 1, %114, %114;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), ACC10(70), ACC10(80), ACC10(90), ACC10(100), "+f"(d[110]), "+f"(d[111]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
@@ -6453,8 +6457,8 @@ constexpr int kHeadBytes = 2560;               // barriers and the like
 HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) {
     switch (chunk) {
         case 16: return block_n == 136;
-        case 32: return block_n == 232 || block_n == 136 || block_n == 64;
-        default: return !many || block_n == 160 || block_n == 88 || block_n == 64;
+        case 32: return block_n == 232 || block_n == 200 || block_n == 136 || block_n == 64;
+        default: return (!many && block_n != 200) || block_n == 160 || block_n == 88 || block_n == 64;
     }
 }
 
@@ -6519,7 +6523,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int packing = 0; packing < 3; packing++)
     for (int warpgroups : {2, 3})
     for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {232, 224, 192, 160, 136, 128, 88, 64})
+    for (int block_n : {232, 224, 200, 192, 160, 136, 128, 88, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (bool half_chunk : {false, true})
@@ -7420,7 +7424,7 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         if (is_built(kBlockN, 16, true) && a.p.t.chunk == 16) multiply<kBlockN, 1, true>(me, tile, d);
         else if (is_built(kBlockN, 32, true) && a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);
         else if (is_built(kBlockN, 64, true) && a.p.t.items > 1) multiply<kBlockN, 4, true>(me, tile, d);
-        else multiply<kBlockN, 4, false>(me, tile, d);
+        else if (is_built(kBlockN, 64, false)) multiply<kBlockN, 4, false>(me, tile, d);
         finish<kBlockN, kRelu>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);
@@ -7527,6 +7531,7 @@ struct Path {
         switch (t.block_n) {
             case 232: return launch_conv<232>(x_map, w_map, out_map, a, multiprocessors, stream);
             case 224: return launch_conv<224>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 200: return launch_conv<200>(x_map, w_map, out_map, a, multiprocessors, stream);
             case 192: return launch_conv<192>(x_map, w_map, out_map, a, multiprocessors, stream);
             case 160: return launch_conv<160>(x_map, w_map, out_map, a, multiprocessors, stream);
             case 136: return launch_conv<136, 3>(x_map, w_map, out_map, a, multiprocessors, stream);

@@ -92,6 +92,7 @@ struct Path {
         switch (t.block_n) {
             case 232: return launch_conv<232>(x_map, w_map, out_map, a, multiprocessors, stream);
             case 224: return launch_conv<224>(x_map, w_map, out_map, a, multiprocessors, stream);
+            case 200: return launch_conv<200>(x_map, w_map, out_map, a, multiprocessors, stream);
             case 192: return launch_conv<192>(x_map, w_map, out_map, a, multiprocessors, stream);
             case 160: return launch_conv<160>(x_map, w_map, out_map, a, multiprocessors, stream);
             case 136: return launch_conv<136, 3>(x_map, w_map, out_map, a, multiprocessors, stream);

@@ -696,7 +696,7 @@ __device__ __forceinline__ void consume(const Parameters& a, const SharedParts& 
         if (is_built(kBlockN, 16, true) && a.p.t.chunk == 16) multiply<kBlockN, 1, true>(me, tile, d);
         else if (is_built(kBlockN, 32, true) && a.p.t.chunk == 32) multiply<kBlockN, 2, true>(me, tile, d);
         else if (is_built(kBlockN, 64, true) && a.p.t.items > 1) multiply<kBlockN, 4, true>(me, tile, d);
-        else multiply<kBlockN, 4, false>(me, tile, d);
+        else if (is_built(kBlockN, 64, false)) multiply<kBlockN, 4, false>(me, tile, d);
         finish<kBlockN, kRelu>(me, tile, d);
         mbarrier_arrive(head.tile_empty + me.slot.stage);
         me.slot.advance(kTileSlots);

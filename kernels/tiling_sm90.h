@@ -21,8 +21,8 @@ constexpr int kHeadBytes = 2560;               // barriers and the like
 HOST_DEVICE constexpr bool is_built(int block_n, int chunk, bool many) {
     switch (chunk) {
         case 16: return block_n == 136;
-        case 32: return block_n == 232 || block_n == 136 || block_n == 64;
-        default: return !many || block_n == 160 || block_n == 88 || block_n == 64;
+        case 32: return block_n == 232 || block_n == 200 || block_n == 136 || block_n == 64;
+        default: return (!many && block_n != 200) || block_n == 160 || block_n == 88 || block_n == 64;
     }
 }
 
@@ -87,7 +87,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int packing = 0; packing < 3; packing++)
     for (int warpgroups : {2, 3})
     for (int split_m = 0; split_m < 2; split_m++)
-    for (int block_n : {232, 224, 192, 160, 136, 128, 88, 64})
+    for (int block_n : {232, 224, 200, 192, 160, 136, 128, 88, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (bool half_chunk : {false, true})
