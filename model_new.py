@@ -4972,21 +4972,11 @@ struct Boxes {
 // Rows of x from one block of columns to the next, where they are taps.
 HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
 
-// A block that packs takes dout by units: so many elements of so many channels, of one row of a box or of the beginnings of two. A box's are (phase d, phase h, rows, columns, channels).
+// A block that packs takes dout by units: so many elements of a box's row, of so many channels. A box's units are (phase d, row, phase h, elements, channels).
 constexpr int kUnitElements = 64, kUnitChannels = 8, kMostUnits = 32;
-struct UnitShape {
-    int row, columns, rows;            // elements of a box's row, phases w included; units beside and below each other
-    HOST_DEVICE int unit_columns() const { return row > 32 ? 64 : 32; }
-    HOST_DEVICE int unit_rows() const { return kUnitElements / unit_columns(); }
-};
-HOST_DEVICE UnitShape shape_of_units(const Problem& a) {
-    UnitShape shape = {a.t.tile_w * a.s.axis[2].phases, 0, 0};
-    shape.columns = int(ceil_div(shape.row, shape.unit_columns())), shape.rows = int(ceil_div(a.t.rows, shape.unit_rows()));
-    return shape;
-}
+HOST_DEVICE int row_elements(const Problem& a) { return a.t.tile_w * a.s.axis[2].phases; }    // of a box
 HOST_DEVICE int units_of_box(const Problem& a) {
-    const UnitShape shape = shape_of_units(a);
-    return int(ceil_div(a.C_out, kUnitChannels)) * shape.columns * shape.rows * a.s.axis[0].phases * a.s.axis[1].phases;
+    return int(ceil_div(a.C_out, kUnitChannels)) * int(ceil_div(row_elements(a), kUnitElements)) * a.t.rows * a.s.axis[0].phases * a.s.axis[1].phases;
 }
 
 // How GEMM_M, GEMM_N and the taps are shared out. False where a joint one does not fit.
@@ -5081,11 +5071,11 @@ inline int splits_of(const Problem& p, int multiprocessors) {
     return best;
 }
 
-// Where packing dout on its way is faster than a copy of it first (NOTES.md): lanes have the same phase in all of a row's units, whose rows are full, and there is enough to do for
-// all packers and blocks.
+// Where packing dout on its way is faster than a copy of it first (NOTES.md): lanes have the same phase in all of a row's units, which are not half empty, and there is enough to do
+// for all packers and blocks.
 inline bool pays_to_pack(const Problem& p, int multiprocessors) {
     const Group g(p.t, p.s, 0);
-    return p.t.groups == 1 && 32 % p.s.axis[2].phases == 0 && shape_of_units(p).row >= 32 && units_of_box(p) >= 2 * kPackerWarps && Boxes(p, g).count >= 32 * multiprocessors;
+    return p.t.groups == 1 && 32 % p.s.axis[2].phases == 0 && row_elements(p) > kUnitElements / 2 && units_of_box(p) >= 2 * kPackerWarps && Boxes(p, g).count >= 32 * multiprocessors;
 }
 
 // The tiling; block_n 0 where none fits. A joint one, where there is one, reads least. packs: one of blocks that pack dout, where that pays.
@@ -7777,36 +7767,16 @@ _SOURCES['dweight_units.h'] = r'''
 
 namespace dweight {
 
-constexpr int kEach = kUnitElements / 32;    // elements of a lane, of each of the unit's channels
+// A unit of every box. Of its first element: row (phases h included) and element u of the box; phase d; first channel; what comes between the box's first element and it in dout,
+// channels left out; position of a stage; channel of dout's copy.
+struct alignas(16) Unit { int row, u, phase_d, channel, from, position, copy_channel; };
 
-// Row (phases h included) and element u of a box that a unit begins with, and its first channel. What comes between the box's first element and that one in dout, channels
-// left out; phase d. Position of a stage, and channel of dout's copy, of its first element.
-struct alignas(16) Unit { int row, u, channel, from, phase_d, position, copy_channel; };
-
-HOST_DEVICE Unit unit_of(const Problem& p, const UnitShape& shape, int index) {
+HOST_DEVICE Unit unit_of(const Problem& p, int index) {
     const auto take = [&index](int count) { const int digit = index % count; index /= count; return digit; };
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int channel = take(int(ceil_div(p.C_out, kUnitChannels))) * kUnitChannels, u = take(shape.columns) * shape.unit_columns(), row = take(shape.rows) * shape.unit_rows();
-    const int phase_h = take(ah.phases), phase_d = take(ad.phases), source_row = row * ah.phases + phase_h;
-    return {source_row, u, channel, (phase_d * ah.out + source_row) * aw.out + u, phase_d, row * p.t.pitch + u / aw.phases, (phase_d * ah.phases + phase_h) * aw.phases * int(p.dout_phase_channels) + channel};
-}
-
-// A lane's elements: from element `lane` of a unit on, counted as there.
-struct LaneElements { int row[kEach], u[kEach], from[kEach], position[kEach]; };
-
-inline LaneElements lane_elements_of(const Problem& p, const UnitShape& shape) {
-    LaneElements lane = {};
-    for (int e = 0; e < kEach; e++) {
-        const int columns = shape.unit_columns() / 32, row = e / columns;
-        lane.row[e] = row * p.s.axis[1].phases, lane.u[e] = e % columns * 32;
-        lane.from[e] = lane.row[e] * p.s.axis[2].out + lane.u[e], lane.position[e] = row * p.t.pitch + lane.u[e] / p.s.axis[2].phases;
-    }
-    return lane;
-}
-
-// Whether the box has that element; units may have more.
-HOST_DEVICE bool in_box(const Problem& p, const UnitShape& shape, const LaneElements& elements, const Unit& unit, int lane, int e) {
-    return unit.row + elements.row[e] < p.t.rows * p.s.axis[1].phases && unit.u + lane + elements.u[e] < shape.row;
+    const int channel = take(int(ceil_div(p.C_out, kUnitChannels))) * kUnitChannels, u = take(int(ceil_div(row_elements(p), kUnitElements))) * kUnitElements;
+    const int row = take(p.t.rows * ah.phases), phase_d = take(ad.phases), phase_h = row % ah.phases;
+    return {row, u, phase_d, channel, (phase_d * ah.out + row) * aw.out + u, row / ah.phases * p.t.pitch + u / aw.phases, (phase_d * ah.phases + phase_h) * aw.phases * int(p.dout_phase_channels) + channel};
 }
 
 }  // namespace dweight
@@ -7828,6 +7798,7 @@ namespace dweight_sm90 {
 using namespace dweight;
 
 constexpr int kUnitsAhead = 3;         // units that are under way
+constexpr int kEach = kUnitElements / 32;    // elements of a lane, 32 apart, of each of a unit's channels
 constexpr int kSlots = kUnitsAhead + 1, kSlotBytes = kUnitChannels * kUnitElements * 4, kPackerBytes = kPackerWarps * kSlots * kSlotBytes;
 
 struct Packing {
@@ -7835,15 +7806,12 @@ struct Packing {
     scaled_half::SampleMax* max;       // (N)
     bool again;                        // with scales that hold, if the first ones do not
     bool stores;                       // the copy is wanted
-    UnitShape shape;
-    int units;                         // of a box
-    LaneElements elements;
+    int units, row;                    // of a box: units, elements of a row
     Divisor strips, row_groups, planes;
 };
 
 inline Packing make_packing(const Problem& p, const scaled_half::Activation& dout, bool stores) {
-    const UnitShape shape = shape_of_units(p);
-    return {static_cast<const float*>(dout.x), dout.max, false, stores, shape, units_of_box(p), lane_elements_of(p, shape), make_divisor(p.t.strips), make_divisor(p.t.row_groups), make_divisor(p.s.axis[0].positions)};
+    return {static_cast<const float*>(dout.x), dout.max, false, stores, units_of_box(p), row_elements(p), make_divisor(p.t.strips), make_divisor(p.t.row_groups), make_divisor(p.s.axis[0].positions)};
 }
 
 #ifdef HAS_SM90A
@@ -7894,6 +7862,7 @@ public:
 private:
     __device__ static int lane() { return threadIdx.x % 32; }
     __device__ static int first_unit() { return threadIdx.x / 32; }
+    __device__ __forceinline__ bool in_box(const Unit& unit, int e) const { return unit.u + lane() + e * 32 < packing_.row; }
 
     __device__ void locate_next() {
         const StencilAxis &ad = p_.s.axis[0], &ah = p_.s.axis[1], &aw = p_.s.axis[2];
@@ -7915,31 +7884,24 @@ private:
 
     __device__ void load(const Unit& unit) const {
         const StencilAxis &ad = p_.s.axis[0], &ah = p_.s.axis[1], &aw = p_.s.axis[2];
-        const LaneElements& elements = packing_.elements;
-        const int h = next_h_ + unit.row, w = next_w_ + unit.u;
         const int64_t volume = int64_t(ad.out) * ah.out * aw.out;
-        const bool in_plane = unsigned(next_d_ + unit.phase_d) < unsigned(ad.out);
-        const float* first[kEach];
+        const bool in_row = unsigned(next_d_ + unit.phase_d) < unsigned(ad.out) && unsigned(next_h_ + unit.row) < unsigned(ah.out);
+        const float* next = next_ + unit.channel * volume + unit.from;
         bool inside[kEach];
 #pragma unroll
-        for (int e = 0; e < kEach; e++) {
-            inside[e] = in_plane && unsigned(h + elements.row[e]) < unsigned(ah.out) && unsigned(w + elements.u[e]) < unsigned(aw.out) && in_box(p_, packing_.shape, elements, unit, lane(), e);
-            first[e] = next_ + unit.channel * volume + (unit.from + elements.from[e]);
-        }
+        for (int e = 0; e < kEach; e++) inside[e] = in_row && unsigned(next_w_ + unit.u + e * 32) < unsigned(aw.out) && in_box(unit, e);
         const uint32_t to = slots_ + slot_ * kSlotBytes;
         const auto load_channels = [&](bool all) {
             constexpr int kAtOnce = 4;     // addresses in registers of their own: a copy reads its one late, and the next would wait for that
 #pragma unroll
             for (int c0 = 0; c0 < kUnitChannels; c0 += kAtOnce) {
-                const float* from[kAtOnce][kEach];
+                const float* from[kAtOnce];
+#pragma unroll
+                for (int c = 0; c < kAtOnce; c++) from[c] = next, next += volume, keep(from[c]);
 #pragma unroll
                 for (int c = 0; c < kAtOnce; c++)
 #pragma unroll
-                    for (int e = 0; e < kEach; e++) from[c][e] = first[e], first[e] += volume, keep(from[c][e]);
-#pragma unroll
-                for (int c = 0; c < kAtOnce; c++)
-#pragma unroll
-                    for (int e = 0; e < kEach; e++) cp_async_4(to + ((c0 + c) * kUnitElements + e * 32) * 4, from[c][e], inside[e] && (all || unit.channel + c0 + c < int(p_.C_out)));
+                    for (int e = 0; e < kEach; e++) cp_async_4(to + ((c0 + c) * kUnitElements + e * 32) * 4, from[c] + e * 32, inside[e] && (all || unit.channel + c0 + c < int(p_.C_out)));
             }
         };
         if (unit.channel + kUnitChannels <= int(p_.C_out)) load_channels(true);
@@ -7950,7 +7912,6 @@ private:
     // The unit that was brought first: a vector of eight channels for each of a lane's elements.
     __device__ void convert(const Unit& unit, uint32_t stage) {
         const Tiling& t = p_.t;
-        const LaneElements& elements = packing_.elements;
         const int phases_w = p_.s.axis[2].phases;
         const uint32_t from = slots_ + converted_ * kSlotBytes;
         float values[kEach][kUnitChannels];    // before anything is stored, since no load moves ahead of that
@@ -7969,7 +7930,7 @@ private:
                 halves[c] = __floats2half2_rn(values[e][c * 2] * scale_, values[e][c * 2 + 1] * scale_);
                 most = __hmax2_nan(most, __habs2(halves[c]));
             }
-            shared_store(block + swizzled(unit.position + column + elements.position[e], piece, kRows * 2), reinterpret_cast<const uint4&>(halves), in_box(p_, packing_.shape, elements, unit, lane(), e));
+            shared_store(block + swizzled(unit.position + column + divide_by_phases(e * 32, phases_w), piece, kRows * 2), reinterpret_cast<const uint4&>(halves), in_box(unit, e));
         }
         if (!looked_ || !__hblt2(most, __float2half2_rn(32768.0f))) {    // false with NaN
 #pragma unroll 1
@@ -8121,7 +8082,7 @@ packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
         fence_mbarrier_init();
     }
     for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kPackingThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);    // what is between rows stays so
-    for (int i = threadIdx.x; i < packing.units; i += kPackingThreads) head.units[i] = unit_of(a.p, packing.shape, i);
+    for (int i = threadIdx.x; i < packing.units; i += kPackingThreads) head.units[i] = unit_of(a.p, i);
     fence_proxy_async();
     __syncthreads();
     wait_for_previous_kernel();

@@ -13,6 +13,7 @@ namespace dweight_sm90 {
 using namespace dweight;
 
 constexpr int kUnitsAhead = 3;         // units that are under way
+constexpr int kEach = kUnitElements / 32;    // elements of a lane, 32 apart, of each of a unit's channels
 constexpr int kSlots = kUnitsAhead + 1, kSlotBytes = kUnitChannels * kUnitElements * 4, kPackerBytes = kPackerWarps * kSlots * kSlotBytes;
 
 struct Packing {
@@ -20,15 +21,12 @@ struct Packing {
     scaled_half::SampleMax* max;       // (N)
     bool again;                        // with scales that hold, if the first ones do not
     bool stores;                       // the copy is wanted
-    UnitShape shape;
-    int units;                         // of a box
-    LaneElements elements;
+    int units, row;                    // of a box: units, elements of a row
     Divisor strips, row_groups, planes;
 };
 
 inline Packing make_packing(const Problem& p, const scaled_half::Activation& dout, bool stores) {
-    const UnitShape shape = shape_of_units(p);
-    return {static_cast<const float*>(dout.x), dout.max, false, stores, shape, units_of_box(p), lane_elements_of(p, shape), make_divisor(p.t.strips), make_divisor(p.t.row_groups), make_divisor(p.s.axis[0].positions)};
+    return {static_cast<const float*>(dout.x), dout.max, false, stores, units_of_box(p), row_elements(p), make_divisor(p.t.strips), make_divisor(p.t.row_groups), make_divisor(p.s.axis[0].positions)};
 }
 
 #ifdef HAS_SM90A
@@ -79,6 +77,7 @@ public:
 private:
     __device__ static int lane() { return threadIdx.x % 32; }
     __device__ static int first_unit() { return threadIdx.x / 32; }
+    __device__ __forceinline__ bool in_box(const Unit& unit, int e) const { return unit.u + lane() + e * 32 < packing_.row; }
 
     __device__ void locate_next() {
         const StencilAxis &ad = p_.s.axis[0], &ah = p_.s.axis[1], &aw = p_.s.axis[2];
@@ -100,31 +99,24 @@ private:
 
     __device__ void load(const Unit& unit) const {
         const StencilAxis &ad = p_.s.axis[0], &ah = p_.s.axis[1], &aw = p_.s.axis[2];
-        const LaneElements& elements = packing_.elements;
-        const int h = next_h_ + unit.row, w = next_w_ + unit.u;
         const int64_t volume = int64_t(ad.out) * ah.out * aw.out;
-        const bool in_plane = unsigned(next_d_ + unit.phase_d) < unsigned(ad.out);
-        const float* first[kEach];
+        const bool in_row = unsigned(next_d_ + unit.phase_d) < unsigned(ad.out) && unsigned(next_h_ + unit.row) < unsigned(ah.out);
+        const float* next = next_ + unit.channel * volume + unit.from;
         bool inside[kEach];
 #pragma unroll
-        for (int e = 0; e < kEach; e++) {
-            inside[e] = in_plane && unsigned(h + elements.row[e]) < unsigned(ah.out) && unsigned(w + elements.u[e]) < unsigned(aw.out) && in_box(p_, packing_.shape, elements, unit, lane(), e);
-            first[e] = next_ + unit.channel * volume + (unit.from + elements.from[e]);
-        }
+        for (int e = 0; e < kEach; e++) inside[e] = in_row && unsigned(next_w_ + unit.u + e * 32) < unsigned(aw.out) && in_box(unit, e);
         const uint32_t to = slots_ + slot_ * kSlotBytes;
         const auto load_channels = [&](bool all) {
             constexpr int kAtOnce = 4;     // addresses in registers of their own: a copy reads its one late, and the next would wait for that
 #pragma unroll
             for (int c0 = 0; c0 < kUnitChannels; c0 += kAtOnce) {
-                const float* from[kAtOnce][kEach];
+                const float* from[kAtOnce];
+#pragma unroll
+                for (int c = 0; c < kAtOnce; c++) from[c] = next, next += volume, keep(from[c]);
 #pragma unroll
                 for (int c = 0; c < kAtOnce; c++)
 #pragma unroll
-                    for (int e = 0; e < kEach; e++) from[c][e] = first[e], first[e] += volume, keep(from[c][e]);
-#pragma unroll
-                for (int c = 0; c < kAtOnce; c++)
-#pragma unroll
-                    for (int e = 0; e < kEach; e++) cp_async_4(to + ((c0 + c) * kUnitElements + e * 32) * 4, from[c][e], inside[e] && (all || unit.channel + c0 + c < int(p_.C_out)));
+                    for (int e = 0; e < kEach; e++) cp_async_4(to + ((c0 + c) * kUnitElements + e * 32) * 4, from[c] + e * 32, inside[e] && (all || unit.channel + c0 + c < int(p_.C_out)));
             }
         };
         if (unit.channel + kUnitChannels <= int(p_.C_out)) load_channels(true);
@@ -135,7 +127,6 @@ private:
     // The unit that was brought first: a vector of eight channels for each of a lane's elements.
     __device__ void convert(const Unit& unit, uint32_t stage) {
         const Tiling& t = p_.t;
-        const LaneElements& elements = packing_.elements;
         const int phases_w = p_.s.axis[2].phases;
         const uint32_t from = slots_ + converted_ * kSlotBytes;
         float values[kEach][kUnitChannels];    // before anything is stored, since no load moves ahead of that
@@ -154,7 +145,7 @@ private:
                 halves[c] = __floats2half2_rn(values[e][c * 2] * scale_, values[e][c * 2 + 1] * scale_);
                 most = __hmax2_nan(most, __habs2(halves[c]));
             }
-            shared_store(block + swizzled(unit.position + column + elements.position[e], piece, kRows * 2), reinterpret_cast<const uint4&>(halves), in_box(p_, packing_.shape, elements, unit, lane(), e));
+            shared_store(block + swizzled(unit.position + column + divide_by_phases(e * 32, phases_w), piece, kRows * 2), reinterpret_cast<const uint4&>(halves), in_box(unit, e));
         }
         if (!looked_ || !__hblt2(most, __float2half2_rn(32768.0f))) {    // false with NaN
 #pragma unroll 1

@@ -120,7 +120,7 @@ packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
         fence_mbarrier_init();
     }
     for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kPackingThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);    // what is between rows stays so
-    for (int i = threadIdx.x; i < packing.units; i += kPackingThreads) head.units[i] = unit_of(a.p, packing.shape, i);
+    for (int i = threadIdx.x; i < packing.units; i += kPackingThreads) head.units[i] = unit_of(a.p, i);
     fence_proxy_async();
     __syncthreads();
     wait_for_previous_kernel();

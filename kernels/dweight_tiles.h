@@ -120,21 +120,11 @@ struct Boxes {
 // Rows of x from one block of columns to the next, where they are taps.
 HOST_DEVICE int step_w(const Stencil& s) { return s.axis[2].taps > 1 ? s.axis[2].shift[1] - s.axis[2].shift[0] : 0; }
 
-// A block that packs takes dout by units: so many elements of so many channels, of one row of a box or of the beginnings of two. A box's are (phase d, phase h, rows, columns, channels).
+// A block that packs takes dout by units: so many elements of a box's row, of so many channels. A box's units are (phase d, row, phase h, elements, channels).
 constexpr int kUnitElements = 64, kUnitChannels = 8, kMostUnits = 32;
-struct UnitShape {
-    int row, columns, rows;            // elements of a box's row, phases w included; units beside and below each other
-    HOST_DEVICE int unit_columns() const { return row > 32 ? 64 : 32; }
-    HOST_DEVICE int unit_rows() const { return kUnitElements / unit_columns(); }
-};
-HOST_DEVICE UnitShape shape_of_units(const Problem& a) {
-    UnitShape shape = {a.t.tile_w * a.s.axis[2].phases, 0, 0};
-    shape.columns = int(ceil_div(shape.row, shape.unit_columns())), shape.rows = int(ceil_div(a.t.rows, shape.unit_rows()));
-    return shape;
-}
+HOST_DEVICE int row_elements(const Problem& a) { return a.t.tile_w * a.s.axis[2].phases; }    // of a box
 HOST_DEVICE int units_of_box(const Problem& a) {
-    const UnitShape shape = shape_of_units(a);
-    return int(ceil_div(a.C_out, kUnitChannels)) * shape.columns * shape.rows * a.s.axis[0].phases * a.s.axis[1].phases;
+    return int(ceil_div(a.C_out, kUnitChannels)) * int(ceil_div(row_elements(a), kUnitElements)) * a.t.rows * a.s.axis[0].phases * a.s.axis[1].phases;
 }
 
 // How GEMM_M, GEMM_N and the taps are shared out. False where a joint one does not fit.
@@ -229,11 +219,11 @@ inline int splits_of(const Problem& p, int multiprocessors) {
     return best;
 }
 
-// Where packing dout on its way is faster than a copy of it first (NOTES.md): lanes have the same phase in all of a row's units, whose rows are full, and there is enough to do for
-// all packers and blocks.
+// Where packing dout on its way is faster than a copy of it first (NOTES.md): lanes have the same phase in all of a row's units, which are not half empty, and there is enough to do
+// for all packers and blocks.
 inline bool pays_to_pack(const Problem& p, int multiprocessors) {
     const Group g(p.t, p.s, 0);
-    return p.t.groups == 1 && 32 % p.s.axis[2].phases == 0 && shape_of_units(p).row >= 32 && units_of_box(p) >= 2 * kPackerWarps && Boxes(p, g).count >= 32 * multiprocessors;
+    return p.t.groups == 1 && 32 % p.s.axis[2].phases == 0 && row_elements(p) > kUnitElements / 2 && units_of_box(p) >= 2 * kPackerWarps && Boxes(p, g).count >= 32 * multiprocessors;
 }
 
 // The tiling; block_n 0 where none fits. A joint one, where there is one, reads least. packs: one of blocks that pack dout, where that pays.

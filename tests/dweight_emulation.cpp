@@ -93,24 +93,21 @@ static bool emulate(const Geometry& g, const Problem& p) {
 static bool packs_all(const Problem& p) {
     const Tiling& t = p.t;
     const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const UnitShape shape = shape_of_units(p);
-    const LaneElements elements = lane_elements_of(p, shape);
     const int units = units_of_box(p), octets = int(ceil_div(p.C_out, kUnitChannels)), channels = int(p.dout_phase_channels);
     REQUIRE(units <= kMostUnits);
     std::set<std::pair<int, int>> places;
     for (int i = 0; i < units; i++)
-    for (int lane = 0; lane < 32; lane++)
-    for (int e = 0; e < kEach; e++) {
-        const Unit unit = unit_of(p, shape, i);
-        if (!in_box(p, shape, elements, unit, lane, e)) continue;
-        const int row = unit.row + elements.row[e], u = unit.u + lane + elements.u[e];    // of the box, phases included
-        REQUIRE(unit.from + elements.from[e] + lane == (unit.phase_d * ah.out + row) * aw.out + u);
-        const int position = unit.position + lane / aw.phases + elements.position[e], channel = unit.copy_channel + lane % aw.phases * channels;
+    for (int e = 0; e < kUnitElements; e++) {
+        const Unit unit = unit_of(p, i);
+        const int row = unit.row, u = unit.u + e;    // of the box, phases included
+        if (u >= row_elements(p)) continue;
+        REQUIRE(unit.from + e == (unit.phase_d * ah.out + row) * aw.out + u);
+        const int position = unit.position + e / aw.phases, channel = unit.copy_channel + e % aw.phases * channels;
         REQUIRE(position == row / ah.phases * t.pitch + u / aw.phases && position < t.steps * 16 && channel / kRows < t.dout_boxes);
         REQUIRE(channel == ((unit.phase_d * ah.phases + row % ah.phases) * aw.phases + u % aw.phases) * channels + unit.channel && unit.channel < p.C_out);
         REQUIRE(places.insert({position, channel}).second);
     }
-    REQUIRE(int(places.size()) == octets * ad.phases * t.rows * ah.phases * shape.row);
+    REQUIRE(int(places.size()) == octets * ad.phases * t.rows * ah.phases * row_elements(p));
     return true;
 }
 
