@@ -6491,7 +6491,9 @@ inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_
     double products = steps * step * (t.keeps_weights ? 1 : std::max(1.0, latency / lead)) + (t.warpgroups == 3 ? 300 * stages : 0) + 0.68 * boxes * t.planes * t.box_rows * t.pitch * chunk_steps;
     const auto at_least = [&](double cycles) { products = std::max(products, cycles); };
     at_least(boxes * (2150 + t.box_bytes() / 73) / (t.input_stages - 1));    // loads in flight
-    at_least(stages * (700 + 100 * t.items) + boxes * 400);                  // a consumer's instructions, each waiting for the one before
+    // A consumer's instructions, each waiting for the one before; and, where these are few and boxes have a loader of their own, what comes from the L2 cache.
+    if (t.box_loader == 1 && t.chunk == 32 && t.items == 1) at_least(stages * 620 + boxes * 300), at_least(boxes * t.box_bytes() / 21.5);
+    else at_least(stages * (700 + 100 * t.items) + boxes * 400);
     // Two warps issue the copies of the runs' pieces one after another.
     const double pieces = t.warpgroups * (t.tensor_store ? 1.0 : t.region_channels * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)));
     const double copies = t.bulk ? pieces * 28 : 0;
@@ -6728,8 +6730,8 @@ _SOURCES['conv_sm90.cuh'] = r'''
 // the other, so that its epilogue overlaps the other's products; three, of fewer sums each, where epilogues count for more (tiling_sm90.h).
 // An epilogue stages the outputs in shared memory in the order of global memory; the storers send them off by bulk copies.
 // Consumers that have different rows get their weights through a ring each, from a loader each; consumers that have the same rows share
-// one ring and one loader. Where a ring has room for all weights of a row tile, they stay there: a block then has a queue of that row
-// tile's own, and helps with the others when it is empty.
+// one ring, and boxes have the other loader. Where that ring has room for all weights of a row tile, they stay there, and one loader is
+// enough: a block then has a queue of that row tile's own, and helps with the others when it is empty.
 //
 // Fused: the epilogue also leaves, per run and row, the mean and the sum of squared deviations of relu(out), of which
 // conv_statistics.cuh makes the statistics, or blocks of this kernel that also normalize (conv_normalizer.cuh).

@@ -10,8 +10,8 @@
 // the other, so that its epilogue overlaps the other's products; three, of fewer sums each, where epilogues count for more (tiling_sm90.h).
 // An epilogue stages the outputs in shared memory in the order of global memory; the storers send them off by bulk copies.
 // Consumers that have different rows get their weights through a ring each, from a loader each; consumers that have the same rows share
-// one ring and one loader. Where a ring has room for all weights of a row tile, they stay there: a block then has a queue of that row
-// tile's own, and helps with the others when it is empty.
+// one ring, and boxes have the other loader. Where that ring has room for all weights of a row tile, they stay there, and one loader is
+// enough: a block then has a queue of that row tile's own, and helps with the others when it is empty.
 //
 // Fused: the epilogue also leaves, per run and row, the mean and the sum of squared deviations of relu(out), of which
 // conv_statistics.cuh makes the statistics, or blocks of this kernel that also normalize (conv_normalizer.cuh).

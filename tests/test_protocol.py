@@ -37,13 +37,15 @@ class Ring:
 
 
 class Block:
-    def __init__(self, tiles, consumers, rings, weight_stages, buffers, lag):
+    def __init__(self, tiles, consumers, rings, keeps_weights, weight_stages, buffers, lag):
         self.queue, self.consumers, self.rings, self.weight_stages, self.buffers = list(tiles), consumers, rings, weight_stages, buffers
         self.lag = lag
+        self.loaders = 1 if keeps_weights else 2
+        self.box_loader = 0 if keeps_weights or rings == 2 else 1
         self.tiles = [None] * SLOTS
         self.box_full, self.box_empty = ([Barrier(count) for _ in range(BOXES)] for count in (1, consumers))
         self.weight_full, self.weight_empty = ([[Barrier(count) for _ in range(weight_stages)] for _ in range(rings)] for count in (1, consumers // rings))
-        self.tile_full, self.tile_empty = ([Barrier(count) for _ in range(SLOTS)] for count in (1, consumers + 2 + rings))
+        self.tile_full, self.tile_empty = ([Barrier(count) for _ in range(SLOTS)] for count in (1, consumers + 2 + self.loaders))
         self.buffer_free, *self.staged = ([Barrier(1) for _ in range(consumers)] for _ in range(3))
         self.in_use = [None] * consumers         # which consumer's outputs a buffer holds
         self.second_may_begin = False
@@ -70,7 +72,7 @@ class Block:
 
     def storer(self, me):
         slot, tiles, consumer = Ring(SLOTS), 0, me
-        publisher = self.publisher() if me == 1 and self.rings == 2 else iter(())
+        publisher = self.publisher() if me == 1 and self.loaders == 2 else iter(())
 
         def publish():
             for step in publisher:
@@ -105,13 +107,14 @@ class Block:
             if tile is None:
                 break
             for opens_box in tile:
-                if opens_box and me == 0:
+                if opens_box and me == self.box_loader:
                     yield lambda: self.box_empty[box.stage].passed(box.phase ^ 1)
                     self.box_full[box.stage].arrive()
                     box.advance()
-                yield lambda: self.weight_empty[me][weight.stage].passed(weight.phase ^ 1)
-                self.weight_full[me][weight.stage].arrive()
-                weight.advance()
+                if me < self.rings:
+                    yield lambda: self.weight_empty[me][weight.stage].passed(weight.phase ^ 1)
+                    self.weight_full[me][weight.stage].arrive()
+                    weight.advance()
             self.tile_empty[slot.stage].arrive()
             slot.advance()
 
@@ -165,7 +168,7 @@ def waiting_for(passed):
 
 
 def run(block, order):
-    carry_out([block.loader(0), block.loader(1) if block.rings == 2 else block.publishing_alone(), block.storer(0), block.storer(1), *(block.consumer(me) for me in range(block.consumers))], order)
+    carry_out([block.loader(0), block.loader(1) if block.loaders == 2 else block.publishing_alone(), block.storer(0), block.storer(1), *(block.consumer(me) for me in range(block.consumers))], order)
 
 
 def carry_out(roles, order):
@@ -184,8 +187,8 @@ def carry_out(roles, order):
 
 
 @pytest.mark.parametrize("consumers, buffers", [(2, 1), (2, 2), (3, 3)])
-@pytest.mark.parametrize("rings, weight_stages", [(2, 3), (2, 4), (2, 8), (1, 2), (1, 6), (1, 8), (1, 16)])
-def test_nobody_waits_forever(rings, weight_stages, consumers, buffers):
+@pytest.mark.parametrize("rings, keeps_weights, weight_stages", [*((2, False, stages) for stages in (3, 4, 8)), *((1, keeps, stages) for keeps in (False, True) for stages in (2, 6, 8, 16))])
+def test_nobody_waits_forever(rings, keeps_weights, weight_stages, consumers, buffers):
     if consumers > 2 and rings > 1:
         pytest.skip("rings are of two consumers")
     order = random.Random(weight_stages * 2 + buffers)
@@ -194,7 +197,7 @@ def test_nobody_waits_forever(rings, weight_stages, consumers, buffers):
         for _ in range(order.randint(0, 7)):
             boxes, most = order.choice([0, 1, 1, 2, 3, 5, 9]), order.choice([1, 1, 2, 3, 4, 9])
             tiles.append([i == 0 for _ in range(boxes) for i in range(order.randint(1, most))])
-        run(Block(tiles, consumers, rings, weight_stages, buffers, 4 if rings == 2 else order.randint(1, max(1, weight_stages - 3))), order)
+        run(Block(tiles, consumers, rings, keeps_weights, weight_stages, buffers, 4 if rings == 2 else order.randint(1, max(1, weight_stages - 3))), order)
 
 
 class Grid:
