@@ -168,7 +168,7 @@ inline bool cut_boxes(Problem& p, int shared_bytes) {
         const int halo = t.m_over_taps || t.joint ? h.shift[last_tap_h(p, g)] - h.shift[g.th] : 0;
         halo_h = halo > halo_h ? halo : halo_h;
     }
-    const int row_bytes = t.chunk * 2, phases = s.phases();
+    const int row_bytes = t.chunk * 2;
     // Jobs of a block, and the cycles of one: bound by the tensor cores or by shared memory.
     const int jobs = t.joint ? conv::count_bits(t.live_jobs) : t.m_over_taps ? (h.taps < kConsumers ? h.taps : kConsumers) : t.dout_boxes;
     const double product = t.block_n / 2.0, operands = (kRows * 32 + t.block_n * 32) / 128.0;
@@ -191,7 +191,7 @@ inline bool cut_boxes(Problem& p, int shared_bytes) {
         t.dout_bytes = int(dout_bytes), t.x_bytes = int(x_bytes), t.stage_bytes = int(stage), t.stages = int(stages < kMaxStages ? stages : kMaxStages);
         // Cycles of a stage: the products, or the loads, at 18 bytes a cycle, or packing: a packer takes 1250 for a unit, and loads the ends of rows for nothing.
         const double products = t.steps * jobs * (product > operands ? product : operands);
-        const double dout = t.packs ? double(p.C_out) * phases / w.phases * rows * (t.tile_w * w.phases + 16) * 4 : t.dout_boxes * double(rows) * t.tile_w * 128;
+        const double dout = t.packs ? double(p.C_out) * s.axis[0].phases * h.phases * rows * (row_elements(p) + 16) * 4 : t.dout_boxes * double(rows) * t.tile_w * 128;
         const double loads = (dout + double(x_boxes_of(t, Group(t, s, 0))) * box * row_bytes) / 18, packing = t.packs ? ceil_div(units_of_box(p), kPackerWarps) * 1250.0 : 0;
         const double time = (std::max({products, loads, packing}) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
         if (best.block_n == 0 || time < best_time) best = t, best_time = time;

@@ -465,8 +465,10 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
+template <typename T, bool kNorm> int look(const Activation& a, const Weight& p, void* stream) { return launch(look_kernel<T, kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p); }
+
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR(launch(look_kernel<T, kKind == Kind::kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p));
+    RETURN_IF_ERROR((look<T, kKind == Kind::kNorm>(a, p, stream)));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
     RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
     if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
@@ -498,7 +500,7 @@ inline int pack(const Activation& a, const Weight& p, int dtype, int multiproces
 
 // The same where another kernel copies the activation, float32, one operand, no norm: that is looked at, and the weight copied.
 inline int pack_weight_and_look(const Activation& a, const Weight& p, void* stream) {
-    RETURN_IF_ERROR(launch(look_kernel<float, false>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p));
+    RETURN_IF_ERROR((look<float, false>(a, p, stream)));
     const int64_t weight_tiles = tiles_of_weight(p);
     return launch(copy_kernel<float, 32, Kind::kPlain>, weight_tiles, kThreads, stream, a, p, unsigned(weight_tiles), 1u);
 }
