@@ -5073,11 +5073,11 @@ inline int splits_of(const Problem& p, int multiprocessors) {
     return best;
 }
 
-// Where packing dout on its way is faster than a copy of it first (NOTES.md): lanes have the same phase in all of a row's units, which are not half empty, and there is enough to do
-// for all packers and blocks.
+// Whether a block can pack dout: it reads all of a box, and lanes have the same phase in all of a row's units. Known when products are cut.
+inline bool can_pack(const Problem& p) { return p.t.groups == 1 && 32 % p.s.axis[2].phases == 0; }
+// Where that is faster than a copy of dout first (NOTES.md): units are not half empty, and there is enough to do for all packers and blocks. Known when boxes are cut.
 inline bool pays_to_pack(const Problem& p, int multiprocessors) {
-    const Group g(p.t, p.s, 0);
-    return p.t.groups == 1 && 32 % p.s.axis[2].phases == 0 && row_elements(p) > kUnitElements / 2 && units_of_box(p) >= 2 * kPackerWarps && Boxes(p, g).count >= 32 * multiprocessors;
+    return row_elements(p) > kUnitElements / 2 && units_of_box(p) >= 2 * kPackerWarps && Boxes(p, Group(p.t, p.s, 0)).count >= 32 * multiprocessors;
 }
 
 // The tiling; block_n 0 where none fits. A joint one, where there is one, reads least. packs: one of blocks that pack dout, where that pays.
@@ -5086,7 +5086,8 @@ inline Tiling choose_tiling(Problem p, int64_t phase_channels_x, int multiproces
     for (int t = 1; t < w.taps; t++)
         if (w.shift[t] - w.shift[t - 1] != step_w(p.s)) return {};
     for (bool joint : {true, false}) {
-        if ((packs && !joint) || !cut_products(p, phase_channels_x, joint, packs) || !cut_boxes(p, shared_bytes) || (packs && !pays_to_pack(p, multiprocessors))) continue;
+        if ((packs && !joint) || !cut_products(p, phase_channels_x, joint, packs) || (packs && !can_pack(p))) continue;
+        if (!cut_boxes(p, shared_bytes) || (packs && !pays_to_pack(p, multiprocessors))) continue;
         p.t.splits = splits_of(p, multiprocessors);
         return p.t;
     }
@@ -7576,6 +7577,15 @@ struct SharedHead { uint64_t full[kMaxStages], empty[kMaxStages]; };
 
 #ifdef HAS_SM90A
 
+// A block's share of the prologue: barriers, of so many arrivals, and zeros wherever the copies leave gaps.
+template <int kBlockThreads> __device__ __forceinline__ void prepare_stages(SharedHead& head, const Tiling& t, uint8_t* stages, int full, int empty) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < t.stages; i++) mbarrier_init(head.full + i, full), mbarrier_init(head.empty + i, empty);
+        fence_mbarrier_init();
+    }
+    for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kBlockThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);
+}
+
 __device__ __forceinline__ void load_x(const Parameters& a, const CUtensorMap& x_map, const Group& g, const Box& b, uint8_t* stage, uint64_t* full) {
     const Tiling& t = a.p.t;
     const StencilAxis& ad = a.p.s.axis[0];
@@ -7709,12 +7719,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
     const Group g(t, a.p.s, index);
     if (!is_live(a.p, g)) return wait_for_previous_kernel();
 
-    // Prologue: barriers, and zeros wherever the copies leave gaps.
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < t.stages; i++) mbarrier_init(head.full + i, 1), mbarrier_init(head.empty + i, kConsumers * 4);
-        fence_mbarrier_init();
-    }
-    for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);
+    prepare_stages<kThreads>(head, t, stages, 1, kConsumers * 4);
     fence_proxy_async();
     __syncthreads();
     wait_for_previous_kernel();
@@ -7733,6 +7738,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
+// Of the copies of x and dout.
 struct Maps {
     CUtensorMap x, dout;
     int make(const Problem& p, const scaled_half::Activation& x_copy, const scaled_half::Activation& dout_copy) {
@@ -7978,8 +7984,7 @@ constexpr int kPackingN = 64;          // GEMM_N
 constexpr int kPackerThreads = 32 * kPackerWarps, kPackingThreads = kPackerThreads + 128 * kPackingConsumers, kPackerRegisters = 56, kPackingConsumerRegisters = 200;
 static_assert(kPackerThreads * kPackerRegisters + 128 * kPackingConsumers * kPackingConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
-struct PackingHead {
-    uint64_t full[kMaxStages], empty[kMaxStages];
+struct PackingHead : SharedHead {
     Unit units[kMostUnits];
 };
 constexpr int kPackingHeadBytes = 2048;    // a multiple of 1024
@@ -8081,11 +8086,7 @@ packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
         wait_for_previous_kernel();
         if (!scaled_half::any_copied_again(packing.max, int(a.p.N))) return;
     }
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < t.stages; i++) mbarrier_init(head.full + i, 1 + kPackerWarps), mbarrier_init(head.empty + i, kPackingConsumers * 4);
-        fence_mbarrier_init();
-    }
-    for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kPackingThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);    // what is between rows stays so
+    prepare_stages<kPackingThreads>(head, t, stages, 1 + kPackerWarps, kPackingConsumers * 4);
     for (int i = threadIdx.x; i < packing.units; i += kPackingThreads) head.units[i] = unit_of(a.p, i);
     fence_proxy_async();
     __syncthreads();

@@ -12,8 +12,7 @@ constexpr int kPackingN = 64;          // GEMM_N
 constexpr int kPackerThreads = 32 * kPackerWarps, kPackingThreads = kPackerThreads + 128 * kPackingConsumers, kPackerRegisters = 56, kPackingConsumerRegisters = 200;
 static_assert(kPackerThreads * kPackerRegisters + 128 * kPackingConsumers * kPackingConsumerRegisters <= 65536, "the register file of a multiprocessor");
 
-struct PackingHead {
-    uint64_t full[kMaxStages], empty[kMaxStages];
+struct PackingHead : SharedHead {
     Unit units[kMostUnits];
 };
 constexpr int kPackingHeadBytes = 2048;    // a multiple of 1024
@@ -115,11 +114,7 @@ packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
         wait_for_previous_kernel();
         if (!scaled_half::any_copied_again(packing.max, int(a.p.N))) return;
     }
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < t.stages; i++) mbarrier_init(head.full + i, 1 + kPackerWarps), mbarrier_init(head.empty + i, kPackingConsumers * 4);
-        fence_mbarrier_init();
-    }
-    for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kPackingThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);    // what is between rows stays so
+    prepare_stages<kPackingThreads>(head, t, stages, 1 + kPackerWarps, kPackingConsumers * 4);
     for (int i = threadIdx.x; i < packing.units; i += kPackingThreads) head.units[i] = unit_of(a.p, i);
     fence_proxy_async();
     __syncthreads();

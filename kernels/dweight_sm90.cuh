@@ -25,6 +25,15 @@ struct SharedHead { uint64_t full[kMaxStages], empty[kMaxStages]; };
 
 #ifdef HAS_SM90A
 
+// A block's share of the prologue: barriers, of so many arrivals, and zeros wherever the copies leave gaps.
+template <int kBlockThreads> __device__ __forceinline__ void prepare_stages(SharedHead& head, const Tiling& t, uint8_t* stages, int full, int empty) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < t.stages; i++) mbarrier_init(head.full + i, full), mbarrier_init(head.empty + i, empty);
+        fence_mbarrier_init();
+    }
+    for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kBlockThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);
+}
+
 __device__ __forceinline__ void load_x(const Parameters& a, const CUtensorMap& x_map, const Group& g, const Box& b, uint8_t* stage, uint64_t* full) {
     const Tiling& t = a.p.t;
     const StencilAxis& ad = a.p.s.axis[0];
@@ -158,12 +167,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
     const Group g(t, a.p.s, index);
     if (!is_live(a.p, g)) return wait_for_previous_kernel();
 
-    // Prologue: barriers, and zeros wherever the copies leave gaps.
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < t.stages; i++) mbarrier_init(head.full + i, 1), mbarrier_init(head.empty + i, kConsumers * 4);
-        fence_mbarrier_init();
-    }
-    for (int i = threadIdx.x * 16; i < t.stages * t.stage_bytes; i += kThreads * 16) *reinterpret_cast<uint4*>(stages + i) = make_uint4(0, 0, 0, 0);
+    prepare_stages<kThreads>(head, t, stages, 1, kConsumers * 4);
     fence_proxy_async();
     __syncthreads();
     wait_for_previous_kernel();
@@ -182,6 +186,7 @@ dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant_
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
+// Of the copies of x and dout.
 struct Maps {
     CUtensorMap x, dout;
     int make(const Problem& p, const scaled_half::Activation& x_copy, const scaled_half::Activation& dout_copy) {

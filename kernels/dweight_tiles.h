@@ -219,11 +219,11 @@ inline int splits_of(const Problem& p, int multiprocessors) {
     return best;
 }
 
-// Where packing dout on its way is faster than a copy of it first (NOTES.md): lanes have the same phase in all of a row's units, which are not half empty, and there is enough to do
-// for all packers and blocks.
+// Whether a block can pack dout: it reads all of a box, and lanes have the same phase in all of a row's units. Known when products are cut.
+inline bool can_pack(const Problem& p) { return p.t.groups == 1 && 32 % p.s.axis[2].phases == 0; }
+// Where that is faster than a copy of dout first (NOTES.md): units are not half empty, and there is enough to do for all packers and blocks. Known when boxes are cut.
 inline bool pays_to_pack(const Problem& p, int multiprocessors) {
-    const Group g(p.t, p.s, 0);
-    return p.t.groups == 1 && 32 % p.s.axis[2].phases == 0 && row_elements(p) > kUnitElements / 2 && units_of_box(p) >= 2 * kPackerWarps && Boxes(p, g).count >= 32 * multiprocessors;
+    return row_elements(p) > kUnitElements / 2 && units_of_box(p) >= 2 * kPackerWarps && Boxes(p, Group(p.t, p.s, 0)).count >= 32 * multiprocessors;
 }
 
 // The tiling; block_n 0 where none fits. A joint one, where there is one, reads least. packs: one of blocks that pack dout, where that pays.
@@ -232,7 +232,8 @@ inline Tiling choose_tiling(Problem p, int64_t phase_channels_x, int multiproces
     for (int t = 1; t < w.taps; t++)
         if (w.shift[t] - w.shift[t - 1] != step_w(p.s)) return {};
     for (bool joint : {true, false}) {
-        if ((packs && !joint) || !cut_products(p, phase_channels_x, joint, packs) || !cut_boxes(p, shared_bytes) || (packs && !pays_to_pack(p, multiprocessors))) continue;
+        if ((packs && !joint) || !cut_products(p, phase_channels_x, joint, packs) || (packs && !can_pack(p))) continue;
+        if (!cut_boxes(p, shared_bytes) || (packs && !pays_to_pack(p, multiprocessors))) continue;
         p.t.splits = splits_of(p, multiprocessors);
         return p.t;
     }

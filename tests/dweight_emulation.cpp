@@ -146,7 +146,7 @@ int main(int, char** arguments) {
         joint += p.t.joint;
         if (p.t.block_n == 0) continue;
         bool right = fits(p.t, shared_bytes) && emulate(g, p);
-        if (right && cut_products(p, conv::padded_channels(g.C_in), true, true) && p.t.groups == 1 && 32 % p.s.axis[2].phases == 0 && cut_boxes(p, shared_bytes)) {    // whether it pays or not
+        if (right && cut_products(p, conv::padded_channels(g.C_in), true, true) && can_pack(p) && cut_boxes(p, shared_bytes)) {    // whether it pays or not
             p.t.splits = splits_of(p, multiprocessors);
             right = fits(p.t, shared_bytes) && packs_all(p) && emulate(g, p);
             packing++;
