@@ -3907,7 +3907,8 @@ struct Tiling {
     int warpgroups;                            // that multiply
     int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
     int split_m;                               // 1: the warpgroups, two of them, have the same positions, other rows; 0: the other way round
-    int chunk;                                 // source channels of a stage: 16, 32 or 64
+    int chunk, chunk_phases;                   // source channels of a stage: 16, 32 or 64; neighbouring phases of W that they are of
+    int live_w[kMaxStride];                    // bit t: such phases, this one the first, have a weight at tap t
     int phase_channels, C_pad;                 // source channels of GEMM_K: of each phase, of all
     int k_parts, part_channels;                // parts of GEMM_K, which are added in the end; source channels of each
     int split, products, group_tiles;          // channels of a group where operands are split (else 0), products of a tap, row tiles of a group
@@ -4042,6 +4043,15 @@ inline bool can_split(const Geometry& g) {
     return (group_in == 8 || group_in == 16 || group_in == 32) && g.C_out / g.groups % 8 == 0;
 }
 
+// Makes a stage of all channels of so many phases of W, at all taps of any of them: some products are with zeros, but stages are fewer, and rows of memory longer.
+inline bool join_phases(Tiling& t, const StencilAxis& w, int count) {
+    if (count > 1 && (w.source_phases % count != 0 || t.chunk < t.phase_channels || t.chunk * count > 64)) return false;
+    t.chunk_phases = count, t.chunk *= count;
+    for (int& live : t.live_w) live = 0;
+    for (int phase = 0; phase < w.source_phases; phase++) t.live_w[phase / count * count] |= w.live[phase];
+    return true;
+}
+
 // What the channels are padded to and how many row tiles that makes; needs the packing and split_m. False where groups do not fit.
 inline bool set_channels(Tiling& t, const Stencil& s, int64_t source_channels, int64_t channels, int64_t groups) {
     t.products = 1;
@@ -4054,6 +4064,7 @@ inline bool set_channels(Tiling& t, const Stencil& s, int64_t source_channels, i
         t.group_tiles = channels / groups / (t.rows.octets * 8);
         if (t.split_m || t.group_tiles * t.rows.octets * 8 * groups != channels) return false;
     }
+    join_phases(t, s.axis[2], 1);
     t.C_pad = t.phase_channels * s.source_phases();
     t.k_parts = 1, t.part_channels = t.C_pad;
     t.row_tiles = round_up(s.phases() / t.rows.packed_phases * t.rows.channel_tiles, t.split_m ? 2 : 1);
@@ -4064,7 +4075,7 @@ inline bool set_channels(Tiling& t, const Stencil& s, int64_t source_channels, i
 
 // Cuts GEMM_K into `parts` of whole stages, and of whole phases of the source where it has several. False where that does not go.
 inline bool cut_channels(Tiling& t, const Stencil& s, int parts) {
-    if (parts > 1 && s.source_phases() > 1 && s.source_phases() % parts != 0) return false;
+    if (parts > 1 && s.source_phases() > 1 && s.source_phases() % (parts * t.chunk_phases) != 0) return false;
     t.k_parts = parts, t.part_channels = int(ceil_div(t.C_pad / t.chunk, parts)) * t.chunk;
     return int64_t(t.part_channels) * (parts - 1) < t.C_pad;
 }
@@ -4102,8 +4113,8 @@ HOST_DEVICE int place_of_bit(int bits, int rank) {
 // A phase of the source, of each axis.
 struct SourcePhase {
     int d = 0, h = 0, w = 0;
-    HOST_DEVICE void advance(const Stencil& s) {
-        if (++w == s.axis[2].source_phases) w = 0, h++;
+    HOST_DEVICE void advance(const Stencil& s, int count = 1) {    // of W, which that divides
+        if ((w += count) == s.axis[2].source_phases) w = 0, h++;
         if (h == s.axis[1].source_phases) h = 0, d++;
     }
 };
@@ -4124,17 +4135,24 @@ inline double largest_part(const Tiling& t, const Stencil& s) {
     return double(largest) / all;
 }
 
+// The taps w of all source phases, those included at which only one has a weight that it is joined with.
+inline int taps_w_of_phases(const Tiling& t, const StencilAxis& w) {
+    int taps = 0;
+    for (int phase = 0; phase < w.source_phases; phase++) taps += count_bits(t.live_w[phase / t.chunk_phases * t.chunk_phases]);
+    return taps;
+}
+
 // What a tile has on average: steps of 16 source channels at a tap, bytes of outputs, and boxes.
 inline double steps_of(const Tiling& t, const Stencil& s) {
-    int kernel_taps = 1;    // with a weight, of all source phases
-    for (const StencilAxis& a : s.axis) kernel_taps *= a.source_phases > 1 ? a.kernel : a.taps;
+    int kernel_taps = 1;    // with a weight, of all source phases, and those that are joined with them
+    for (const StencilAxis& a : s.axis) kernel_taps *= a.source_phases == 1 ? a.taps : &a == s.axis + 2 ? taps_w_of_phases(t, a) : a.kernel;
     const int phases_d = s.axis[0].phases;
     return double(kernel_taps) * t.products * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (phases_d + 1.0) / (2.0 * phases_d)) * (t.packed[1] || s.axis[1].phases == 1 ? 1.0 : 0.75);
 }
 inline double out_bytes_of(const Tiling& t) { return 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8; }
 inline double boxes_of(const Tiling& t, const Stencil& s) {
-    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
-    return double(t.phase_channels / t.chunk) * (t.taps_per_box == 1 ? h.taps : 1) * w.source_phases * h.source_phases * (d.source_phases > 1 ? d.kernel : d.taps);
+    const StencilAxis &d = s.axis[0], &h = s.axis[1];
+    return double(t.C_pad / t.chunk / d.source_phases) * (t.taps_per_box == 1 ? h.taps : 1) * (d.source_phases > 1 ? d.kernel : d.taps);
 }
 
 }  // namespace conv
@@ -4246,7 +4264,7 @@ struct Cursor {
         const StencilAxis &ad = p->s.axis[0], &ah = p->s.axis[1], &aw = p->s.axis[2];
         while (true) {
             c += p->t.chunk, phase_c += p->t.chunk;
-            if (phase_c == p->t.phase_channels) phase_c = 0, phase.advance(p->s);
+            if (phase_c >= p->t.phase_channels) phase_c = 0, phase.advance(p->s, p->t.chunk_phases);
             if (c >= c_end) {
                 first += p->t.taps_per_box;
                 if (first >= ah.taps) {
@@ -4260,7 +4278,7 @@ struct Cursor {
             live_h = tile_live & ((1 << p->t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p->t.phase_channels < p->t.C_pad) {
                 if (!(ad.live[phase.d] >> td & 1)) continue;
-                live_h &= ah.live[phase.h], live_w = aw.live[phase.w];
+                live_h &= ah.live[phase.h], live_w = p->t.live_w[phase.w];
             }
             if (live_h == 0 || live_w == 0) continue;
             if (p->t.item_taps > 1) live_w = 1;             // all taps w are one stage,
@@ -4653,6 +4671,8 @@ template <typename Path> Plan make_plan(const Geometry& g, Direction direction, 
         const bool split = forward && splits_groups(g);
         if (!split || can_split(g))
             plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.third ? 3 * plan.third : plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
+        const StencilAxis& w = plan.problem.s.axis[2];
+        plan.repairs |= plan.problem.t.block_n > 0 && w.source_phases > 1 && taps_w_of_phases(plan.problem.t, w) > w.kernel;
     }
     return plan;
 }
@@ -6521,6 +6541,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int block_n : {232, 224, 200, 192, 160, 136, 128, 88, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
+    for (int chunk_phases : {1, 2, 4})
     for (bool half_chunk : {false, true})
     for (int planes : {1, warpgroups})
     for (int input_stages : {2, 3, 4, 6})
@@ -6536,7 +6557,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
         if (!set_channels(t, s, source_channels, channels, groups)) continue;
-        if (half_chunk && (warpgroups == 2 || t.split || t.chunk < 64)) continue;    // where three consumers leave room for no more
+        if (!join_phases(t, w, chunk_phases)) continue;
+        if (half_chunk && (warpgroups == 2 || chunk_phases > 1 || t.split || t.chunk < 64)) continue;    // where three consumers leave room for no more
         if (half_chunk) t.chunk /= 2;
         const bool many = item_taps > 1;
         if (!is_built(block_n, t.chunk, many)) continue;

@@ -103,7 +103,7 @@ struct Cursor {
         const StencilAxis &ad = p->s.axis[0], &ah = p->s.axis[1], &aw = p->s.axis[2];
         while (true) {
             c += p->t.chunk, phase_c += p->t.chunk;
-            if (phase_c == p->t.phase_channels) phase_c = 0, phase.advance(p->s);
+            if (phase_c >= p->t.phase_channels) phase_c = 0, phase.advance(p->s, p->t.chunk_phases);
             if (c >= c_end) {
                 first += p->t.taps_per_box;
                 if (first >= ah.taps) {
@@ -117,7 +117,7 @@ struct Cursor {
             live_h = tile_live & ((1 << p->t.taps_per_box) - 1) << first, live_w = (1 << aw.taps) - 1;
             if (p->t.phase_channels < p->t.C_pad) {
                 if (!(ad.live[phase.d] >> td & 1)) continue;
-                live_h &= ah.live[phase.h], live_w = aw.live[phase.w];
+                live_h &= ah.live[phase.h], live_w = p->t.live_w[phase.w];
             }
             if (live_h == 0 || live_w == 0) continue;
             if (p->t.item_taps > 1) live_w = 1;             // all taps w are one stage,

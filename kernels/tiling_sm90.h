@@ -92,6 +92,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int block_n : {232, 224, 200, 192, 160, 136, 128, 88, 64})
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
+    for (int chunk_phases : {1, 2, 4})
     for (bool half_chunk : {false, true})
     for (int planes : {1, warpgroups})
     for (int input_stages : {2, 3, 4, 6})
@@ -107,7 +108,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
         if (!set_channels(t, s, source_channels, channels, groups)) continue;
-        if (half_chunk && (warpgroups == 2 || t.split || t.chunk < 64)) continue;    // where three consumers leave room for no more
+        if (!join_phases(t, w, chunk_phases)) continue;
+        if (half_chunk && (warpgroups == 2 || chunk_phases > 1 || t.split || t.chunk < 64)) continue;    // where three consumers leave room for no more
         if (half_chunk) t.chunk /= 2;
         const bool many = item_taps > 1;
         if (!is_built(block_n, t.chunk, many)) continue;

@@ -86,7 +86,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
     std::set<std::pair<int64_t, int>> moments;    // (set, channel) that a row leaves
     const std::vector<float> weights = pack(direction, g, p, C, w);
     const int phases_d = packed_phases(t, p.s, 0), phases_h = packed_phases(t, p.s, 1);
-    const int chunk = int(random() % (t.phase_channels / t.chunk)) * t.chunk;    // of each phase: the one that the channels are in
+    const int chunk = t.chunk_phases > 1 ? 0 : int(random() % (t.phase_channels / t.chunk)) * t.chunk;    // of each phase: the one that the channels are in
     auto put = [&](int64_t at, float v) { out.values[at] = v, written[at]++; };
     for (int64_t index = 0; index < t.tiles; index++)
     for (int warpgroup = 0; warpgroup < t.warpgroups; warpgroup++) {
@@ -99,7 +99,8 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
         while (at.next_box()) for (int i = 0; i < BoxTaps(at).count; i++) {
             const BoxTaps::Tap tap = BoxTaps(at)[i];
             if (at.c % t.phase_channels != chunk) continue;
-            const int phase = at.c / t.phase_channels, phase_d = phase / aw->source_phases / ah->source_phases, phase_h = phase / aw->source_phases % ah->source_phases, phase_w = phase % aw->source_phases;
+            for (int phase = at.c / t.phase_channels, joined = 0; joined < t.chunk_phases; joined++, phase++) {
+            const int phase_d = phase / aw->source_phases / ah->source_phases, phase_h = phase / aw->source_phases % ah->source_phases, phase_w = phase % aw->source_phases;
             for (int item = 0; item < t.items; item++)
             for (int q = 0; q < t.block_n; q++) {
                 const int row = run.b_row + q + tap.rows + rows_of_item(p, item);    // of shared memory
@@ -112,6 +113,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
                 for (int c = 0; c < C; c++) source[c] = is_element ? x.at(tile.sample, c, od, oh, ow) : loaded || margin ? 0.0f : NAN;
                 for (int r = 0; r < kRows; r++)
                     for (int c = 0; c < C; c++) sums[r * t.block_n + q] += source[c] * weights[((size_t(tap.tap + item) * t.M_pad + run.row_tile * kRows + r) * source_phases + phase) * C + c];
+            }
             }
         }
         for (int r = 0; r < kRows; r++) {
@@ -190,7 +192,7 @@ int main(int, char** arguments) {
     std::mt19937 random(std::atoi(arguments[2]));
     if (!divides(random)) return 1;
     auto below = [&](int n) { return int(random() % n); };
-    int done = 0, planes = 0, parts = 0;
+    int done = 0, planes = 0, parts = 0, joined = 0;
     while (done < std::atoi(arguments[1])) {
         const Direction direction = below(3) ? Direction::kForward : Direction::kDInput;
         Geometry g = {1 + below(2), 1 + below(2), 1 + below(70), 1, {}};
@@ -213,13 +215,13 @@ int main(int, char** arguments) {
         const int channels = int(forward ? g.C_in : g.C_out) + (below(2) ? 0 : below(400));    // as if there were more: work to be divided
         p.t = sm80 ? conv_sm80::choose_tiling(p.s, g.N, channels, p.C_out, 1, multiprocessors, sm80_bytes)
                    : conv_sm90::choose_tiling(p.s, g.N, channels, p.C_out, 1, multiprocessors);
-        done++, planes += p.t.planes > 1, parts += p.t.k_parts > 1;
+        done++, planes += p.t.planes > 1, parts += p.t.k_parts > 1, joined += p.t.chunk_phases > 1;
         if (p.t.block_n == 0 || (fits(p.t, p.s.axis[2], sm80 ? sm80_bytes : conv_sm90::kSharedBytes) && emulate(direction, g, p))) continue;
         std::printf("%s on %s: N %d, channels %d -> %d, block_n %d, strips %d", forward ? "forward" : "dx", sm80 ? "sm_80" : "sm_90", int(g.N), int(g.C_in), int(g.C_out), p.t.block_n, p.t.strips);
         for (const Axis& a : g.axis) std::printf(", (in %d, out %d, kernel %d, stride %d, padding %d, dilation %d)", int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation));
         std::printf("\n");
         return 1;
     }
-    std::printf("%d shapes, %d with tiles of several planes, %d with parts of GEMM_K\n", done, planes, parts);
+    std::printf("%d shapes, %d with tiles of several planes, %d with parts of GEMM_K, %d with joined phases\n", done, planes, parts, joined);
     return 0;
 }
