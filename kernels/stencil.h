@@ -1,10 +1,11 @@
 // A transposed convolution of any stride, and its gradient, as a convolution of stride 1.
 //
-// Output o of an axis has u = o + padding = stride * q + r with phase r in [0, stride). Input i reaches it through tap k where
-// u = stride * i + dilation * k: then r = dilation * k mod stride, and i = q - m with m = dilation * k div stride. So each tap k
+// Output o of an axis has u = o + padding + start = stride * q + r with phase r in [0, stride). Input i reaches it through tap k where
+// u = stride * i + dilation * k + start: then r = (dilation * k + start) mod stride, and i = q - m with m = (dilation * k + start) div stride. So each tap k
 // belongs to one phase r and one shift m, and the layer is a convolution of stride 1 on the grid of the q, with one output
 // channel per (channel, phase), and taps (m). Backwards, for dx, the grid of the q is the source, its (channel, phase) pairs are
-// the source channels, and i reads q = i + m. Not every phase has a weight at every shift.
+// the source channels, and i reads q = i + m. Not every phase has a weight at every shift. Any start in [0, stride) will do: the one with the fewest taps, then positions, is
+// taken, so that a kernel of 3 and stride 2 that doubles sizes has as many positions as inputs.
 #pragma once
 
 #include "geometry.h"
@@ -68,23 +69,32 @@ HOST_DEVICE TapPhase place_of_kernel(const Stencil& s, int k) {
     return {(d.tap_of[kd] * h.taps + h.tap_of[kh]) * w.taps + w.tap_of[kw], (d.phase_of[kd] * h.phases * h.source_phases + h.phase_of[kh]) * w.phases * w.source_phases + w.phase_of[kw]};
 }
 
-inline StencilAxis make_forward_axis(const Axis& a) {
+inline StencilAxis make_forward_axis(const Axis& a, int start) {
     StencilAxis s = {};
     s.kernel = a.kernel;
-    s.phases = a.stride, s.crop = a.padding % a.stride, s.out = a.out;
+    s.phases = a.stride, s.crop = (a.padding + start) % a.stride, s.out = a.out;
     s.source_phases = 1, s.source_out = s.sources = a.in;
-    s.first = a.padding / a.stride;
-    s.positions = (a.out - 1 + a.padding) / a.stride - s.first + 1;
+    s.first = (a.padding + start) / a.stride;
+    s.positions = (a.out - 1 + s.crop) / a.stride + 1;
     for (auto& phases : s.kernel_of)
         for (int8_t& k : phases) k = -1;
     for (int k = 0; k < s.kernel; k++) {
-        const int shift = k * a.dilation / a.stride, phase = k * a.dilation % a.stride;
+        const int shift = (k * a.dilation + start) / a.stride, phase = (k * a.dilation + start) % a.stride;
         if (s.taps == 0 || s.shift[s.taps - 1] != shift) s.shift[s.taps++] = shift;
         s.live[phase] |= 1 << (s.taps - 1);
         s.kernel_of[s.taps - 1][phase] = k;
         s.tap_of[k] = s.taps - 1, s.phase_of[k] = phase;
     }
     return s;
+}
+
+inline StencilAxis make_forward_axis(const Axis& a) {
+    StencilAxis best = make_forward_axis(a, 0);
+    for (int start = 1; start < a.stride; start++) {
+        const StencilAxis s = make_forward_axis(a, start);
+        if (s.taps < best.taps || (s.taps == best.taps && s.positions < best.positions)) best = s;
+    }
+    return best;
 }
 
 // The forward axis the other way round: the source's position is first + p - shift with the shifts counted from the largest on.
@@ -109,7 +119,7 @@ inline StencilAxis make_dinput_axis(const Axis& a) {
 }
 
 inline Stencil make_stencil(Direction direction, const Geometry& g) {
-    const auto make = direction == Direction::kForward ? make_forward_axis : make_dinput_axis;
+    const auto make = [&](const Axis& a) { return direction == Direction::kForward ? make_forward_axis(a) : make_dinput_axis(a); };
     return {{make(g.axis[0]), make(g.axis[1]), make(g.axis[2])}};
 }
 
