@@ -55,6 +55,7 @@ PLAIN = [
     ((2, 64, 12, 16, 16), 32, 4, 2, 1, 0, 1),           # three consumers, the last one with a single row
     ((1, 32, 4, 20, 128), 32, 3, 2, 1, 0, 1),           # sectors of memory that two runs share
     ((2, 64, 8, 32, 32), 32, 2, 2, 0, 0, 1),            # phases staged as vectors
+    ((2, 32, 8, 16, 16), 16, 3, 2, 1, 1, 1),            # dx: a stage of two phases, at taps of either; sizes that are doubled
     ((2, 320, 7, 8, 8), 96, 3, 1, 1, 0, 1),             # tiles of several planes, GEMM_K in parts
     ((1, 200, 5, 9, 9), 40, 3, 1, 1, 0, 1),             # GEMM_K in parts
     ((2, 320, 8, 8, 8), 256, 2, 2, 0, 0, 1),            # tiles of several planes
@@ -66,6 +67,7 @@ PLAIN = [
 FLOAT32 = [    # as PLAIN: strides where cuDNN's forward is float32-accurate, its gradients are not
     ((2, 64, 6, 20, 20), 64, (1, 2, 2), (1, 2, 2), 0, 0, 1), ((2, 320, 4, 10, 12), 320, (1, 2, 2), (1, 2, 2), 0, 0, 1), ((1, 640, 4, 9, 11), 40, (2, 1, 2), (2, 1, 2), 0, 0, 1),
     ((1, 32, 7, 9, 11), 48, 5, 3, 2, 1, 1), ((1, 200, 5, 6, 7), 24, 4, 4, 0, 0, 1), ((1, 12, 9, 14, 31), 36, (3, 4, 5), (1, 3, 2), 1, 0, 1), ((2, 32, 8, 9, 10), 32, 2, 2, 1, 0, 2),
+    ((1, 32, 5, 9, 14), 12, 4, 4, 0, 0, 1),             # dx: a stage of four phases
 ]
 GROUPED = [((2, 32, 8, 16, 16), 32, 4, 3, 2, 1, 0, 1), ((2, 64, 8, 16, 18), 32, 2, 3, 1, 1, 0, 1), ((1, 48, 9, 14, 18), 96, 4, (3, 2, 5), 2, 1, 1, 1)]
 
@@ -254,11 +256,11 @@ def test_gradients_over_twelve_decades(spread, stride):
     assert worst_relative_error(dw, dw_truth, dims) <= limit
 
 
-@pytest.mark.parametrize("groups, stride", [(1, 1), (1, 2), (4, 2)])
+@pytest.mark.parametrize("channels, groups, stride", [(64, 1, 1), (64, 1, 2), (64, 4, 2), (16, 1, 2)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_gradients_stay_where_they_are(value, groups, stride):
-    x, w = tensors((2, 32, 10, 12, 16), 64 // groups, 3)
-    sizes = (stride, 1, 0, groups, 1)
+def test_non_finite_gradients_stay_where_they_are(value, channels, groups, stride):
+    x, w = tensors((2, 32, 10, 12, 16), channels // groups, 3)
+    sizes = (stride, 1, stride - 1, groups, 1)
     grad = torch.randn_like(F.conv_transpose3d(x, w, None, *sizes))
     grad[1, 3, 4, 5, 6] = value
     dx = gradients(model_new.conv_transpose3d, x, w, grad, sizes)[0]
