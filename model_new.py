@@ -4261,7 +4261,7 @@ struct Cursor {
     int live_h = 0, live_w = 0;         // of the box: bit t tells that tap t has weights
     int td, first, c;                   // tap (d), first tap (h), channel of GEMM_K
     int phase_c = 0;                    // c within the phase of the source: counted, since a division takes a warp 100 cycles
-    SourcePhase phase, first_phase;
+    SourcePhase phase, first_phase;     // of the box, the first one where it has several; of the part
 
     // Before the first box of a tile.
     HOST_DEVICE Cursor(const Problem& p, const Tile& tile)
