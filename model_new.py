@@ -4053,9 +4053,9 @@ inline bool can_split(const Geometry& g) {
     return (group_in == 8 || group_in == 16 || group_in == 32) && g.C_out / g.groups % 8 == 0;
 }
 
-// Makes a stage of all channels of so many phases of W, at all taps of any of them: some products are with zeros, but stages are fewer, and rows of memory longer.
+// Makes a stage of all channels of so many phases of W, which divide them, at all taps of any of them: some products are with zeros, but stages are fewer, and rows of memory longer.
 inline bool join_phases(Tiling& t, const StencilAxis& w, int count) {
-    if (count > 1 && (w.source_phases % count != 0 || t.chunk < t.phase_channels || t.chunk * count > 64)) return false;
+    if (count > 1 && (t.chunk < t.phase_channels || t.chunk * count > 64)) return false;
     t.chunk_phases = count, t.chunk *= count;
     for (int& live : t.live_w) live = 0;
     for (int phase = 0; phase < w.source_phases; phase++) t.live_w[phase / count * count] |= w.live[phase];
@@ -6556,6 +6556,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int planes : {1, warpgroups})
     for (int input_stages : {2, 3, 4, 6})
     for (int item_taps : {h.taps * w.taps, w.taps, 1}) {
+        if (w.source_phases % chunk_phases != 0) continue;
         if ((warpgroups == 3) != (block_n == 136) || (warpgroups == 3 && split_m)) continue;    // as many sums as there are registers for
         if (planes > 1 && (split_m || d.positions == 1)) continue;
         Tiling t = {};

@@ -156,9 +156,9 @@ inline bool can_split(const Geometry& g) {
     return (group_in == 8 || group_in == 16 || group_in == 32) && g.C_out / g.groups % 8 == 0;
 }
 
-// Makes a stage of all channels of so many phases of W, at all taps of any of them: some products are with zeros, but stages are fewer, and rows of memory longer.
+// Makes a stage of all channels of so many phases of W, which divide them, at all taps of any of them: some products are with zeros, but stages are fewer, and rows of memory longer.
 inline bool join_phases(Tiling& t, const StencilAxis& w, int count) {
-    if (count > 1 && (w.source_phases % count != 0 || t.chunk < t.phase_channels || t.chunk * count > 64)) return false;
+    if (count > 1 && (t.chunk < t.phase_channels || t.chunk * count > 64)) return false;
     t.chunk_phases = count, t.chunk *= count;
     for (int& live : t.live_w) live = 0;
     for (int phase = 0; phase < w.source_phases; phase++) t.live_w[phase / count * count] |= w.live[phase];

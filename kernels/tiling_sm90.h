@@ -97,6 +97,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int planes : {1, warpgroups})
     for (int input_stages : {2, 3, 4, 6})
     for (int item_taps : {h.taps * w.taps, w.taps, 1}) {
+        if (w.source_phases % chunk_phases != 0) continue;
         if ((warpgroups == 3) != (block_n == 136) || (warpgroups == 3 && split_m)) continue;    // as many sums as there are registers for
         if (planes > 1 && (split_m || d.positions == 1)) continue;
         Tiling t = {};
