@@ -1267,7 +1267,7 @@ HOST_DEVICE TapPhase place_of_kernel(const Stencil& s, int k) {
     return {(d.tap_of[kd] * h.taps + h.tap_of[kh]) * w.taps + w.tap_of[kw], (d.phase_of[kd] * h.phases * h.source_phases + h.phase_of[kh]) * w.phases * w.source_phases + w.phase_of[kw]};
 }
 
-inline StencilAxis make_forward_axis(const Axis& a, int start) {
+inline StencilAxis forward_axis_from(const Axis& a, int start) {
     StencilAxis s = {};
     s.kernel = a.kernel;
     s.phases = a.stride, s.crop = (a.padding + start) % a.stride, s.out = a.out;
@@ -1287,9 +1287,9 @@ inline StencilAxis make_forward_axis(const Axis& a, int start) {
 }
 
 inline StencilAxis make_forward_axis(const Axis& a) {
-    StencilAxis best = make_forward_axis(a, 0);
+    StencilAxis best = forward_axis_from(a, 0);
     for (int start = 1; start < a.stride; start++) {
-        const StencilAxis s = make_forward_axis(a, start);
+        const StencilAxis s = forward_axis_from(a, start);
         if (s.taps < best.taps || (s.taps == best.taps && s.positions < best.positions)) best = s;
     }
     return best;
@@ -1317,7 +1317,7 @@ inline StencilAxis make_dinput_axis(const Axis& a) {
 }
 
 inline Stencil make_stencil(Direction direction, const Geometry& g) {
-    const auto make = [&](const Axis& a) { return direction == Direction::kForward ? make_forward_axis(a) : make_dinput_axis(a); };
+    const auto make = direction == Direction::kForward ? make_forward_axis : make_dinput_axis;
     return {{make(g.axis[0]), make(g.axis[1]), make(g.axis[2])}};
 }
 
@@ -3918,7 +3918,7 @@ struct Tiling {
     int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
     int split_m;                               // 1: the warpgroups, two of them, have the same positions, other rows; 0: the other way round
     int chunk, chunk_phases;                   // source channels of a stage: 16, 32 or 64; neighbouring phases of W that they are of
-    int live_w[kMaxStride];                    // bit t: such phases, this one the first, have a weight at tap t
+    int live_w[kMaxStride];                    // of a phase, bit t: it or another of its stage has a weight at tap t
     int phase_channels, C_pad;                 // source channels of GEMM_K: of each phase, of all
     int k_parts, part_channels;                // parts of GEMM_K, which are added in the end; source channels of each
     int split, products, group_tiles;          // channels of a group where operands are split (else 0), products of a tap, row tiles of a group
@@ -4057,8 +4057,10 @@ inline bool can_split(const Geometry& g) {
 inline bool join_phases(Tiling& t, const StencilAxis& w, int count) {
     if (count > 1 && (t.chunk < t.phase_channels || t.chunk * count > 64)) return false;
     t.chunk_phases = count, t.chunk *= count;
-    for (int& live : t.live_w) live = 0;
-    for (int phase = 0; phase < w.source_phases; phase++) t.live_w[phase / count * count] |= w.live[phase];
+    for (int phase = 0; phase < w.source_phases; phase++) {
+        t.live_w[phase] = 0;
+        for (int i = 0; i < count; i++) t.live_w[phase] |= w.live[phase / count * count + i];
+    }
     return true;
 }
 
@@ -4148,7 +4150,7 @@ inline double largest_part(const Tiling& t, const Stencil& s) {
 // The taps w of all source phases, those included at which only one has a weight that it is joined with.
 inline int taps_w_of_phases(const Tiling& t, const StencilAxis& w) {
     int taps = 0;
-    for (int phase = 0; phase < w.source_phases; phase++) taps += count_bits(t.live_w[phase / t.chunk_phases * t.chunk_phases]);
+    for (int phase = 0; phase < w.source_phases; phase++) taps += count_bits(t.live_w[phase]);
     return taps;
 }
 
@@ -4682,7 +4684,7 @@ template <typename Path> Plan make_plan(const Geometry& g, Direction direction, 
         if (!split || can_split(g))
             plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.third ? 3 * plan.third : plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
         const StencilAxis& w = plan.problem.s.axis[2];
-        plan.repairs |= plan.problem.t.block_n > 0 && w.source_phases > 1 && taps_w_of_phases(plan.problem.t, w) > w.kernel;
+        plan.repairs |= plan.problem.t.block_n > 0 && w.source_phases > 1 && taps_w_of_phases(plan.problem.t, w) > w.kernel;    // joined with others
     }
     return plan;
 }
@@ -6568,7 +6570,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
         if (!set_channels(t, s, source_channels, channels, groups)) continue;
-        if (!join_phases(t, w, chunk_phases)) continue;
+        if (chunk_phases > 1 && !join_phases(t, w, chunk_phases)) continue;
         if (half_chunk && (warpgroups == 2 || chunk_phases > 1 || t.split || t.chunk < 64)) continue;    // where three consumers leave room for no more
         if (half_chunk) t.chunk /= 2;
         const bool many = item_taps > 1;

@@ -63,7 +63,7 @@ template <typename Path> Plan make_plan(const Geometry& g, Direction direction, 
         if (!split || can_split(g))
             plan.problem.t = Path::choose_tiling(plan.problem.s, g.N, plan.third ? 3 * plan.third : plan.source_channels, plan.problem.C_out, split ? g.groups : 1, plan.multiprocessors, device);
         const StencilAxis& w = plan.problem.s.axis[2];
-        plan.repairs |= plan.problem.t.block_n > 0 && w.source_phases > 1 && taps_w_of_phases(plan.problem.t, w) > w.kernel;
+        plan.repairs |= plan.problem.t.block_n > 0 && w.source_phases > 1 && taps_w_of_phases(plan.problem.t, w) > w.kernel;    // joined with others
     }
     return plan;
 }

@@ -21,7 +21,7 @@ struct Tiling {
     int block_n;                               // GEMM_N of a warpgroup: at least the span of its run, gaps between rows included
     int split_m;                               // 1: the warpgroups, two of them, have the same positions, other rows; 0: the other way round
     int chunk, chunk_phases;                   // source channels of a stage: 16, 32 or 64; neighbouring phases of W that they are of
-    int live_w[kMaxStride];                    // bit t: such phases, this one the first, have a weight at tap t
+    int live_w[kMaxStride];                    // of a phase, bit t: it or another of its stage has a weight at tap t
     int phase_channels, C_pad;                 // source channels of GEMM_K: of each phase, of all
     int k_parts, part_channels;                // parts of GEMM_K, which are added in the end; source channels of each
     int split, products, group_tiles;          // channels of a group where operands are split (else 0), products of a tap, row tiles of a group
@@ -160,8 +160,10 @@ inline bool can_split(const Geometry& g) {
 inline bool join_phases(Tiling& t, const StencilAxis& w, int count) {
     if (count > 1 && (t.chunk < t.phase_channels || t.chunk * count > 64)) return false;
     t.chunk_phases = count, t.chunk *= count;
-    for (int& live : t.live_w) live = 0;
-    for (int phase = 0; phase < w.source_phases; phase++) t.live_w[phase / count * count] |= w.live[phase];
+    for (int phase = 0; phase < w.source_phases; phase++) {
+        t.live_w[phase] = 0;
+        for (int i = 0; i < count; i++) t.live_w[phase] |= w.live[phase / count * count + i];
+    }
     return true;
 }
 
@@ -251,7 +253,7 @@ inline double largest_part(const Tiling& t, const Stencil& s) {
 // The taps w of all source phases, those included at which only one has a weight that it is joined with.
 inline int taps_w_of_phases(const Tiling& t, const StencilAxis& w) {
     int taps = 0;
-    for (int phase = 0; phase < w.source_phases; phase++) taps += count_bits(t.live_w[phase / t.chunk_phases * t.chunk_phases]);
+    for (int phase = 0; phase < w.source_phases; phase++) taps += count_bits(t.live_w[phase]);
     return taps;
 }
 

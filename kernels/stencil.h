@@ -69,7 +69,7 @@ HOST_DEVICE TapPhase place_of_kernel(const Stencil& s, int k) {
     return {(d.tap_of[kd] * h.taps + h.tap_of[kh]) * w.taps + w.tap_of[kw], (d.phase_of[kd] * h.phases * h.source_phases + h.phase_of[kh]) * w.phases * w.source_phases + w.phase_of[kw]};
 }
 
-inline StencilAxis make_forward_axis(const Axis& a, int start) {
+inline StencilAxis forward_axis_from(const Axis& a, int start) {
     StencilAxis s = {};
     s.kernel = a.kernel;
     s.phases = a.stride, s.crop = (a.padding + start) % a.stride, s.out = a.out;
@@ -89,9 +89,9 @@ inline StencilAxis make_forward_axis(const Axis& a, int start) {
 }
 
 inline StencilAxis make_forward_axis(const Axis& a) {
-    StencilAxis best = make_forward_axis(a, 0);
+    StencilAxis best = forward_axis_from(a, 0);
     for (int start = 1; start < a.stride; start++) {
-        const StencilAxis s = make_forward_axis(a, start);
+        const StencilAxis s = forward_axis_from(a, start);
         if (s.taps < best.taps || (s.taps == best.taps && s.positions < best.positions)) best = s;
     }
     return best;
@@ -119,7 +119,7 @@ inline StencilAxis make_dinput_axis(const Axis& a) {
 }
 
 inline Stencil make_stencil(Direction direction, const Geometry& g) {
-    const auto make = [&](const Axis& a) { return direction == Direction::kForward ? make_forward_axis(a) : make_dinput_axis(a); };
+    const auto make = direction == Direction::kForward ? make_forward_axis : make_dinput_axis;
     return {{make(g.axis[0]), make(g.axis[1]), make(g.axis[2])}};
 }
 

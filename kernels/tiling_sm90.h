@@ -109,7 +109,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (t.rows.packed_phases > 8) continue;
         t.rows.octets = 8 / t.rows.packed_phases;
         if (!set_channels(t, s, source_channels, channels, groups)) continue;
-        if (!join_phases(t, w, chunk_phases)) continue;
+        if (chunk_phases > 1 && !join_phases(t, w, chunk_phases)) continue;
         if (half_chunk && (warpgroups == 2 || chunk_phases > 1 || t.split || t.chunk < 64)) continue;    // where three consumers leave room for no more
         if (half_chunk) t.chunk /= 2;
         const bool many = item_taps > 1;

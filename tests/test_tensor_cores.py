@@ -256,11 +256,11 @@ def test_gradients_over_twelve_decades(spread, stride):
     assert worst_relative_error(dw, dw_truth, dims) <= limit
 
 
-@pytest.mark.parametrize("channels, groups, stride", [(64, 1, 1), (64, 1, 2), (64, 4, 2), (16, 1, 2)])
+@pytest.mark.parametrize("channels, groups, stride, output_padding", [(64, 1, 1, 0), (64, 1, 2, 0), (64, 4, 2, 0), (64, 1, 2, 1), (16, 1, 2, 0), (16, 1, 2, 1)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_gradients_stay_where_they_are(value, channels, groups, stride):
+def test_non_finite_gradients_stay_where_they_are(value, channels, groups, stride, output_padding):
     x, w = tensors((2, 32, 10, 12, 16), channels // groups, 3)
-    sizes = (stride, 1, stride - 1, groups, 1)
+    sizes = (stride, 1, output_padding, groups, 1)
     grad = torch.randn_like(F.conv_transpose3d(x, w, None, *sizes))
     grad[1, 3, 4, 5, 6] = value
     dx = gradients(model_new.conv_transpose3d, x, w, grad, sizes)[0]
