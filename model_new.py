@@ -400,6 +400,11 @@ def _gemm_gradients_first(geometry, dtype, tf32, device):
     return (few or not _is_hopper(device)) and _gemm_gradients(geometry, dtype, tf32, device)
 
 
+def _depthwise(geometry, dtype, tf32, device):
+    """Groups of few channels, which tensor cores would multiply with zeros between."""
+    return dtype != torch.float64 and geometry.groups > 1 and bool(_library("cuda").conv_transpose3d_supports_depthwise(ctypes.addressof(geometry), device.index))
+
+
 def _forward_on(path):
     def condition(geometry, dtype, tf32, device):
         """Where cuDNN's forward is float32-accurate, so are split operands, as long as no sum is too long."""
@@ -435,13 +440,13 @@ def _norm_gradients_on(path):
 
 _PATHS = {
     # operation: ((path, condition), ...)
-    # gemm: products of matrices by mma.sync. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
-    "conv_transpose3d_forward": (("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
+    # gemm: products of matrices by mma.sync. depthwise: for groups of few channels, on the CUDA cores. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
+    "conv_transpose3d_forward": (("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("depthwise", _depthwise), ("generic", _always)),
     "conv_transpose3d_relu_group_norm_forward": (("composed", _gemm_norm_first), ("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
     "conv_transpose3d_gradients": (("gemm", _gemm_gradients_first), ("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("gemm", _gemm_gradients), ("composed", _always)),
     "conv_transpose3d_relu_group_norm_gradients": (("composed", _gemm_gradients_first), ("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
-    "conv_transpose3d_dinput": (("generic", _always),),
-    "conv_transpose3d_dweight": (("generic", _always),),
+    "conv_transpose3d_dinput": (("depthwise", _depthwise), ("generic", _always)),
+    "conv_transpose3d_dweight": (("depthwise", _depthwise), ("generic", _always)),
     "conv_transpose3d_dbias": (("generic", _always),),
     "group_norm_forward": (("generic", _always),),
     "relu_group_norm_backward": (("generic", _always),),
@@ -968,6 +973,7 @@ def _declare(library, backend):
                     size.argtypes, size.restype = [pointer, integer, integer], ctypes.c_int64
     if backend == "cuda":
         library.cuda_error_string.restype = ctypes.c_char_p
+        library.conv_transpose3d_supports_depthwise.argtypes = [pointer, integer]
         for path in ("sm90", "sm80"):
             for question in ("forward_supports", "gradients_supports"):
                 function = getattr(library, f"conv_transpose3d_{question}_{path}", None)
@@ -1388,16 +1394,17 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float4 v
     static_cast<uint2*>(p)[i] = half ? *reinterpret_cast<const uint2*>(h) : *reinterpret_cast<const uint2*>(b);
 }
 
-// Calls `f` with a value of the C++ type behind `dtype`.
-template <typename F> int with_dtype(int dtype, F f) {
+// Calls `f` with a value of the C++ type behind `dtype`, one that is accumulated in float.
+template <typename F> int with_float_dtype(int dtype, F f) {
     switch (dtype) {
         case kFloat32: return f(float{});
-        case kFloat64: return f(double{});
         case kFloat16: return f(__half{});
         case kBFloat16: return f(__nv_bfloat16{});
     }
     return cudaErrorInvalidValue;
 }
+// The same of any type.
+template <typename F> int with_dtype(int dtype, F f) { return dtype == kFloat64 ? f(double{}) : with_float_dtype(dtype, f); }
 
 // Neighbours in memory, loaded and stored at once.
 template <typename T, int kCount> struct alignas(kCount * sizeof(T)) Vector { T v[kCount]; };
@@ -2928,6 +2935,30 @@ extern "C" int conv_transpose3d_dinput_generic(const Geometry* g, int dtype, int
 }
 '''
 
+_SOURCES['sum_partials.cuh'] = r'''
+// Sums of what blocks have left, one array each.
+#pragma once
+
+#include "launch.cuh"
+
+constexpr int kSumThreads = 256;
+
+// out[i] = sum over s of partial[s, i], in order; partial (splits, count)
+template <typename T, typename P>
+__global__ void sum_partials_kernel(const P* __restrict__ partial, int64_t splits, int64_t count, T* __restrict__ out) {
+    wait_for_previous_kernel();
+    const int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+    if (i >= count) return;
+    double sum = 0;
+    for (int64_t s = 0; s < splits; s++) sum += partial[s * count + i];
+    out[i] = from_acc<T>(Acc<T>(sum));
+}
+
+template <typename T, typename P> int sum_partials(const P* partial, int64_t splits, int64_t count, void* stream, void* out) {
+    return launch(sum_partials_kernel<T, P>, ceil_div(count, kSumThreads), kSumThreads, stream, partial, splits, count, static_cast<T*>(out));
+}
+'''
+
 _SOURCES['conv_transpose3d_dweight_generic.cu'] = r'''
 // Gradients of a transposed convolution's parameters, for any parameters and dtype.
 //
@@ -2938,7 +2969,7 @@ _SOURCES['conv_transpose3d_dweight_generic.cu'] = r'''
 // weight's own memory, GEMM_K = (n, input position). GEMM_K is split over blocks; the partial sums are added in a fixed
 // order, so two runs agree bitwise.
 
-#include "launch.cuh"
+#include "sum_partials.cuh"
 
 namespace parameter_gradients_generic {
 
@@ -3060,17 +3091,6 @@ dweight_kernel(Geometry g, Sizes sizes, const T* __restrict__ x, const T* __rest
                 partial[((split * g.groups + group) * sizes.gemm_m + m0 + tile_m + m) * sizes.gemm_n + n0 + tile_n + c] = total[m][c] + sum[m][c];
 }
 
-// out[i] = sum over s of partial[s, i], in order; partial (splits, count)
-template <typename T, typename P>
-__global__ void sum_partials_kernel(const P* __restrict__ partial, int64_t splits, int64_t count, T* __restrict__ out) {
-    wait_for_previous_kernel();
-    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    double sum = 0;
-    for (int64_t s = 0; s < splits; s++) sum += partial[s * count + i];
-    out[i] = from_acc<T>(Acc<T>(sum));
-}
-
 template <typename T, int kBlockM, int kBlockN>
 int dweight_tiled(const Geometry& g, void* stream, const void* x, const void* dout, void* dweight, void* workspace) {
     const int64_t tiles = num_tiles(g, kBlockM, kBlockN);
@@ -3078,8 +3098,7 @@ int dweight_tiled(const Geometry& g, void* stream, const void* x, const void* do
     auto* partial = static_cast<Acc<T>*>(workspace);
     RETURN_IF_ERROR(launch(dweight_kernel<T, kBlockM, kBlockN>, tiles * sizes.splits, Tile<kBlockM, kBlockN>::kThreads, stream,
                            g, sizes, static_cast<const T*>(x), static_cast<const T*>(dout), partial));
-    const int64_t count = g.groups * sizes.gemm_m * sizes.gemm_n;
-    return launch(sum_partials_kernel<T, Acc<T>>, ceil_div(count, 256), 256, stream, static_cast<const Acc<T>*>(partial), sizes.splits, count, static_cast<T*>(dweight));
+    return sum_partials<T>(partial, sizes.splits, g.groups * sizes.gemm_m * sizes.gemm_n, stream, dweight);
 }
 
 // Few input channels in a group leave a square tile mostly empty.
@@ -3137,8 +3156,496 @@ extern "C" int conv_transpose3d_dbias_generic(const Geometry* g, int dtype, int 
         using T = decltype(element);
         auto* partial = static_cast<double*>(workspace);
         RETURN_IF_ERROR(launch(dbias_kernel<T>, g->N * g->C_out, kBiasThreads, stream, out_volume(*g), static_cast<const T*>(dout), partial));
-        return launch(sum_partials_kernel<T, double>, ceil_div(g->C_out, 256), 256, stream, static_cast<const double*>(partial), g->N, g->C_out, static_cast<T*>(dbias));
+        return sum_partials<T>(partial, g->N, g->C_out, stream, dbias);
     });
+}
+'''
+
+_SOURCES['depthwise_tiles.h'] = r'''
+// How the kernels for groups of few channels cut their work, for host and device. The index arithmetic is that of geometry.h's phases, in both directions:
+// destination q of a phase gathers tap j from source src + q * src_step + j * src_tap_step.
+#pragma once
+
+#include <initializer_list>
+
+#include "geometry.h"
+
+namespace depthwise {
+
+constexpr int kMaxGroupChannels = 4;    // of either side
+constexpr int kMaxStride = 4, kMaxKernel = 16;
+constexpr int kMaxWeights = 4096;       // of a group
+constexpr int kMaxRows = 8;             // of a thread
+constexpr int kMostBytes = 64 * 1024;   // of shared memory, which leave room for three blocks on a multiprocessor (one where it has 99 KB)
+
+// An axis of a tile: `tile` destinations of every phase. They read the `box` source positions from first + step * (the tile's first destination) on.
+struct TileAxis {
+    int phases, count;                  // destinations of the longest phase
+    int step, first, sources;
+    int tile, tiles, box;
+    int dst, src;                       // sizes of the tensors
+};
+
+struct Tiling {
+    TileAxis axis[3];                   // D, H, W
+    int src_channels, dst_channels, groups, volume;
+    int rows, row_groups;               // of a thread, neighbours in their phase of H; how many such threads a column of a tile has
+    int columns;                        // destinations along W, of all phases
+    int sub, pitch;                     // floats of shared memory: between source columns that are neighbours modulo step, and between rows
+    int units;                          // (plane, row group, column) of a phase of D and H
+    int64_t tiles;                      // of a channel of a sample, of all
+    Divisor by_columns, by_row_groups, by_tile_h, by_box_w, by_box_h, by_step, by_phases_w, by_tiles_w, by_tiles_h;
+    HOST_DEVICE int box_floats() const { return axis[0].box * axis[1].box * pitch; }
+};
+
+inline TileAxis make_axis(Direction direction, const Axis& a) {
+    TileAxis t = {int(num_phases(direction, a)), 0};
+    int last = 0;
+    bool any = false;
+    for (int i = 0; i < t.phases; i++) {
+        const Phase p = make_phase(direction, a, i);
+        t.count = p.count > t.count ? p.count : t.count, t.step = p.src_step, t.sources = p.src_size;
+        for (int j = 0; j < p.taps; j++) {
+            const int at = p.src + j * p.src_tap_step;
+            t.first = !any || at < t.first ? at : t.first, last = !any || at > last ? at : last;
+            any = true;
+        }
+    }
+    t.box = last - t.first + 1;    // of one destination; with_tile() makes it the tile's
+    const bool forward = direction == Direction::kForward;
+    t.dst = int(forward ? a.out : a.in), t.src = int(forward ? a.in : a.out);
+    return t;
+}
+
+// Equal tiles of at most `most` destinations, a multiple of `unit`.
+inline TileAxis with_tile(TileAxis t, int most, int unit) {
+    const int64_t tiles = ceil_div(t.count, most);
+    t.tile = int(ceil_div(ceil_div(t.count, tiles), unit)) * unit, t.tiles = int(ceil_div(t.count, t.tile));
+    t.box += (t.tile - 1) * t.step;
+    return t;
+}
+
+inline bool can_tile(const Geometry& g) {
+    for (const Axis& a : g.axis)
+        if (a.kernel > kMaxKernel || a.stride > kMaxStride) return false;
+    const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
+    return in <= kMaxGroupChannels && out <= kMaxGroupChannels && in * out * kernel_volume(g) <= kMaxWeights && in_volume(g) < 1 << 30 && out_volume(g) < 1 << 30;
+}
+
+// Tiles whose boxes, of `channels` source channels, fit; units 0 where there are none. `rows`: of a thread. Of those that fit the one with the fewest floats to bring and to leave.
+inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels, int rows, int threads, int multiprocessors) {
+    const bool forward = direction == Direction::kForward;
+    Tiling t = {};
+    const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
+    t.src_channels = int(forward ? in : out), t.dst_channels = int(forward ? out : in), t.groups = int(g.groups), t.volume = int(kernel_volume(g));
+    t.rows = rows;
+    if (!can_tile(g)) return t;
+    const TileAxis d = make_axis(direction, g.axis[0]), h = make_axis(direction, g.axis[1]), w = make_axis(direction, g.axis[2]);
+    Tiling best = t;
+    double least = 0;
+    for (int columns : {32, 64, 128})
+    for (int row_groups : {1, 2, 4, 8})
+    for (int planes : {1, 2, 4, 8, 16}) {
+        t.axis[0] = with_tile(d, planes, 1), t.axis[1] = with_tile(h, row_groups * rows, rows), t.axis[2] = with_tile(w, columns / w.phases, 1);
+        t.row_groups = t.axis[1].tile / rows;
+        const int step = t.axis[2].step;
+        t.columns = t.axis[2].tile * t.axis[2].phases;
+        t.sub = int(ceil_div(t.axis[2].box, step)), t.sub = step == 1 ? t.sub : int(ceil_div(t.sub - 16, 32)) * 32 + 16;    // 16 mod 32: neighbours go to different banks
+        t.pitch = t.sub * step;
+        t.units = t.axis[0].tile * t.row_groups * t.columns;
+        const int64_t bytes = int64_t(channels) * t.box_floats() * 4;
+        if (bytes > kMostBytes) continue;
+        t.tiles = int64_t(t.axis[0].tiles) * t.axis[1].tiles * t.axis[2].tiles;
+        // Floats of a tile: of the box, each some 2 outputs' worth, and of the outputs of whole rounds of the threads.
+        const double rounds = double(ceil_div(t.units, threads)), box = double(channels) * t.axis[0].box * t.axis[1].box * t.axis[2].box;
+        const double work = box + rounds * threads * rows * t.axis[0].phases * t.axis[1].phases * t.dst_channels;
+        const double waves = double(g.N) * g.groups * t.tiles / (4 * multiprocessors), cost = work * (waves < 1 ? 1 : waves) * (bytes > kMostBytes / 2 ? 1.1 : 1);
+        if (best.units == 0 || cost < least) best = t, least = cost;
+    }
+    t = best;
+    if (t.units == 0) return t;
+    t.by_columns = make_divisor(t.columns), t.by_row_groups = make_divisor(t.row_groups), t.by_tile_h = make_divisor(t.axis[1].tile), t.by_box_w = make_divisor(t.axis[2].box), t.by_box_h = make_divisor(t.axis[1].box);
+    t.by_step = make_divisor(t.axis[2].step), t.by_phases_w = make_divisor(t.axis[2].phases), t.by_tiles_w = make_divisor(t.axis[2].tiles), t.by_tiles_h = make_divisor(t.axis[1].tiles);
+    return t;
+}
+
+// Where a tile begins: its first destination of every phase.
+struct TileOrigin { int d, h, w; };
+HOST_DEVICE TileOrigin origin_of(const Tiling& t, int tile) {
+    const int w = t.by_tiles_w.take(tile), h = t.by_tiles_h.take(tile);
+    return {tile * t.axis[0].tile, h * t.axis[1].tile, w * t.axis[2].tile};
+}
+
+// Where source position e, of the box's first destination on, of column `q` is in its row of shared memory: q + this.
+HOST_DEVICE int column_offset(const Tiling& t, int e) {
+    const int rest = t.by_step.take(e);
+    return rest * t.sub + e;
+}
+
+}  // namespace depthwise
+'''
+
+_SOURCES['depthwise.cuh'] = r'''
+// Transposed convolution with groups of few channels, depthwise for instance: forward and dx, on the CUDA cores in float32.
+//
+//   forward  out[n, co, o] = bias[co] + sum over ci of the group, k with i * stride - padding + k * dilation == o of x[n, ci, i] * w[ci, co, k]
+//   dx       dx[n, ci, i]  = sum over co of the group, k of dout[n, co, i * stride - padding + k * dilation] * w[ci, co, k]
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out / groups, K_d, K_h, K_w)
+//
+// There is so little to multiply that memory is the limit. A block brings a box of the source, halo included, and its group's weights to shared memory; a thread
+// has some neighbouring rows of one phase of a column (neighbouring lanes, neighbouring outputs), so that a weight serves all of them.
+// Formula: torch.nn.ConvTranspose3d.
+#pragma once
+
+#include <type_traits>
+
+#include "depthwise_tiles.h"
+#include "launch.cuh"
+
+namespace depthwise {
+
+constexpr int kThreads = 256;
+
+// Of a phase of W and one of its taps: where it reads, from the thread's column on, and the kernel's index.
+struct TapColumn { int offset, kernel; };
+
+// What is known of the phases, in shared memory.
+struct Phases {
+    Phase d[kMaxStride], h[kMaxStride], w[kMaxStride];
+    TapColumn columns[kMaxStride][kMaxKernel];
+};
+
+// One thread of each phase of each axis.
+__device__ __forceinline__ void find_phases(Phases& phases, Direction direction, const Geometry& g, const Tiling& t) {
+    const int axis = threadIdx.x / kMaxStride, i = threadIdx.x % kMaxStride;
+    if (axis > 2 || i >= t.axis[axis].phases) return;
+    const Phase phase = make_phase(direction, g.axis[axis], i);
+    (axis == 0 ? phases.d : axis == 1 ? phases.h : phases.w)[i] = phase;
+    for (int j = 0; axis == 2 && j < phase.taps; j++) phases.columns[i][j] = {column_offset(t, phase.src - t.axis[2].first + j * phase.src_tap_step), phase.k + j * phase.k_step};
+}
+
+// Brings the box of the tile at `origin` to shared memory, zeros where the source ends: `channels` of the source, (D, H, W) each.
+template <typename T> __device__ __forceinline__ void load_box(const Tiling& t, TileOrigin origin, const T* __restrict__ src, int channels, float* box, int threads) {
+    const TileAxis &ad = t.axis[0], &ah = t.axis[1], &aw = t.axis[2];
+    const int d0 = ad.first + origin.d * ad.step, h0 = ah.first + origin.h * ah.step, w0 = aw.first + origin.w * aw.step;
+    const int count = ad.box * ah.box * aw.box;
+    for (int c = 0; c < channels; c++, src += int64_t(ad.src) * ah.src * aw.src, box += t.box_floats()) {
+        constexpr int kLoads = 4;    // under way
+        for (int first = threadIdx.x; first < count; first += threads * kLoads) {
+            float values[kLoads];
+            int places[kLoads];
+#pragma unroll
+            for (int i = 0; i < kLoads; i++) {
+                int row = first + i * threads;
+                const bool exists = row < count;
+                const int w = t.by_box_w.take(row);
+                int d = row;
+                const int h = t.by_box_h.take(d), source_d = d0 + d, source_h = h0 + h, source_w = w0 + w;
+                places[i] = exists ? row * t.pitch + column_offset(t, w) : -1;
+                const bool inside = exists && unsigned(source_d) < unsigned(ad.src) && unsigned(source_h) < unsigned(ah.src) && unsigned(source_w) < unsigned(aw.src);
+                values[i] = inside ? to_acc(src[(source_d * ah.src + source_h) * aw.src + source_w]) : 0.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < kLoads; i++)
+                if (places[i] >= 0) box[places[i]] = values[i];
+        }
+    }
+}
+
+// A thread's destinations in a tile: kRows rows of a column of one phase.
+struct Unit {
+    int d, row, column;    // of the tile: plane and first row of their phases; along W of all phases
+    __device__ __forceinline__ Unit(const Tiling& t, int i) {
+        column = t.by_columns.take(i);
+        row = t.by_row_groups.take(i) * t.rows;
+        d = i;
+    }
+};
+
+// Grid: (n, group, tile), tiles fastest. dst = epilogue(gather of src); bias may be null.
+template <typename T, Direction kDirection, int kRows>
+__global__ void __launch_bounds__(kThreads)
+gather_kernel(Geometry g, Tiling t, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+    wait_for_previous_kernel();
+    extern __shared__ __align__(16) uint8_t base[];
+    Phases& phases = *reinterpret_cast<Phases*>(base);
+    float* const weights = reinterpret_cast<float*>(base + sizeof(Phases));    // of the group, in the order of w
+    const int pairs = t.src_channels * t.dst_channels;
+    float* const box = weights + pairs * t.volume;
+    const TileAxis &ad = t.axis[0], &ah = t.axis[1], &aw = t.axis[2];
+
+    const int64_t tiles = t.tiles, plane = blockIdx.x / tiles;    // of (n, group)
+    const int group = int(plane % t.groups);
+    const TileOrigin origin = origin_of(t, int(blockIdx.x % tiles));
+    find_phases(phases, kDirection, g, t);
+    bool finite = true;
+    for (int i = threadIdx.x; i < pairs * t.volume; i += kThreads) {
+        weights[i] = to_acc(w[int64_t(group) * pairs * t.volume + i]);
+        finite &= fabsf(weights[i]) <= 3.4e38f;
+    }
+    load_box(t, origin, src + plane * t.src_channels * (int64_t(ad.src) * ah.src * aw.src), t.src_channels, box, kThreads);
+    const bool all_finite = __syncthreads_and(finite);
+
+    const int64_t dst_volume = int64_t(ad.dst) * ah.dst * aw.dst;
+    const int kernel_h = int(g.axis[1].kernel), kernel_w = int(g.axis[2].kernel), row_step = ah.step * t.pitch;
+    for (int m = 0; m < t.dst_channels; m++)
+    for (int phase_d = 0; phase_d < ad.phases; phase_d++)
+    for (int phase_h = 0; phase_h < ah.phases; phase_h++)
+    for (int i = threadIdx.x; i < t.units; i += kThreads) {
+        const Phase &pd = phases.d[phase_d], &ph = phases.h[phase_h];
+        const Unit unit(t, i);
+        int q = unit.column;
+        const int phase_w = t.by_phases_w.take(q);
+        const TapColumn* const columns = phases.columns[phase_w];
+        const int taps_w = phases.w[phase_w].taps;
+        const int out_d = (origin.d + unit.d) * pd.dst_step + phase_d, out_h = (origin.h + unit.row) * ph.dst_step + phase_h, out_w = (origin.w + q) * aw.phases + phase_w;
+        if (out_d >= ad.dst || out_h >= ah.dst || out_w >= aw.dst) continue;
+        float sum[kRows] = {};
+        // kChecked: a value outside is not multiplied, since the weight may be Inf.
+        const auto add = [&](auto checked) {
+            constexpr bool kChecked = decltype(checked)::value;
+            const int source_w = aw.first + (origin.w + q) * aw.step;
+            for (int c = 0; c < t.src_channels; c++) {
+                const float* const pair = weights + (kDirection == Direction::kForward ? c * t.dst_channels + m : m * t.src_channels + c) * t.volume;
+                for (int jd = 0; jd < pd.taps; jd++)
+                for (int jh = 0; jh < ph.taps; jh++) {
+                    const int d = unit.d * ad.step + pd.src - ad.first + jd * pd.src_tap_step, h = unit.row * ah.step + ph.src - ah.first + jh * ph.src_tap_step;
+                    const float* const kernel = pair + ((pd.k + jd * pd.k_step) * kernel_h + ph.k + jh * ph.k_step) * kernel_w;
+                    const float* const row = box + ((c * ad.box + d) * ah.box + h) * t.pitch + q;
+                    for (int jw = 0; jw < taps_w; jw++) {
+                        const TapColumn column = columns[jw];
+                        const float weight = kernel[column.kernel], *at = row + column.offset;
+                        if (kChecked) {
+                            const int source_d = ad.first + origin.d * ad.step + d, source_h = ah.first + origin.h * ah.step + h;
+                            const int own_w = source_w + phases.w[phase_w].src - aw.first + jw * phases.w[phase_w].src_tap_step;
+#pragma unroll
+                            for (int r = 0; r < kRows; r++)
+                                if (unsigned(source_d) < unsigned(ad.src) && unsigned(source_h + r * ah.step) < unsigned(ah.src) && unsigned(own_w) < unsigned(aw.src)) sum[r] += at[r * row_step] * weight;
+                        } else {
+#pragma unroll
+                            for (int r = 0; r < kRows; r++) sum[r] += at[r * row_step] * weight;
+                        }
+                    }
+                }
+            }
+        };
+        if (all_finite) add(std::false_type());
+        else add(std::true_type());
+        const int channel = group * t.dst_channels + m;
+        const float own_bias = bias ? to_acc(bias[channel]) : 0.0f;
+        T* to = dst + (plane * t.dst_channels + m) * dst_volume + (int64_t(out_d) * ah.dst + out_h) * aw.dst + out_w;
+#pragma unroll
+        for (int r = 0; r < kRows; r++, to += ph.dst_step * aw.dst) {
+            if (out_h + r * ph.dst_step >= ah.dst) break;
+            const float v = sum[r] + own_bias;
+            *to = from_acc<T>(apply_relu ? relu(v) : v);
+        }
+    }
+}
+
+inline int64_t shared_bytes(const Tiling& t) { return int64_t(sizeof(Phases)) + (t.src_channels * t.dst_channels * t.volume + t.src_channels * t.box_floats()) * int64_t(sizeof(float)); }
+
+template <typename T, Direction kDirection, int kRows>
+int launch_gather(const Geometry& g, const Tiling& t, void* stream, const void* src, const void* w, const void* bias, bool apply_relu, void* dst) {
+    return launch_with_shared(gather_kernel<T, kDirection, kRows>, g.N * t.groups * t.tiles, kThreads, shared_bytes(t), stream, g, t, static_cast<const T*>(src), static_cast<const T*>(w), static_cast<const T*>(bias), apply_relu,
+                              static_cast<T*>(dst));
+}
+
+}  // namespace depthwise
+'''
+
+_SOURCES['depthwise_dweight.cuh'] = r'''
+// The weight's gradient of a transposed convolution with groups of few channels, on the CUDA cores in float32.
+//
+//   dweight[ci, co, k] = sum over n, i of x[n, ci, i] * dout[n, co, i * stride - padding + k * dilation]    (ci and co of one group)
+//
+// A block has a pair of channels and up to kMostTaps of its taps: it takes tiles of input positions, one after another, brings x and the box of dout that they reach to shared memory, and
+// each of its warps sums kTaps taps over a part of the positions. Blocks leave sums of a part of all tiles, which are added in a fixed order.
+// Formula: torch.nn.ConvTranspose3d.
+#pragma once
+
+#include "depthwise.cuh"
+#include "sum_partials.cuh"
+
+namespace depthwise {
+
+constexpr int kTaps = 9;              // of a warp
+constexpr int kMaxWarps = 12;
+constexpr int kDweightRows = 4;       // of a thread
+
+// How dweight is cut: taps into sets of a warp, sets into blocks; a block's warps take `shares` of the positions for each of its sets.
+struct DweightPlan {
+    Tiling t;                         // of dx, whose box it is
+    int sets, sets_of_block, blocks_of_pair, shares, splits;
+    Divisor by_shares;
+    HOST_DEVICE int threads() const { return sets_of_block * shares * 32; }
+    HOST_DEVICE int x_floats() const { return t.axis[0].tile * t.axis[1].tile * t.axis[2].tile; }
+    HOST_DEVICE int64_t pairs() const { return int64_t(t.groups) * t.src_channels * t.dst_channels; }
+    HOST_DEVICE int64_t shared_bytes() const { return int64_t(sizeof(float)) * (t.box_floats() + x_floats()); }
+};
+
+constexpr int64_t kWantedBlocks = 8;    // for each multiprocessor
+
+inline DweightPlan make_dweight_plan(const Geometry& g, int multiprocessors) {
+    DweightPlan p = {};
+    p.sets = int(ceil_div(kernel_volume(g), kTaps));
+    p.blocks_of_pair = int(ceil_div(p.sets, kMaxWarps)), p.sets_of_block = int(ceil_div(p.sets, p.blocks_of_pair)), p.shares = kMaxWarps / p.sets_of_block;
+    p.t = choose_tiling(Direction::kDInput, g, 1, kDweightRows, p.shares * 32, multiprocessors);
+    if (p.t.units == 0) return p;
+    const int64_t blocks = p.pairs() * p.blocks_of_pair, tiles = g.N * p.t.tiles, splits = ceil_div(kWantedBlocks * multiprocessors, blocks);
+    p.splits = int(splits < tiles ? splits : tiles), p.by_shares = make_divisor(p.shares);
+    return p;
+}
+
+// Grid: (split, pair of channels, sets of taps), splits fastest. partial (splits, C_in, C_out / groups, kernel volume)
+template <typename T>
+__global__ void __launch_bounds__(kMaxWarps * 32)
+dweight_kernel(Geometry g, DweightPlan p, const T* __restrict__ x, const T* __restrict__ dout, float* __restrict__ partial) {
+    wait_for_previous_kernel();
+    extern __shared__ __align__(16) uint8_t base[];
+    float *const box = reinterpret_cast<float*>(base), *const own_x = box + p.t.box_floats();    // own_x (D, H, W) of the tile
+    const Tiling& t = p.t;
+    const TileAxis &ad = t.axis[0], &ah = t.axis[1], &aw = t.axis[2];
+
+    int block = blockIdx.x;
+    const auto take = [&block](int count) { const int digit = block % count; block /= count; return digit; };
+    const int split = take(p.splits), dst_channel = take(t.dst_channels), src_channel = take(t.src_channels), group = take(t.groups), first_set = block * p.sets_of_block;    // dx's, so dst is x's
+    const int ci = group * t.dst_channels + dst_channel, co = group * t.src_channels + src_channel;
+
+    // A thread's taps: where they are in the box, from its position on.
+    int warp = threadIdx.x / 32;
+    const int share = p.by_shares.take(warp), first_tap = (first_set + warp) * kTaps;
+    int offsets[kTaps];
+#pragma unroll
+    for (int i = 0; i < kTaps; i++) {
+        int k = min(first_tap + i, t.volume - 1);
+        const int kw = k % int(g.axis[2].kernel), kh = k / int(g.axis[2].kernel) % int(g.axis[1].kernel), kd = k / int(g.axis[2].kernel) / int(g.axis[1].kernel);
+        offsets[i] = (kd * int(g.axis[0].dilation) * ah.box + kh * int(g.axis[1].dilation)) * t.pitch + column_offset(t, kw * int(g.axis[2].dilation));
+    }
+
+    float total[kTaps] = {};
+    const int64_t tiles = g.N * t.tiles;
+    const int row_step = ah.step * t.pitch;
+    for (int64_t i = split; i < tiles; i += p.splits) {
+        const int64_t n = i / t.tiles;
+        const TileOrigin origin = origin_of(t, int(i % t.tiles));
+        __syncthreads();    // the tile before is done
+        load_box(t, origin, dout + (n * g.C_out + co) * (int64_t(ad.src) * ah.src * aw.src), 1, box, p.threads());
+        const T* const source = x + (n * g.C_in + ci) * (int64_t(ad.dst) * ah.dst * aw.dst);
+        for (int k = threadIdx.x; k < p.x_floats(); k += p.threads()) {
+            int row = k;
+            const int column = t.by_columns.take(row), d = t.by_tile_h.divide(row), h = row - d * ah.tile;
+            const bool exists = origin.d + d < ad.dst && origin.h + h < ah.dst && origin.w + column < aw.dst;
+            own_x[k] = exists ? to_acc(source[((origin.d + d) * ah.dst + origin.h + h) * aw.dst + origin.w + column]) : 0.0f;
+        }
+        __syncthreads();
+        float sum[kTaps] = {};
+        for (int k = share * 32 + threadIdx.x % 32; k < t.units; k += p.shares * 32) {
+            const Unit unit(t, k);
+            const int rows = origin.d + unit.d < ad.dst && origin.w + unit.column < aw.dst ? min(kDweightRows, ah.dst - origin.h - unit.row) : 0;    // that there are
+            const float* const from_x = own_x + (unit.d * ah.tile + unit.row) * aw.tile + unit.column;
+            const float* const from = box + (unit.d * ad.step * ah.box + unit.row * ah.step) * t.pitch + unit.column;
+            if (rows == kDweightRows) {
+                float values[kDweightRows];
+#pragma unroll
+                for (int r = 0; r < kDweightRows; r++) values[r] = from_x[r * aw.tile];
+#pragma unroll
+                for (int j = 0; j < kTaps; j++)
+#pragma unroll
+                    for (int r = 0; r < kDweightRows; r++) sum[j] += values[r] * from[offsets[j] + r * row_step];
+            } else {    // one that is not there is not multiplied, since dout may be Inf
+#pragma unroll 1
+                for (int r = 0; r < rows; r++)
+#pragma unroll
+                    for (int j = 0; j < kTaps; j++) sum[j] += from_x[r * aw.tile] * from[offsets[j] + r * row_step];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kTaps; j++) total[j] += sum[j];
+    }
+
+    // The sums of a set's warps, in their order.
+    __syncthreads();
+    float* const sums = box;    // (shares, sets_of_block * kTaps)
+#pragma unroll
+    for (int j = 0; j < kTaps; j++) {
+        for (int lane = 16; lane > 0; lane /= 2) total[j] += __shfl_xor_sync(~0u, total[j], lane);
+        if (threadIdx.x % 32 == 0) sums[share * p.sets_of_block * kTaps + warp * kTaps + j] = total[j];
+    }
+    __syncthreads();
+    const int first = first_set * kTaps, count = min(p.sets_of_block * kTaps, t.volume - first);
+    float* const to = partial + ((int64_t(split) * g.C_in + ci) * t.src_channels + src_channel) * t.volume + first;
+    for (int k = threadIdx.x; k < count; k += p.threads()) {
+        float sum = 0;
+        for (int i = 0; i < p.shares; i++) sum += sums[i * p.sets_of_block * kTaps + k];
+        to[k] = sum;
+    }
+}
+
+template <typename T> int launch_dweight(const Geometry& g, const DweightPlan& p, void* stream, void* workspace, const void* x, const void* dout, void* dweight) {
+    auto* partial = static_cast<float*>(workspace);
+    RETURN_IF_ERROR(launch_with_shared(dweight_kernel<T>, p.pairs() * p.blocks_of_pair * p.splits, p.threads(), p.shared_bytes(), stream, g, p, static_cast<const T*>(x), static_cast<const T*>(dout), partial));
+    return sum_partials<T>(partial, p.splits, p.pairs() * p.t.volume, stream, dweight);
+}
+
+}  // namespace depthwise
+'''
+
+_SOURCES['conv_transpose3d_depthwise.cu'] = r'''
+// Transposed convolution with groups of few channels: the launchers. For float32, float16 and bfloat16.
+
+#include "depthwise_dweight.cuh"
+
+namespace depthwise {
+
+// Rows of a thread: fewer where a stride makes boxes large.
+inline int rows_of(Direction direction, const Geometry& g) { return direction == Direction::kDInput && g.axis[1].stride > 1 ? 4 : kMaxRows; }
+
+inline Tiling tiling_of(Direction direction, const Geometry& g, int device) {
+    const int64_t channels = (direction == Direction::kForward ? g.C_in : g.C_out) / g.groups;
+    return choose_tiling(direction, g, int(channels), rows_of(direction, g), kThreads, multiprocessors_of(device));
+}
+
+}  // namespace depthwise
+
+extern "C" int conv_transpose3d_supports_depthwise(const Geometry* g, int device) {
+    using namespace depthwise;
+    return can_tile(*g) && tiling_of(Direction::kForward, *g, device).units > 0 && tiling_of(Direction::kDInput, *g, device).units > 0 && make_dweight_plan(*g, multiprocessors_of(device)).t.units > 0;
+}
+
+extern "C" int64_t conv_transpose3d_forward_depthwise_workspace(const Geometry*, int, int) { return 0; }
+
+// bias may be null; apply_relu writes relu(out).
+extern "C" int conv_transpose3d_forward_depthwise(const Geometry* g, int dtype, int device, void* stream, void*, const void* x, const void* w, const void* bias, int apply_relu, void* out) {
+    using namespace depthwise;
+    DeviceGuard guard(device);
+    const Tiling t = tiling_of(Direction::kForward, *g, device);
+    return with_float_dtype(dtype, [&](auto element) { return launch_gather<decltype(element), Direction::kForward, kMaxRows>(*g, t, stream, x, w, bias, apply_relu != 0, out); });
+}
+
+extern "C" int64_t conv_transpose3d_dinput_depthwise_workspace(const Geometry*, int, int) { return 0; }
+
+extern "C" int conv_transpose3d_dinput_depthwise(const Geometry* g, int dtype, int device, void* stream, void*, const void* dout, const void* w, void* dx) {
+    using namespace depthwise;
+    DeviceGuard guard(device);
+    const Tiling t = tiling_of(Direction::kDInput, *g, device);
+    return with_float_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        return t.rows == kMaxRows ? launch_gather<T, Direction::kDInput, kMaxRows>(*g, t, stream, dout, w, nullptr, false, dx) : launch_gather<T, Direction::kDInput, 4>(*g, t, stream, dout, w, nullptr, false, dx);
+    });
+}
+
+extern "C" int64_t conv_transpose3d_dweight_depthwise_workspace(const Geometry* g, int, int device) {
+    const depthwise::DweightPlan p = depthwise::make_dweight_plan(*g, multiprocessors_of(device));
+    return p.splits * p.pairs() * p.t.volume * int64_t(sizeof(float));
+}
+
+extern "C" int conv_transpose3d_dweight_depthwise(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* x, const void* dout, void* dweight) {
+    using namespace depthwise;
+    DeviceGuard guard(device);
+    const DweightPlan p = make_dweight_plan(*g, multiprocessors_of(device));
+    return with_float_dtype(dtype, [&](auto element) { return launch_dweight<decltype(element)>(*g, p, stream, workspace, x, dout, dweight); });
 }
 '''
 

@@ -7,7 +7,7 @@
 // weight's own memory, GEMM_K = (n, input position). GEMM_K is split over blocks; the partial sums are added in a fixed
 // order, so two runs agree bitwise.
 
-#include "launch.cuh"
+#include "sum_partials.cuh"
 
 namespace parameter_gradients_generic {
 
@@ -129,17 +129,6 @@ dweight_kernel(Geometry g, Sizes sizes, const T* __restrict__ x, const T* __rest
                 partial[((split * g.groups + group) * sizes.gemm_m + m0 + tile_m + m) * sizes.gemm_n + n0 + tile_n + c] = total[m][c] + sum[m][c];
 }
 
-// out[i] = sum over s of partial[s, i], in order; partial (splits, count)
-template <typename T, typename P>
-__global__ void sum_partials_kernel(const P* __restrict__ partial, int64_t splits, int64_t count, T* __restrict__ out) {
-    wait_for_previous_kernel();
-    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    double sum = 0;
-    for (int64_t s = 0; s < splits; s++) sum += partial[s * count + i];
-    out[i] = from_acc<T>(Acc<T>(sum));
-}
-
 template <typename T, int kBlockM, int kBlockN>
 int dweight_tiled(const Geometry& g, void* stream, const void* x, const void* dout, void* dweight, void* workspace) {
     const int64_t tiles = num_tiles(g, kBlockM, kBlockN);
@@ -147,8 +136,7 @@ int dweight_tiled(const Geometry& g, void* stream, const void* x, const void* do
     auto* partial = static_cast<Acc<T>*>(workspace);
     RETURN_IF_ERROR(launch(dweight_kernel<T, kBlockM, kBlockN>, tiles * sizes.splits, Tile<kBlockM, kBlockN>::kThreads, stream,
                            g, sizes, static_cast<const T*>(x), static_cast<const T*>(dout), partial));
-    const int64_t count = g.groups * sizes.gemm_m * sizes.gemm_n;
-    return launch(sum_partials_kernel<T, Acc<T>>, ceil_div(count, 256), 256, stream, static_cast<const Acc<T>*>(partial), sizes.splits, count, static_cast<T*>(dweight));
+    return sum_partials<T>(partial, sizes.splits, g.groups * sizes.gemm_m * sizes.gemm_n, stream, dweight);
 }
 
 // Few input channels in a group leave a square tile mostly empty.
@@ -206,6 +194,6 @@ extern "C" int conv_transpose3d_dbias_generic(const Geometry* g, int dtype, int 
         using T = decltype(element);
         auto* partial = static_cast<double*>(workspace);
         RETURN_IF_ERROR(launch(dbias_kernel<T>, g->N * g->C_out, kBiasThreads, stream, out_volume(*g), static_cast<const T*>(dout), partial));
-        return launch(sum_partials_kernel<T, double>, ceil_div(g->C_out, 256), 256, stream, static_cast<const double*>(partial), g->N, g->C_out, static_cast<T*>(dbias));
+        return sum_partials<T>(partial, g->N, g->C_out, stream, dbias);
     });
 }

@@ -18,11 +18,15 @@ def test_every_element_is_written_once_and_right(name, shapes, tmp_path):
     assert done.returncode == 0, done.stdout
 
 
-def test_products_of_matrices_run_on_the_host(tmp_path):
+@pytest.mark.parametrize("name, layers, sources", [
+    ("gemm_emulation", 60, ("taps.cuh", "gemm.cuh", "conv_transpose3d_gemm.cu", "precision.h")),
+    ("depthwise_emulation", 40, ("depthwise_tiles.h", "depthwise.cuh", "sum_partials.cuh", "depthwise_dweight.cuh", "conv_transpose3d_depthwise.cu"))])
+def test_kernels_run_on_the_host(name, layers, sources, tmp_path):
     """The kernels themselves, but for what host_cuda/ has in place of CUDA."""
-    for path in [*(KERNELS / name for name in ("geometry.h", "taps.h", "precision.h", "taps.cuh", "gemm.cuh", "conv_transpose3d_gemm.cu")), *Path(__file__).with_name("host_cuda").iterdir()]:
+    tests = Path(__file__).parent
+    for path in [*(KERNELS / source for source in ("geometry.h", "taps.h", *sources)), tests / "emulated_layer.h", *(tests / "host_cuda").iterdir()]:
         shutil.copy(path, tmp_path)
-    program, source = tmp_path / "gemm_emulation", Path(__file__).with_name("gemm_emulation.cpp")
-    subprocess.run([os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-I", tmp_path, "-o", program, source], check=True)
-    done = subprocess.run([program, "60", "1"], capture_output=True, text=True, timeout=240)
+    program = tmp_path / name
+    subprocess.run([os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-I", tmp_path, "-o", program, tests / f"{name}.cpp"], check=True)
+    done = subprocess.run([program, str(layers), "1"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout

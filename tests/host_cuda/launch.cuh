@@ -78,6 +78,22 @@ inline void run_block(int threads) {
 
 inline void __syncthreads() { fibers::of_block.wait(int(fibers::all.size())); }
 inline void __syncwarp() { fibers::of_warps[threadIdx.x / 32].wait(32); }
+inline int __syncthreads_and(int own) {
+    static int none;    // of all threads so far
+    if (threadIdx.x == 0) none = 0;
+    __syncthreads();
+    none += !own;
+    __syncthreads();
+    return none == 0;
+}
+inline float __shfl_xor_sync(unsigned, float own, int lane) {
+    static float values[1024];
+    values[threadIdx.x] = own;
+    __syncwarp();
+    const float other = values[threadIdx.x ^ lane];
+    __syncwarp();
+    return other;
+}
 
 // ------------------------------------------------------------------------------------------------------- Launching
 
@@ -115,6 +131,8 @@ template <typename... Params, typename... Args> int launch(void (*kernel)(Params
 
 enum DType { kFloat32 = 0 };
 template <typename F> int with_dtype(int, F f) { return f(float{}); }
+template <typename F> int with_float_dtype(int, F f) { return f(float{}); }
+template <typename T> using Acc = T;
 inline float to_acc(float v) { return v; }
 template <typename T> T from_acc(float v) { return v; }
 inline float relu(float v) { return v < 0 ? 0 : v; }

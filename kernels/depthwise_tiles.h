@@ -1,0 +1,121 @@
+// How the kernels for groups of few channels cut their work, for host and device. The index arithmetic is that of geometry.h's phases, in both directions:
+// destination q of a phase gathers tap j from source src + q * src_step + j * src_tap_step.
+#pragma once
+
+#include <initializer_list>
+
+#include "geometry.h"
+
+namespace depthwise {
+
+constexpr int kMaxGroupChannels = 4;    // of either side
+constexpr int kMaxStride = 4, kMaxKernel = 16;
+constexpr int kMaxWeights = 4096;       // of a group
+constexpr int kMaxRows = 8;             // of a thread
+constexpr int kMostBytes = 64 * 1024;   // of shared memory, which leave room for three blocks on a multiprocessor (one where it has 99 KB)
+
+// An axis of a tile: `tile` destinations of every phase. They read the `box` source positions from first + step * (the tile's first destination) on.
+struct TileAxis {
+    int phases, count;                  // destinations of the longest phase
+    int step, first, sources;
+    int tile, tiles, box;
+    int dst, src;                       // sizes of the tensors
+};
+
+struct Tiling {
+    TileAxis axis[3];                   // D, H, W
+    int src_channels, dst_channels, groups, volume;
+    int rows, row_groups;               // of a thread, neighbours in their phase of H; how many such threads a column of a tile has
+    int columns;                        // destinations along W, of all phases
+    int sub, pitch;                     // floats of shared memory: between source columns that are neighbours modulo step, and between rows
+    int units;                          // (plane, row group, column) of a phase of D and H
+    int64_t tiles;                      // of a channel of a sample, of all
+    Divisor by_columns, by_row_groups, by_tile_h, by_box_w, by_box_h, by_step, by_phases_w, by_tiles_w, by_tiles_h;
+    HOST_DEVICE int box_floats() const { return axis[0].box * axis[1].box * pitch; }
+};
+
+inline TileAxis make_axis(Direction direction, const Axis& a) {
+    TileAxis t = {int(num_phases(direction, a)), 0};
+    int last = 0;
+    bool any = false;
+    for (int i = 0; i < t.phases; i++) {
+        const Phase p = make_phase(direction, a, i);
+        t.count = p.count > t.count ? p.count : t.count, t.step = p.src_step, t.sources = p.src_size;
+        for (int j = 0; j < p.taps; j++) {
+            const int at = p.src + j * p.src_tap_step;
+            t.first = !any || at < t.first ? at : t.first, last = !any || at > last ? at : last;
+            any = true;
+        }
+    }
+    t.box = last - t.first + 1;    // of one destination; with_tile() makes it the tile's
+    const bool forward = direction == Direction::kForward;
+    t.dst = int(forward ? a.out : a.in), t.src = int(forward ? a.in : a.out);
+    return t;
+}
+
+// Equal tiles of at most `most` destinations, a multiple of `unit`.
+inline TileAxis with_tile(TileAxis t, int most, int unit) {
+    const int64_t tiles = ceil_div(t.count, most);
+    t.tile = int(ceil_div(ceil_div(t.count, tiles), unit)) * unit, t.tiles = int(ceil_div(t.count, t.tile));
+    t.box += (t.tile - 1) * t.step;
+    return t;
+}
+
+inline bool can_tile(const Geometry& g) {
+    for (const Axis& a : g.axis)
+        if (a.kernel > kMaxKernel || a.stride > kMaxStride) return false;
+    const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
+    return in <= kMaxGroupChannels && out <= kMaxGroupChannels && in * out * kernel_volume(g) <= kMaxWeights && in_volume(g) < 1 << 30 && out_volume(g) < 1 << 30;
+}
+
+// Tiles whose boxes, of `channels` source channels, fit; units 0 where there are none. `rows`: of a thread. Of those that fit the one with the fewest floats to bring and to leave.
+inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels, int rows, int threads, int multiprocessors) {
+    const bool forward = direction == Direction::kForward;
+    Tiling t = {};
+    const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
+    t.src_channels = int(forward ? in : out), t.dst_channels = int(forward ? out : in), t.groups = int(g.groups), t.volume = int(kernel_volume(g));
+    t.rows = rows;
+    if (!can_tile(g)) return t;
+    const TileAxis d = make_axis(direction, g.axis[0]), h = make_axis(direction, g.axis[1]), w = make_axis(direction, g.axis[2]);
+    Tiling best = t;
+    double least = 0;
+    for (int columns : {32, 64, 128})
+    for (int row_groups : {1, 2, 4, 8})
+    for (int planes : {1, 2, 4, 8, 16}) {
+        t.axis[0] = with_tile(d, planes, 1), t.axis[1] = with_tile(h, row_groups * rows, rows), t.axis[2] = with_tile(w, columns / w.phases, 1);
+        t.row_groups = t.axis[1].tile / rows;
+        const int step = t.axis[2].step;
+        t.columns = t.axis[2].tile * t.axis[2].phases;
+        t.sub = int(ceil_div(t.axis[2].box, step)), t.sub = step == 1 ? t.sub : int(ceil_div(t.sub - 16, 32)) * 32 + 16;    // 16 mod 32: neighbours go to different banks
+        t.pitch = t.sub * step;
+        t.units = t.axis[0].tile * t.row_groups * t.columns;
+        const int64_t bytes = int64_t(channels) * t.box_floats() * 4;
+        if (bytes > kMostBytes) continue;
+        t.tiles = int64_t(t.axis[0].tiles) * t.axis[1].tiles * t.axis[2].tiles;
+        // Floats of a tile: of the box, each some 2 outputs' worth, and of the outputs of whole rounds of the threads.
+        const double rounds = double(ceil_div(t.units, threads)), box = double(channels) * t.axis[0].box * t.axis[1].box * t.axis[2].box;
+        const double work = box + rounds * threads * rows * t.axis[0].phases * t.axis[1].phases * t.dst_channels;
+        const double waves = double(g.N) * g.groups * t.tiles / (4 * multiprocessors), cost = work * (waves < 1 ? 1 : waves) * (bytes > kMostBytes / 2 ? 1.1 : 1);
+        if (best.units == 0 || cost < least) best = t, least = cost;
+    }
+    t = best;
+    if (t.units == 0) return t;
+    t.by_columns = make_divisor(t.columns), t.by_row_groups = make_divisor(t.row_groups), t.by_tile_h = make_divisor(t.axis[1].tile), t.by_box_w = make_divisor(t.axis[2].box), t.by_box_h = make_divisor(t.axis[1].box);
+    t.by_step = make_divisor(t.axis[2].step), t.by_phases_w = make_divisor(t.axis[2].phases), t.by_tiles_w = make_divisor(t.axis[2].tiles), t.by_tiles_h = make_divisor(t.axis[1].tiles);
+    return t;
+}
+
+// Where a tile begins: its first destination of every phase.
+struct TileOrigin { int d, h, w; };
+HOST_DEVICE TileOrigin origin_of(const Tiling& t, int tile) {
+    const int w = t.by_tiles_w.take(tile), h = t.by_tiles_h.take(tile);
+    return {tile * t.axis[0].tile, h * t.axis[1].tile, w * t.axis[2].tile};
+}
+
+// Where source position e, of the box's first destination on, of column `q` is in its row of shared memory: q + this.
+HOST_DEVICE int column_offset(const Tiling& t, int e) {
+    const int rest = t.by_step.take(e);
+    return rest * t.sub + e;
+}
+
+}  // namespace depthwise

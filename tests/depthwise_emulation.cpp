@@ -1,0 +1,41 @@
+// Runs the kernels of conv_transpose3d_depthwise.cu on the host (host_cuda/): random layers, small integers.
+// Usage: depthwise_emulation LAYERS SEED; exit code 1 where an element is wrong.
+#include <cstdlib>
+
+#include "conv_transpose3d_depthwise.cu"
+
+#include "emulated_layer.h"
+
+namespace depthwise {
+alignas(16) uint8_t base[kSharedMemoryBytes];
+}
+
+static bool emulate(const Geometry& g, bool biased, bool relu, std::mt19937& random) {
+    EmulatedLayer layer(g, biased, relu, 0, random);
+    // An Inf in a weight, and in a gradient: nothing else is multiplied with it.
+    Array y(layer.y.size(), 0), dx(layer.dx.size(), 0), dw(layer.dw.size(), 0), memory(conv_transpose3d_dweight_depthwise_workspace(&g, kFloat32, 0) / 4, 0);
+    const int error = conv_transpose3d_forward_depthwise(&g, kFloat32, 0, nullptr, nullptr, layer.x.data(), layer.w.data(), biased ? layer.bias.data() : nullptr, relu, y.data());
+    const int error_dx = conv_transpose3d_dinput_depthwise(&g, kFloat32, 0, nullptr, nullptr, layer.dout.data(), layer.w.data(), dx.data());
+    const int error_dw = conv_transpose3d_dweight_depthwise(&g, kFloat32, 0, nullptr, memory.data(), layer.x.data(), layer.dout.data(), dw.data());
+    if (error || error_dx || error_dw) std::printf("errors %d, %d, %d\n", error, error_dx, error_dw);
+    return !error && !error_dx && !error_dw && equal("out", y, layer.y) && equal("dx", dx, layer.dx) && equal("dweight", dw, layer.dw);
+}
+
+int main(int, char** arguments) {
+    const int layers = std::atoi(arguments[1]);
+    shared_memory = depthwise::base;
+    std::mt19937 random(std::atoi(arguments[2]));
+    Among among = {random};
+    for (int done = 0; done < layers;) {
+        const int64_t groups = among(1, 3);
+        Geometry g = {among(1, 2), groups * among(1, 4), groups * among(1, 4), groups, {}};
+        bool exists = true;
+        for (Axis& a : g.axis) a = random_axis(among, &a == g.axis + 2 && random() % 4 == 0 ? 140 : 20, 5, 4, random() % 4 == 0), exists &= a.out > 0;
+        if (!exists || in_volume(g) * kernel_volume(g) * g.C_in * g.C_out * g.N > 300000) continue;
+        if (!conv_transpose3d_supports_depthwise(&g, 0)) continue;
+        done++;
+        if (emulate(g, random() % 2, random() % 2, random)) continue;
+        print(g);
+        return 1;
+    }
+}
