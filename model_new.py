@@ -1382,6 +1382,13 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v)
     else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
 }
 
+// Calls f with a value of the type behind one of these dtypes.
+template <typename F> __device__ __forceinline__ void with_element(int dtype, F f) {
+    if (dtype == kFloat32) f(float{});
+    else if (dtype == kFloat16) f(__half{});
+    else f(__nv_bfloat16{});
+}
+
 // Four neighbours, the i-th ones.
 __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float4 v) {
     if (dtype == kFloat32) {
@@ -1394,17 +1401,16 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float4 v
     static_cast<uint2*>(p)[i] = half ? *reinterpret_cast<const uint2*>(h) : *reinterpret_cast<const uint2*>(b);
 }
 
-// Calls `f` with a value of the C++ type behind `dtype`, one that is accumulated in float.
-template <typename F> int with_float_dtype(int dtype, F f) {
+// Calls `f` with a value of the C++ type behind `dtype`.
+template <typename F> int with_dtype(int dtype, F f) {
     switch (dtype) {
         case kFloat32: return f(float{});
+        case kFloat64: return f(double{});
         case kFloat16: return f(__half{});
         case kBFloat16: return f(__nv_bfloat16{});
     }
     return cudaErrorInvalidValue;
 }
-// The same of any type.
-template <typename F> int with_dtype(int dtype, F f) { return dtype == kFloat64 ? f(double{}) : with_float_dtype(dtype, f); }
 
 // Neighbours in memory, loaded and stored at once.
 template <typename T, int kCount> struct alignas(kCount * sizeof(T)) Vector { T v[kCount]; };
@@ -3175,7 +3181,26 @@ namespace depthwise {
 constexpr int kMaxGroupChannels = 4;    // of either side
 constexpr int kMaxStride = 4, kMaxKernel = 16;
 constexpr int kMaxWeights = 4096;       // of a group
-constexpr int kMaxRows = 8;             // of a thread
+
+// Kernels that know the size of a kernel and the stride along H and W, K and S, from compilation on; K = 0 for the one of all others.
+struct Square { int K, S; };
+// Output o of H has u = o + padding + start = S * q + r, as in stencil.h; start makes that S * (q - first) + r without a remainder at the usual padding, which is (K - 1) / 2.
+HOST_DEVICE constexpr int start_of(int K, int S) { return S == 1 ? 0 : (S - (K - 1) / 2 % S) % S; }
+
+inline Square square_of(const Geometry& g) {
+    const Axis &h = g.axis[1], &w = g.axis[2];
+    if (h.kernel != w.kernel || h.stride != w.stride || h.dilation * w.dilation != 1) return {};
+    const int K = int(h.kernel), S = int(h.stride);
+    const bool built = S == 1 ? K == 3 || K == 5 : S == 2 && K >= 2 && K <= 5, aligned = (h.padding + start_of(K, S)) % S == 0 && (w.padding + start_of(K, S)) % S == 0;
+    return built && aligned ? Square{K, S} : Square{};
+}
+
+// Floats of a row of a box of 32 destinations, with up to 3 in front of them, that step so far; where the compiler knows.
+HOST_DEVICE constexpr int pitch_of(int step) { return 32 * step + 8; }
+
+// Rows of a thread: fewer where boxes are larger than tiles.
+HOST_DEVICE constexpr int rows_of(Direction direction, int S) { return direction == Direction::kForward || S == 1 ? 8 : 4; }
+
 constexpr int kMostBytes = 64 * 1024;   // of shared memory, which leave room for three blocks on a multiprocessor (one where it has 99 KB)
 
 // An axis of a tile: `tile` destinations of every phase. They read the `box` source positions from first + step * (the tile's first destination) on.
@@ -3191,11 +3216,12 @@ struct Tiling {
     int src_channels, dst_channels, groups, volume;
     int rows, row_groups;               // of a thread, neighbours in their phase of H; how many such threads a column of a tile has
     int columns;                        // destinations along W, of all phases
-    int sub, pitch;                     // floats of shared memory: between source columns that are neighbours modulo step, and between rows
+    int pitch;                          // floats of a row of a box
     int units;                          // (plane, row group, column) of a phase of D and H
     int64_t tiles;                      // of a channel of a sample, of all
-    Divisor by_columns, by_row_groups, by_tile_h, by_box_w, by_box_h, by_step, by_phases_w, by_tiles_w, by_tiles_h;
+    Divisor by_columns, by_row_groups, by_tile_h, by_box_h, by_box_d, by_quads, by_phases_w, by_tiles_w, by_tiles_h;
     HOST_DEVICE int box_floats() const { return axis[0].box * axis[1].box * pitch; }
+    HOST_DEVICE int quads() const { return (axis[2].box + 3 + 3) / 4; }    // of neighbours in memory, which a row of a box may need
 };
 
 inline TileAxis make_axis(Direction direction, const Axis& a) {
@@ -3243,15 +3269,13 @@ inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels
     const TileAxis d = make_axis(direction, g.axis[0]), h = make_axis(direction, g.axis[1]), w = make_axis(direction, g.axis[2]);
     Tiling best = t;
     double least = 0;
-    for (int columns : {32, 64, 128})
+    for (int columns : {32, 64})
     for (int row_groups : {1, 2, 4, 8})
     for (int planes : {1, 2, 4, 8, 16}) {
         t.axis[0] = with_tile(d, planes, 1), t.axis[1] = with_tile(h, row_groups * rows, rows), t.axis[2] = with_tile(w, columns / w.phases, 1);
         t.row_groups = t.axis[1].tile / rows;
-        const int step = t.axis[2].step;
-        t.columns = t.axis[2].tile * t.axis[2].phases;
-        t.sub = int(ceil_div(t.axis[2].box, step)), t.sub = step == 1 ? t.sub : int(ceil_div(t.sub - 16, 32)) * 32 + 16;    // 16 mod 32: neighbours go to different banks
-        t.pitch = t.sub * step;
+        t.columns = t.axis[2].tile * t.axis[2].phases, t.pitch = square_of(g).K > 0 ? pitch_of(t.axis[2].step) : t.quads() * 4;
+        if (t.quads() * 4 > t.pitch) continue;
         t.units = t.axis[0].tile * t.row_groups * t.columns;
         const int64_t bytes = int64_t(channels) * t.box_floats() * 4;
         if (bytes > kMostBytes) continue;
@@ -3264,8 +3288,8 @@ inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels
     }
     t = best;
     if (t.units == 0) return t;
-    t.by_columns = make_divisor(t.columns), t.by_row_groups = make_divisor(t.row_groups), t.by_tile_h = make_divisor(t.axis[1].tile), t.by_box_w = make_divisor(t.axis[2].box), t.by_box_h = make_divisor(t.axis[1].box);
-    t.by_step = make_divisor(t.axis[2].step), t.by_phases_w = make_divisor(t.axis[2].phases), t.by_tiles_w = make_divisor(t.axis[2].tiles), t.by_tiles_h = make_divisor(t.axis[1].tiles);
+    t.by_columns = make_divisor(t.columns), t.by_row_groups = make_divisor(t.row_groups), t.by_tile_h = make_divisor(t.axis[1].tile), t.by_box_h = make_divisor(t.axis[1].box), t.by_box_d = make_divisor(t.axis[0].box);
+    t.by_quads = make_divisor(t.quads()), t.by_phases_w = make_divisor(t.axis[2].phases), t.by_tiles_w = make_divisor(t.axis[2].tiles), t.by_tiles_h = make_divisor(t.axis[1].tiles);
     return t;
 }
 
@@ -3276,11 +3300,8 @@ HOST_DEVICE TileOrigin origin_of(const Tiling& t, int tile) {
     return {tile * t.axis[0].tile, h * t.axis[1].tile, w * t.axis[2].tile};
 }
 
-// Where source position e, of the box's first destination on, of column `q` is in its row of shared memory: q + this.
-HOST_DEVICE int column_offset(const Tiling& t, int e) {
-    const int rest = t.by_step.take(e);
-    return rest * t.sub + e;
-}
+// A row of a box begins with the multiple of 4 columns at or before its first one, which stands so far behind.
+HOST_DEVICE int skew_of(const Tiling& t, TileOrigin origin) { return (t.axis[2].first + origin.w * t.axis[2].step) & 3; }
 
 }  // namespace depthwise
 '''
@@ -3294,14 +3315,15 @@ _SOURCES['depthwise.cuh'] = r'''
 //   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out / groups, K_d, K_h, K_w)
 //
 // There is so little to multiply that memory is the limit. A block brings a box of the source, halo included, and its group's weights to shared memory; a thread
-// has some neighbouring rows of one phase of a column (neighbouring lanes, neighbouring outputs), so that a weight serves all of them.
+// has some neighbouring rows of a column (neighbouring lanes, neighbouring destinations). Where the kernel's size and stride are known to the compiler (Square), weights are
+// in registers, and a source element that a thread reads serves all the taps h that it has; elsewhere a weight that it reads serves all its rows.
 // Formula: torch.nn.ConvTranspose3d.
 #pragma once
 
 #include <type_traits>
 
 #include "depthwise_tiles.h"
-#include "launch.cuh"
+#include "ptx_sm80.cuh"
 
 namespace depthwise {
 
@@ -3310,8 +3332,10 @@ constexpr int kThreads = 256;
 // Of a phase of W and one of its taps: where it reads, from the thread's column on, and the kernel's index.
 struct TapColumn { int offset, kernel; };
 
+HOST_DEVICE int round_up_to_quads(int floats) { return (floats + 3) & ~3; }
+
 // What is known of the phases, in shared memory.
-struct Phases {
+struct alignas(16) Phases {
     Phase d[kMaxStride], h[kMaxStride], w[kMaxStride];
     TapColumn columns[kMaxStride][kMaxKernel];
 };
@@ -3322,38 +3346,55 @@ __device__ __forceinline__ void find_phases(Phases& phases, Direction direction,
     if (axis > 2 || i >= t.axis[axis].phases) return;
     const Phase phase = make_phase(direction, g.axis[axis], i);
     (axis == 0 ? phases.d : axis == 1 ? phases.h : phases.w)[i] = phase;
-    for (int j = 0; axis == 2 && j < phase.taps; j++) phases.columns[i][j] = {column_offset(t, phase.src - t.axis[2].first + j * phase.src_tap_step), phase.k + j * phase.k_step};
+    for (int j = 0; axis == 2 && j < phase.taps; j++) phases.columns[i][j] = {phase.src - t.axis[2].first + j * phase.src_tap_step, phase.k + j * phase.k_step};
 }
 
-// Brings the box of the tile at `origin` to shared memory, zeros where the source ends: `channels` of the source, (D, H, W) each.
-template <typename T> __device__ __forceinline__ void load_box(const Tiling& t, TileOrigin origin, const T* __restrict__ src, int channels, float* box, int threads) {
+// Brings the box of the tile at `origin` to shared memory, zeros where the source ends: `channels` of the source, (D, H, W) each, from the `first`-th element on. Four
+// neighbours at a time, as they are aligned in memory where rows are. Some may still be under way afterwards (wait_for_box).
+__device__ __forceinline__ void load_box(const Tiling& t, TileOrigin origin, const void* src, int dtype, int64_t first, int channels, float* box, int threads) {
     const TileAxis &ad = t.axis[0], &ah = t.axis[1], &aw = t.axis[2];
-    const int d0 = ad.first + origin.d * ad.step, h0 = ah.first + origin.h * ah.step, w0 = aw.first + origin.w * aw.step;
-    const int count = ad.box * ah.box * aw.box;
-    for (int c = 0; c < channels; c++, src += int64_t(ad.src) * ah.src * aw.src, box += t.box_floats()) {
-        constexpr int kLoads = 4;    // under way
-        for (int first = threadIdx.x; first < count; first += threads * kLoads) {
-            float values[kLoads];
-            int places[kLoads];
+    const int d0 = ad.first + origin.d * ad.step, h0 = ah.first + origin.h * ah.step, w0 = (aw.first + origin.w * aw.step) & ~3;
+    const int64_t volume = int64_t(ad.src) * ah.src * aw.src;
+    with_element(dtype, [&](auto element) {
+        using T = decltype(element);
+        using Quad = Vector<T, 4>;
+        const T* const from = static_cast<const T*>(src) + first;
+        const bool aligned = aw.src % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Quad) == 0;
+        const int count = channels * ad.box * ah.box * t.quads();
+#pragma unroll 4
+        for (int i = threadIdx.x; i < count; i += threads) {
+            int row = i;
+            const int w = w0 + t.by_quads.take(row) * 4;
+            float* const to = box + row * t.pitch + w - w0;
+            int c = row;
+            const int h = h0 + t.by_box_h.take(c), d = d0 + t.by_box_d.take(c);
+            const bool inside = unsigned(d) < unsigned(ad.src) && unsigned(h) < unsigned(ah.src);
+            const T* const at = from + (inside ? c * volume + (d * ah.src + h) * aw.src + w : 0);
+            if (aligned) {
+                const bool exists = inside && unsigned(w) < unsigned(aw.src);
+                if constexpr (std::is_same<T, float>::value) {
+                    cp_async_16(shared_address(to), exists ? at : from, exists);
+                } else {
+                    const Quad quad = exists ? *reinterpret_cast<const Quad*>(at) : Quad{};
+                    *reinterpret_cast<float4*>(to) = make_float4(to_acc(quad.v[0]), to_acc(quad.v[1]), to_acc(quad.v[2]), to_acc(quad.v[3]));
+                }
+            } else {
 #pragma unroll
-            for (int i = 0; i < kLoads; i++) {
-                int row = first + i * threads;
-                const bool exists = row < count;
-                const int w = t.by_box_w.take(row);
-                int d = row;
-                const int h = t.by_box_h.take(d), source_d = d0 + d, source_h = h0 + h, source_w = w0 + w;
-                places[i] = exists ? row * t.pitch + column_offset(t, w) : -1;
-                const bool inside = exists && unsigned(source_d) < unsigned(ad.src) && unsigned(source_h) < unsigned(ah.src) && unsigned(source_w) < unsigned(aw.src);
-                values[i] = inside ? to_acc(src[(source_d * ah.src + source_h) * aw.src + source_w]) : 0.0f;
+                for (int k = 0; k < 4; k++) {
+                    const bool exists = inside && unsigned(w + k) < unsigned(aw.src);
+                    if constexpr (std::is_same<T, float>::value) cp_async_4(shared_address(to + k), exists ? at + k : from, exists);
+                    else to[k] = exists ? to_acc(at[k]) : 0.0f;
+                }
             }
-#pragma unroll
-            for (int i = 0; i < kLoads; i++)
-                if (places[i] >= 0) box[places[i]] = values[i];
         }
-    }
+    });
+}
+__device__ __forceinline__ void wait_for_box() {
+    cp_async_commit_group();
+    cp_async_wait_group<0>();
 }
 
-// A thread's destinations in a tile: kRows rows of a column of one phase.
+// A thread's destinations in a tile: rows of a column of one phase.
 struct Unit {
     int d, row, column;    // of the tile: plane and first row of their phases; along W of all phases
     __device__ __forceinline__ Unit(const Tiling& t, int i) {
@@ -3363,93 +3404,223 @@ struct Unit {
     }
 };
 
-// Grid: (n, group, tile), tiles fastest. dst = epilogue(gather of src); bias may be null.
-template <typename T, Direction kDirection, int kRows>
-__global__ void __launch_bounds__(kThreads)
-gather_kernel(Geometry g, Tiling t, const T* __restrict__ src, const T* __restrict__ w, const T* __restrict__ bias, bool apply_relu, T* __restrict__ dst) {
+// What a block multiplies.
+struct Block {
+    const Geometry& g;
+    const Tiling& t;
+    const Phases& phases;
+    const float *weights, *box;    // (channels of x, channels of out, kernel); (source channels, planes, rows, pitch), from the first column on
+    TileOrigin origin;
+};
+
+// sum[r] += the gather of a unit's row r, of destination channel m, in a phase of D and of H. kChecked: a value outside is not multiplied, since the weight may be Inf.
+template <Direction kDirection, bool kChecked, int kRows>
+__device__ __forceinline__ void gather_rows(const Block& b, const Unit& unit, int m, const Phase& pd, const Phase& ph, float (&sum)[kRows]) {
+    const Tiling& t = b.t;
+    const TileAxis &ad = t.axis[0], &ah = t.axis[1], &aw = t.axis[2];
+    const int kernel_h = int(b.g.axis[1].kernel), kernel_w = int(b.g.axis[2].kernel), row_step = ah.step * t.pitch;
+    int q = unit.column;
+    const int phase_w = t.by_phases_w.take(q);
+    const Phase& pw = b.phases.w[phase_w];
+    const int taps_w = pw.taps;
+#pragma unroll 1
+    for (int c = 0; c < t.src_channels; c++) {
+        const float* const pair = b.weights + (kDirection == Direction::kForward ? c * t.dst_channels + m : m * t.src_channels + c) * t.volume;
+#pragma unroll 1
+        for (int jd = 0; jd < pd.taps; jd++)
+#pragma unroll 1
+        for (int jh = 0; jh < ph.taps; jh++) {
+            const int d = unit.d * ad.step + pd.src - ad.first + jd * pd.src_tap_step, h = unit.row * ah.step + ph.src - ah.first + jh * ph.src_tap_step;
+            const float* const kernel = pair + ((pd.k + jd * pd.k_step) * kernel_h + ph.k + jh * ph.k_step) * kernel_w;
+            const float* const row = b.box + ((c * ad.box + d) * ah.box + h) * t.pitch + q * aw.step;
+#pragma unroll 2
+            for (int jw = 0; jw < taps_w; jw++) {
+                const TapColumn column = b.phases.columns[phase_w][jw];
+                const float weight = kernel[column.kernel], *at = row + column.offset;
+                const int source_d = ad.first + b.origin.d * ad.step + d, source_h = ah.first + b.origin.h * ah.step + h, source_w = pw.src + (b.origin.w + q) * aw.step + jw * pw.src_tap_step;
+#pragma unroll
+                for (int r = 0; r < kRows; r++)
+                    if (!kChecked || (unsigned(source_d) < unsigned(ad.src) && unsigned(source_h + r * ah.step) < unsigned(ah.src) && unsigned(source_w) < unsigned(aw.src))) sum[r] += at[r * row_step] * weight;
+            }
+        }
+    }
+}
+
+// The same forward, of all phases of H: row r of phase p is sum[r * S + p].
+template <int K, int S, int kRows>
+__device__ __forceinline__ void gather_forward(const Block& b, const Unit& unit, int m, const Phase& pd, float (&sum)[kRows * S]) {
+    constexpr int kStart = start_of(K, S), kTapsH = (K - 1 + kStart) / S + 1, kTapsW = (K + S - 1) / S, kPitch = pitch_of(1);
+    const Tiling& t = b.t;
+    const TileAxis &ad = t.axis[0], &ah = t.axis[1], &aw = t.axis[2];
+    const int q = unit.column / S;
+    const Phase& pw = b.phases.w[unit.column % S];
+    const bool has_last = K % S == 0 || pw.taps == kTapsW;    // of the taps w
+#pragma unroll 1
+    for (int c = 0; c < t.src_channels; c++)
+#pragma unroll 1
+    for (int jd = 0; jd < pd.taps; jd++) {
+        const float* const kernel = b.weights + ((c * t.dst_channels + m) * int(b.g.axis[0].kernel) + pd.k + jd * pd.k_step) * K * K + pw.k;
+        const float* const plane = b.box + ((c * ad.box + unit.d * ad.step + pd.src - ad.first + jd * pd.src_tap_step) * ah.box + unit.row) * kPitch + q + pw.src - aw.first;
+        float weights[K][kTapsW];
+#pragma unroll
+        for (int kh = 0; kh < K; kh++)
+#pragma unroll
+            for (int j = 0; j < kTapsW; j++)
+                if (j < kTapsW - 1 || has_last) weights[kh][j] = kernel[kh * K + j * S];
+#pragma unroll
+        for (int i = 0; i < kRows + kTapsH - 1; i++)    // source rows
+#pragma unroll
+            for (int j = 0; j < kTapsW; j++) {
+                if (j == kTapsW - 1 && !has_last) continue;
+                const float value = plane[i * kPitch - j];
+#pragma unroll
+                for (int kh = 0; kh < K; kh++) {
+                    const int row = i - (kTapsH - 1) + (kh + kStart) / S;
+                    if (row >= 0 && row < kRows) sum[row * S + (kh + kStart) % S] += value * weights[kh][j];
+                }
+            }
+    }
+}
+
+// What the taps of a column read in a row of dout: those from the start_of()-th on. With stride 2 pairs are aligned.
+template <int K, int S> struct Window {
+    static constexpr int kStart = start_of(K, S), kCount = S == 1 ? K : (K + kStart + 1) / 2 * 2;
+    float values[kCount];
+    __device__ __forceinline__ explicit Window(const float* at) {    // at tap 0
+        if constexpr (S == 1)
+#pragma unroll
+            for (int i = 0; i < kCount; i++) values[i] = at[i];
+        else
+#pragma unroll
+            for (int i = 0; i < kCount; i += 2) {
+                const float2 pair = *reinterpret_cast<const float2*>(at - kStart + i);
+                values[i] = pair.x, values[i + 1] = pair.y;
+            }
+    }
+    __device__ __forceinline__ float operator[](int kw) const { return values[kw + (S == 1 ? 0 : kStart)]; }
+};
+
+// The same of dx.
+template <int K, int S, int kRows>
+__device__ __forceinline__ void gather_dinput(const Block& b, const Unit& unit, int m, float (&sum)[kRows]) {
+    constexpr int kPitch = pitch_of(S);
+    const Tiling& t = b.t;
+    const TileAxis &ad = t.axis[0], &ah = t.axis[1];
+    const int kernel_d = int(b.g.axis[0].kernel);
+#pragma unroll 1
+    for (int c = 0; c < t.src_channels; c++)
+#pragma unroll 1
+    for (int kd = 0; kd < kernel_d; kd++) {
+        const float* const kernel = b.weights + ((m * t.src_channels + c) * kernel_d + kd) * K * K;
+        const float* const plane = b.box + ((c * ad.box + unit.d * ad.step + kd * int(b.g.axis[0].dilation)) * ah.box + unit.row * S) * kPitch + unit.column * S;
+        float weights[K][K];
+#pragma unroll
+        for (int i = 0; i < K * K; i++) weights[i / K][i % K] = kernel[i];
+#pragma unroll
+        for (int i = 0; i < (kRows - 1) * S + K; i++) {    // rows of dout
+            const Window<K, S> window(plane + i * kPitch);
+#pragma unroll
+            for (int kw = 0; kw < K; kw++)
+#pragma unroll
+                for (int r = 0; r < kRows; r++)
+                    if (i - r * S >= 0 && i - r * S < K) sum[r] += window[kw] * weights[i - r * S][kw];
+        }
+    }
+}
+
+// Grid: (n, group, tile), tiles fastest. dst = epilogue(gather of src); bias may be null. K, S: square_of(g).
+template <Direction kDirection, int K, int S>
+__global__ void __launch_bounds__(kThreads, 3)
+gather_kernel(Geometry g, Tiling t, int dtype, const void* src, const void* w, const void* bias, bool apply_relu, void* dst) {
     wait_for_previous_kernel();
     extern __shared__ __align__(16) uint8_t base[];
     Phases& phases = *reinterpret_cast<Phases*>(base);
     float* const weights = reinterpret_cast<float*>(base + sizeof(Phases));    // of the group, in the order of w
     const int pairs = t.src_channels * t.dst_channels;
-    float* const box = weights + pairs * t.volume;
+    float* const box = weights + round_up_to_quads(pairs * t.volume);
     const TileAxis &ad = t.axis[0], &ah = t.axis[1], &aw = t.axis[2];
 
     const int64_t tiles = t.tiles, plane = blockIdx.x / tiles;    // of (n, group)
     const int group = int(plane % t.groups);
     const TileOrigin origin = origin_of(t, int(blockIdx.x % tiles));
+    load_box(t, origin, src, dtype, plane * t.src_channels * (int64_t(ad.src) * ah.src * aw.src), t.src_channels, box, kThreads);
     find_phases(phases, kDirection, g, t);
     bool finite = true;
     for (int i = threadIdx.x; i < pairs * t.volume; i += kThreads) {
-        weights[i] = to_acc(w[int64_t(group) * pairs * t.volume + i]);
+        weights[i] = load_as_float(w, dtype, int64_t(group) * pairs * t.volume + i);
         finite &= fabsf(weights[i]) <= 3.4e38f;
     }
-    load_box(t, origin, src + plane * t.src_channels * (int64_t(ad.src) * ah.src * aw.src), t.src_channels, box, kThreads);
+    wait_for_box();
     const bool all_finite = __syncthreads_and(finite);
 
+    constexpr int kRows = rows_of(kDirection, S), kPhases = kDirection == Direction::kForward && K > 0 ? S : 1;    // of H, that a thread has
+    const Block b = {g, t, phases, weights, box + skew_of(t, origin), origin};
     const int64_t dst_volume = int64_t(ad.dst) * ah.dst * aw.dst;
-    const int kernel_h = int(g.axis[1].kernel), kernel_w = int(g.axis[2].kernel), row_step = ah.step * t.pitch;
     for (int m = 0; m < t.dst_channels; m++)
     for (int phase_d = 0; phase_d < ad.phases; phase_d++)
-    for (int phase_h = 0; phase_h < ah.phases; phase_h++)
+    for (int phase_h = 0; phase_h < ah.phases; phase_h += kPhases)
     for (int i = threadIdx.x; i < t.units; i += kThreads) {
-        const Phase &pd = phases.d[phase_d], &ph = phases.h[phase_h];
         const Unit unit(t, i);
-        int q = unit.column;
-        const int phase_w = t.by_phases_w.take(q);
-        const TapColumn* const columns = phases.columns[phase_w];
-        const int taps_w = phases.w[phase_w].taps;
-        const int out_d = (origin.d + unit.d) * pd.dst_step + phase_d, out_h = (origin.h + unit.row) * ph.dst_step + phase_h, out_w = (origin.w + q) * aw.phases + phase_w;
+        const Phase& pd = phases.d[phase_d];
+        const int out_d = (origin.d + unit.d) * ad.phases + phase_d, out_h = (origin.h + unit.row) * ah.phases + phase_h, out_w = origin.w * aw.phases + unit.column;
         if (out_d >= ad.dst || out_h >= ah.dst || out_w >= aw.dst) continue;
-        float sum[kRows] = {};
-        // kChecked: a value outside is not multiplied, since the weight may be Inf.
-        const auto add = [&](auto checked) {
-            constexpr bool kChecked = decltype(checked)::value;
-            const int source_w = aw.first + (origin.w + q) * aw.step;
-            for (int c = 0; c < t.src_channels; c++) {
-                const float* const pair = weights + (kDirection == Direction::kForward ? c * t.dst_channels + m : m * t.src_channels + c) * t.volume;
-                for (int jd = 0; jd < pd.taps; jd++)
-                for (int jh = 0; jh < ph.taps; jh++) {
-                    const int d = unit.d * ad.step + pd.src - ad.first + jd * pd.src_tap_step, h = unit.row * ah.step + ph.src - ah.first + jh * ph.src_tap_step;
-                    const float* const kernel = pair + ((pd.k + jd * pd.k_step) * kernel_h + ph.k + jh * ph.k_step) * kernel_w;
-                    const float* const row = box + ((c * ad.box + d) * ah.box + h) * t.pitch + q;
-                    for (int jw = 0; jw < taps_w; jw++) {
-                        const TapColumn column = columns[jw];
-                        const float weight = kernel[column.kernel], *at = row + column.offset;
-                        if (kChecked) {
-                            const int source_d = ad.first + origin.d * ad.step + d, source_h = ah.first + origin.h * ah.step + h;
-                            const int own_w = source_w + phases.w[phase_w].src - aw.first + jw * phases.w[phase_w].src_tap_step;
+        float sum[kRows * kPhases] = {};
+        if (K > 0 && all_finite) {
+            if constexpr (K > 0 && kDirection == Direction::kForward) gather_forward<K, S, kRows>(b, unit, m, pd, sum);
+            else if constexpr (K > 0) gather_dinput<K, S, kRows>(b, unit, m, sum);
+        } else {
 #pragma unroll
-                            for (int r = 0; r < kRows; r++)
-                                if (unsigned(source_d) < unsigned(ad.src) && unsigned(source_h + r * ah.step) < unsigned(ah.src) && unsigned(own_w) < unsigned(aw.src)) sum[r] += at[r * row_step] * weight;
-                        } else {
+            for (int p = 0; p < kPhases; p++) {
+                float own[kRows] = {};
+                if (all_finite) gather_rows<kDirection, false>(b, unit, m, pd, phases.h[phase_h + p], own);
+                else gather_rows<kDirection, true>(b, unit, m, pd, phases.h[phase_h + p], own);
 #pragma unroll
-                            for (int r = 0; r < kRows; r++) sum[r] += at[r * row_step] * weight;
-                        }
-                    }
-                }
+                for (int r = 0; r < kRows; r++) sum[r * kPhases + p] = own[r];
             }
-        };
-        if (all_finite) add(std::false_type());
-        else add(std::true_type());
-        const int channel = group * t.dst_channels + m;
-        const float own_bias = bias ? to_acc(bias[channel]) : 0.0f;
-        T* to = dst + (plane * t.dst_channels + m) * dst_volume + (int64_t(out_d) * ah.dst + out_h) * aw.dst + out_w;
-#pragma unroll
-        for (int r = 0; r < kRows; r++, to += ph.dst_step * aw.dst) {
-            if (out_h + r * ph.dst_step >= ah.dst) break;
-            const float v = sum[r] + own_bias;
-            *to = from_acc<T>(apply_relu ? relu(v) : v);
         }
+        const int channel = group * t.dst_channels + m, row_step = kPhases > 1 ? 1 : ah.phases;
+        const float own_bias = bias ? load_as_float(bias, dtype, channel) : 0.0f;
+        const int64_t first = (plane * t.dst_channels + m) * dst_volume + (int64_t(out_d) * ah.dst + out_h) * aw.dst + out_w;
+        with_element(dtype, [&](auto element) {
+            using T = decltype(element);
+            T* to = static_cast<T*>(dst) + first;
+#pragma unroll
+            for (int r = 0; r < kRows * kPhases; r++, to += row_step * aw.dst) {
+                if (out_h + r * row_step >= ah.dst) break;
+                const float v = sum[r] + own_bias;
+                *to = from_acc<T>(apply_relu ? relu(v) : v);
+            }
+        });
     }
 }
 
-inline int64_t shared_bytes(const Tiling& t) { return int64_t(sizeof(Phases)) + (t.src_channels * t.dst_channels * t.volume + t.src_channels * t.box_floats()) * int64_t(sizeof(float)); }
+inline int64_t shared_bytes(const Tiling& t) { return int64_t(sizeof(Phases)) + (round_up_to_quads(t.src_channels * t.dst_channels * t.volume) + t.src_channels * t.box_floats()) * int64_t(sizeof(float)); }
 
-template <typename T, Direction kDirection, int kRows>
-int launch_gather(const Geometry& g, const Tiling& t, void* stream, const void* src, const void* w, const void* bias, bool apply_relu, void* dst) {
-    return launch_with_shared(gather_kernel<T, kDirection, kRows>, g.N * t.groups * t.tiles, kThreads, shared_bytes(t), stream, g, t, static_cast<const T*>(src), static_cast<const T*>(w), static_cast<const T*>(bias), apply_relu,
-                              static_cast<T*>(dst));
+inline Tiling tiling_of(Direction direction, const Geometry& g, int multiprocessors) {
+    const int64_t channels = (direction == Direction::kForward ? g.C_in : g.C_out) / g.groups;
+    return choose_tiling(direction, g, int(channels), rows_of(direction, square_of(g).S), kThreads, multiprocessors);
+}
+
+// Calls f(K, S) with what the compiler knows of the kernel and the stride.
+template <int kNumber> using Number = std::integral_constant<int, kNumber>;
+template <typename F> int with_square(Square square, F f) {
+    switch (square.S * 10 + square.K) {
+        case 13: return f(Number<3>(), Number<1>());
+        case 15: return f(Number<5>(), Number<1>());
+        case 22: return f(Number<2>(), Number<2>());
+        case 23: return f(Number<3>(), Number<2>());
+        case 24: return f(Number<4>(), Number<2>());
+        case 25: return f(Number<5>(), Number<2>());
+        default: return f(Number<0>(), Number<0>());
+    }
+}
+
+// dst = epilogue(gather of src); bias may be null.
+template <Direction kDirection> int gather(const Geometry& g, int dtype, int device, void* stream, const void* src, const void* w, const void* bias, bool apply_relu, void* dst) {
+    const Tiling t = tiling_of(kDirection, g, multiprocessors_of(device));
+    return with_square(square_of(g), [&](auto K, auto S) {
+        return launch_with_shared(gather_kernel<kDirection, decltype(K)::value, decltype(S)::value>, g.N * t.groups * t.tiles, kThreads, shared_bytes(t), stream, g, t, dtype, src, w, bias, apply_relu, dst);
+    });
 }
 
 }  // namespace depthwise
@@ -3460,8 +3631,8 @@ _SOURCES['depthwise_dweight.cuh'] = r'''
 //
 //   dweight[ci, co, k] = sum over n, i of x[n, ci, i] * dout[n, co, i * stride - padding + k * dilation]    (ci and co of one group)
 //
-// A block has a pair of channels and up to kMostTaps of its taps: it takes tiles of input positions, one after another, brings x and the box of dout that they reach to shared memory, and
-// each of its warps sums kTaps taps over a part of the positions. Blocks leave sums of a part of all tiles, which are added in a fixed order.
+// A block has a pair of channels: it takes tiles of input positions, one after another, and brings x and the box of dout that they reach to shared memory. A set of taps, one kd where the
+// kernel is square (depthwise_tiles.h), is a warp's or some warps', each of which sums them over a part of the positions. Blocks leave sums over a part of all tiles, which are added in a fixed order.
 // Formula: torch.nn.ConvTranspose3d.
 #pragma once
 
@@ -3470,11 +3641,10 @@ _SOURCES['depthwise_dweight.cuh'] = r'''
 
 namespace depthwise {
 
-constexpr int kTaps = 9;              // of a warp
+HOST_DEVICE constexpr int taps_of_set(int K) { return K > 0 ? K * K : 9; }
 constexpr int kMaxWarps = 12;
-constexpr int kDweightRows = 4;       // of a thread
 
-// How dweight is cut: taps into sets of a warp, sets into blocks; a block's warps take `shares` of the positions for each of its sets.
+// How dweight is cut: taps into sets, sets into blocks, whose warps take `shares` of the positions for each of them.
 struct DweightPlan {
     Tiling t;                         // of dx, whose box it is
     int sets, sets_of_block, blocks_of_pair, shares, splits;
@@ -3482,16 +3652,17 @@ struct DweightPlan {
     HOST_DEVICE int threads() const { return sets_of_block * shares * 32; }
     HOST_DEVICE int x_floats() const { return t.axis[0].tile * t.axis[1].tile * t.axis[2].tile; }
     HOST_DEVICE int64_t pairs() const { return int64_t(t.groups) * t.src_channels * t.dst_channels; }
-    HOST_DEVICE int64_t shared_bytes() const { return int64_t(sizeof(float)) * (t.box_floats() + x_floats()); }
+    int64_t shared_bytes() const { return int64_t(sizeof(float)) * (t.box_floats() + x_floats()); }
 };
 
 constexpr int64_t kWantedBlocks = 8;    // for each multiprocessor
 
 inline DweightPlan make_dweight_plan(const Geometry& g, int multiprocessors) {
     DweightPlan p = {};
-    p.sets = int(ceil_div(kernel_volume(g), kTaps));
+    const Square square = square_of(g);
+    p.sets = int(ceil_div(kernel_volume(g), taps_of_set(square.K)));
     p.blocks_of_pair = int(ceil_div(p.sets, kMaxWarps)), p.sets_of_block = int(ceil_div(p.sets, p.blocks_of_pair)), p.shares = kMaxWarps / p.sets_of_block;
-    p.t = choose_tiling(Direction::kDInput, g, 1, kDweightRows, p.shares * 32, multiprocessors);
+    p.t = choose_tiling(Direction::kDInput, g, 1, rows_of(Direction::kDInput, square.S), p.shares * 32, multiprocessors);
     if (p.t.units == 0) return p;
     const int64_t blocks = p.pairs() * p.blocks_of_pair, tiles = g.N * p.t.tiles, splits = ceil_div(kWantedBlocks * multiprocessors, blocks);
     p.splits = int(splits < tiles ? splits : tiles), p.by_shares = make_divisor(p.shares);
@@ -3499,10 +3670,11 @@ inline DweightPlan make_dweight_plan(const Geometry& g, int multiprocessors) {
 }
 
 // Grid: (split, pair of channels, sets of taps), splits fastest. partial (splits, C_in, C_out / groups, kernel volume)
-template <typename T>
-__global__ void __launch_bounds__(kMaxWarps * 32)
-dweight_kernel(Geometry g, DweightPlan p, const T* __restrict__ x, const T* __restrict__ dout, float* __restrict__ partial) {
+template <int K, int S>
+__global__ void __launch_bounds__(kMaxWarps * 32, 2)
+dweight_kernel(Geometry g, DweightPlan p, int dtype, const void* x, const void* dout, float* __restrict__ partial) {
     wait_for_previous_kernel();
+    constexpr int kTaps = taps_of_set(K), kRows = rows_of(Direction::kDInput, S);
     extern __shared__ __align__(16) uint8_t base[];
     float *const box = reinterpret_cast<float*>(base), *const own_x = box + p.t.box_floats();    // own_x (D, H, W) of the tile
     const Tiling& t = p.t;
@@ -3513,52 +3685,69 @@ dweight_kernel(Geometry g, DweightPlan p, const T* __restrict__ x, const T* __re
     const int split = take(p.splits), dst_channel = take(t.dst_channels), src_channel = take(t.src_channels), group = take(t.groups), first_set = block * p.sets_of_block;    // dx's, so dst is x's
     const int ci = group * t.dst_channels + dst_channel, co = group * t.src_channels + src_channel;
 
-    // A thread's taps: where they are in the box, from its position on.
-    int warp = threadIdx.x / 32;
-    const int share = p.by_shares.take(warp), first_tap = (first_set + warp) * kTaps;
-    int offsets[kTaps];
+    // A thread's taps: where the first one is in the box, from its position on, and the others from there.
+    int set = threadIdx.x / 32;
+    const int share = p.by_shares.take(set), first_tap = (first_set + set) * kTaps;
+    const auto place_of = [&](int k) {
+        const int kernel_h = int(g.axis[1].kernel), kernel_w = int(g.axis[2].kernel), kw = k % kernel_w, kh = k / kernel_w % kernel_h, kd = k / kernel_w / kernel_h;
+        return (kd * int(g.axis[0].dilation) * ah.box + kh * int(g.axis[1].dilation)) * t.pitch + kw * int(g.axis[2].dilation);
+    };
+    const int first_place = place_of(min(first_tap, t.volume - 1));
+    int places[kTaps];
+    if constexpr (K == 0)
 #pragma unroll
-    for (int i = 0; i < kTaps; i++) {
-        int k = min(first_tap + i, t.volume - 1);
-        const int kw = k % int(g.axis[2].kernel), kh = k / int(g.axis[2].kernel) % int(g.axis[1].kernel), kd = k / int(g.axis[2].kernel) / int(g.axis[1].kernel);
-        offsets[i] = (kd * int(g.axis[0].dilation) * ah.box + kh * int(g.axis[1].dilation)) * t.pitch + column_offset(t, kw * int(g.axis[2].dilation));
-    }
+        for (int i = 0; i < kTaps; i++) places[i] = place_of(min(first_tap + i, t.volume - 1)) - first_place;
+    else
+#pragma unroll
+        for (int i = 0; i < kTaps; i++) places[i] = i / K * pitch_of(S) + i % K;
+    const int row_step = K > 0 ? S * pitch_of(S) : ah.step * t.pitch;
 
     float total[kTaps] = {};
     const int64_t tiles = g.N * t.tiles;
-    const int row_step = ah.step * t.pitch;
     for (int64_t i = split; i < tiles; i += p.splits) {
-        const int64_t n = i / t.tiles;
+        const int64_t n = i / t.tiles, first_x = (n * g.C_in + ci) * (int64_t(ad.dst) * ah.dst * aw.dst);
         const TileOrigin origin = origin_of(t, int(i % t.tiles));
         __syncthreads();    // the tile before is done
-        load_box(t, origin, dout + (n * g.C_out + co) * (int64_t(ad.src) * ah.src * aw.src), 1, box, p.threads());
-        const T* const source = x + (n * g.C_in + ci) * (int64_t(ad.dst) * ah.dst * aw.dst);
+        load_box(t, origin, dout, dtype, (n * g.C_out + co) * (int64_t(ad.src) * ah.src * aw.src), 1, box, p.threads());
         for (int k = threadIdx.x; k < p.x_floats(); k += p.threads()) {
             int row = k;
             const int column = t.by_columns.take(row), d = t.by_tile_h.divide(row), h = row - d * ah.tile;
             const bool exists = origin.d + d < ad.dst && origin.h + h < ah.dst && origin.w + column < aw.dst;
-            own_x[k] = exists ? to_acc(source[((origin.d + d) * ah.dst + origin.h + h) * aw.dst + origin.w + column]) : 0.0f;
+            own_x[k] = exists ? load_as_float(x, dtype, first_x + ((origin.d + d) * ah.dst + origin.h + h) * aw.dst + origin.w + column) : 0.0f;
         }
+        wait_for_box();
         __syncthreads();
         float sum[kTaps] = {};
         for (int k = share * 32 + threadIdx.x % 32; k < t.units; k += p.shares * 32) {
             const Unit unit(t, k);
-            const int rows = origin.d + unit.d < ad.dst && origin.w + unit.column < aw.dst ? min(kDweightRows, ah.dst - origin.h - unit.row) : 0;    // that there are
+            const int rows = origin.d + unit.d < ad.dst && origin.w + unit.column < aw.dst ? min(kRows, ah.dst - origin.h - unit.row) : 0;    // that there are
             const float* const from_x = own_x + (unit.d * ah.tile + unit.row) * aw.tile + unit.column;
-            const float* const from = box + (unit.d * ad.step * ah.box + unit.row * ah.step) * t.pitch + unit.column;
-            if (rows == kDweightRows) {
-                float values[kDweightRows];
+            const float* const from = box + (unit.d * ad.step * ah.box + unit.row * ah.step) * t.pitch + unit.column * aw.step + skew_of(t, origin) + first_place;
+            if (rows == kRows) {
+                float values[kRows];
 #pragma unroll
-                for (int r = 0; r < kDweightRows; r++) values[r] = from_x[r * aw.tile];
+                for (int r = 0; r < kRows; r++) values[r] = from_x[r * aw.tile];
+                if constexpr (K > 0) {
 #pragma unroll
-                for (int j = 0; j < kTaps; j++)
+                    for (int j = 0; j < (kRows - 1) * S + K; j++) {    // rows of dout
+                        const Window<K, S> window(from + j * pitch_of(S));
 #pragma unroll
-                    for (int r = 0; r < kDweightRows; r++) sum[j] += values[r] * from[offsets[j] + r * row_step];
+                        for (int kw = 0; kw < K; kw++)
+#pragma unroll
+                            for (int r = 0; r < kRows; r++)
+                                if (j - r * S >= 0 && j - r * S < K) sum[(j - r * S) * K + kw] += values[r] * window[kw];
+                    }
+                } else {
+#pragma unroll
+                    for (int j = 0; j < kTaps; j++)
+#pragma unroll
+                        for (int r = 0; r < kRows; r++) sum[j] += values[r] * from[places[j] + r * row_step];
+                }
             } else {    // one that is not there is not multiplied, since dout may be Inf
 #pragma unroll 1
                 for (int r = 0; r < rows; r++)
 #pragma unroll
-                    for (int j = 0; j < kTaps; j++) sum[j] += from_x[r * aw.tile] * from[offsets[j] + r * row_step];
+                    for (int j = 0; j < kTaps; j++) sum[j] += from_x[r * aw.tile] * from[places[j] + r * row_step];
             }
         }
 #pragma unroll
@@ -3570,8 +3759,9 @@ dweight_kernel(Geometry g, DweightPlan p, const T* __restrict__ x, const T* __re
     float* const sums = box;    // (shares, sets_of_block * kTaps)
 #pragma unroll
     for (int j = 0; j < kTaps; j++) {
+#pragma unroll
         for (int lane = 16; lane > 0; lane /= 2) total[j] += __shfl_xor_sync(~0u, total[j], lane);
-        if (threadIdx.x % 32 == 0) sums[share * p.sets_of_block * kTaps + warp * kTaps + j] = total[j];
+        if (threadIdx.x % 32 == 0) sums[share * p.sets_of_block * kTaps + set * kTaps + j] = total[j];
     }
     __syncthreads();
     const int first = first_set * kTaps, count = min(p.sets_of_block * kTaps, t.volume - first);
@@ -3583,10 +3773,12 @@ dweight_kernel(Geometry g, DweightPlan p, const T* __restrict__ x, const T* __re
     }
 }
 
-template <typename T> int launch_dweight(const Geometry& g, const DweightPlan& p, void* stream, void* workspace, const void* x, const void* dout, void* dweight) {
+inline int dweight(const Geometry& g, int dtype, const DweightPlan& p, void* stream, void* workspace, const void* x, const void* dout, void* dweight) {
     auto* partial = static_cast<float*>(workspace);
-    RETURN_IF_ERROR(launch_with_shared(dweight_kernel<T>, p.pairs() * p.blocks_of_pair * p.splits, p.threads(), p.shared_bytes(), stream, g, p, static_cast<const T*>(x), static_cast<const T*>(dout), partial));
-    return sum_partials<T>(partial, p.splits, p.pairs() * p.t.volume, stream, dweight);
+    RETURN_IF_ERROR(with_square(square_of(g), [&](auto K, auto S) {
+        return launch_with_shared(dweight_kernel<decltype(K)::value, decltype(S)::value>, p.pairs() * p.blocks_of_pair * p.splits, p.threads(), p.shared_bytes(), stream, g, p, dtype, x, dout, partial);
+    }));
+    return with_dtype(dtype, [&](auto element) { return sum_partials<decltype(element)>(partial, p.splits, p.pairs() * p.t.volume, stream, dweight); });
 }
 
 }  // namespace depthwise
@@ -3597,43 +3789,25 @@ _SOURCES['conv_transpose3d_depthwise.cu'] = r'''
 
 #include "depthwise_dweight.cuh"
 
-namespace depthwise {
-
-// Rows of a thread: fewer where a stride makes boxes large.
-inline int rows_of(Direction direction, const Geometry& g) { return direction == Direction::kDInput && g.axis[1].stride > 1 ? 4 : kMaxRows; }
-
-inline Tiling tiling_of(Direction direction, const Geometry& g, int device) {
-    const int64_t channels = (direction == Direction::kForward ? g.C_in : g.C_out) / g.groups;
-    return choose_tiling(direction, g, int(channels), rows_of(direction, g), kThreads, multiprocessors_of(device));
-}
-
-}  // namespace depthwise
-
 extern "C" int conv_transpose3d_supports_depthwise(const Geometry* g, int device) {
     using namespace depthwise;
-    return can_tile(*g) && tiling_of(Direction::kForward, *g, device).units > 0 && tiling_of(Direction::kDInput, *g, device).units > 0 && make_dweight_plan(*g, multiprocessors_of(device)).t.units > 0;
+    const int multiprocessors = multiprocessors_of(device);
+    return can_tile(*g) && tiling_of(Direction::kForward, *g, multiprocessors).units > 0 && tiling_of(Direction::kDInput, *g, multiprocessors).units > 0 && make_dweight_plan(*g, multiprocessors).t.units > 0;
 }
 
 extern "C" int64_t conv_transpose3d_forward_depthwise_workspace(const Geometry*, int, int) { return 0; }
 
 // bias may be null; apply_relu writes relu(out).
 extern "C" int conv_transpose3d_forward_depthwise(const Geometry* g, int dtype, int device, void* stream, void*, const void* x, const void* w, const void* bias, int apply_relu, void* out) {
-    using namespace depthwise;
     DeviceGuard guard(device);
-    const Tiling t = tiling_of(Direction::kForward, *g, device);
-    return with_float_dtype(dtype, [&](auto element) { return launch_gather<decltype(element), Direction::kForward, kMaxRows>(*g, t, stream, x, w, bias, apply_relu != 0, out); });
+    return depthwise::gather<Direction::kForward>(*g, dtype, device, stream, x, w, bias, apply_relu != 0, out);
 }
 
 extern "C" int64_t conv_transpose3d_dinput_depthwise_workspace(const Geometry*, int, int) { return 0; }
 
 extern "C" int conv_transpose3d_dinput_depthwise(const Geometry* g, int dtype, int device, void* stream, void*, const void* dout, const void* w, void* dx) {
-    using namespace depthwise;
     DeviceGuard guard(device);
-    const Tiling t = tiling_of(Direction::kDInput, *g, device);
-    return with_float_dtype(dtype, [&](auto element) {
-        using T = decltype(element);
-        return t.rows == kMaxRows ? launch_gather<T, Direction::kDInput, kMaxRows>(*g, t, stream, dout, w, nullptr, false, dx) : launch_gather<T, Direction::kDInput, 4>(*g, t, stream, dout, w, nullptr, false, dx);
-    });
+    return depthwise::gather<Direction::kDInput>(*g, dtype, device, stream, dout, w, nullptr, false, dx);
 }
 
 extern "C" int64_t conv_transpose3d_dweight_depthwise_workspace(const Geometry* g, int, int device) {
@@ -3642,10 +3816,8 @@ extern "C" int64_t conv_transpose3d_dweight_depthwise_workspace(const Geometry* 
 }
 
 extern "C" int conv_transpose3d_dweight_depthwise(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* x, const void* dout, void* dweight) {
-    using namespace depthwise;
     DeviceGuard guard(device);
-    const DweightPlan p = make_dweight_plan(*g, multiprocessors_of(device));
-    return with_float_dtype(dtype, [&](auto element) { return launch_dweight<decltype(element)>(*g, p, stream, workspace, x, dout, dweight); });
+    return depthwise::dweight(*g, dtype, depthwise::make_dweight_plan(*g, multiprocessors_of(device)), stream, workspace, x, dout, dweight);
 }
 '''
 

@@ -11,7 +11,26 @@ namespace depthwise {
 constexpr int kMaxGroupChannels = 4;    // of either side
 constexpr int kMaxStride = 4, kMaxKernel = 16;
 constexpr int kMaxWeights = 4096;       // of a group
-constexpr int kMaxRows = 8;             // of a thread
+
+// Kernels that know the size of a kernel and the stride along H and W, K and S, from compilation on; K = 0 for the one of all others.
+struct Square { int K, S; };
+// Output o of H has u = o + padding + start = S * q + r, as in stencil.h; start makes that S * (q - first) + r without a remainder at the usual padding, which is (K - 1) / 2.
+HOST_DEVICE constexpr int start_of(int K, int S) { return S == 1 ? 0 : (S - (K - 1) / 2 % S) % S; }
+
+inline Square square_of(const Geometry& g) {
+    const Axis &h = g.axis[1], &w = g.axis[2];
+    if (h.kernel != w.kernel || h.stride != w.stride || h.dilation * w.dilation != 1) return {};
+    const int K = int(h.kernel), S = int(h.stride);
+    const bool built = S == 1 ? K == 3 || K == 5 : S == 2 && K >= 2 && K <= 5, aligned = (h.padding + start_of(K, S)) % S == 0 && (w.padding + start_of(K, S)) % S == 0;
+    return built && aligned ? Square{K, S} : Square{};
+}
+
+// Floats of a row of a box of 32 destinations, with up to 3 in front of them, that step so far; where the compiler knows.
+HOST_DEVICE constexpr int pitch_of(int step) { return 32 * step + 8; }
+
+// Rows of a thread: fewer where boxes are larger than tiles.
+HOST_DEVICE constexpr int rows_of(Direction direction, int S) { return direction == Direction::kForward || S == 1 ? 8 : 4; }
+
 constexpr int kMostBytes = 64 * 1024;   // of shared memory, which leave room for three blocks on a multiprocessor (one where it has 99 KB)
 
 // An axis of a tile: `tile` destinations of every phase. They read the `box` source positions from first + step * (the tile's first destination) on.
@@ -27,11 +46,12 @@ struct Tiling {
     int src_channels, dst_channels, groups, volume;
     int rows, row_groups;               // of a thread, neighbours in their phase of H; how many such threads a column of a tile has
     int columns;                        // destinations along W, of all phases
-    int sub, pitch;                     // floats of shared memory: between source columns that are neighbours modulo step, and between rows
+    int pitch;                          // floats of a row of a box
     int units;                          // (plane, row group, column) of a phase of D and H
     int64_t tiles;                      // of a channel of a sample, of all
-    Divisor by_columns, by_row_groups, by_tile_h, by_box_w, by_box_h, by_step, by_phases_w, by_tiles_w, by_tiles_h;
+    Divisor by_columns, by_row_groups, by_tile_h, by_box_h, by_box_d, by_quads, by_phases_w, by_tiles_w, by_tiles_h;
     HOST_DEVICE int box_floats() const { return axis[0].box * axis[1].box * pitch; }
+    HOST_DEVICE int quads() const { return (axis[2].box + 3 + 3) / 4; }    // of neighbours in memory, which a row of a box may need
 };
 
 inline TileAxis make_axis(Direction direction, const Axis& a) {
@@ -79,15 +99,13 @@ inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels
     const TileAxis d = make_axis(direction, g.axis[0]), h = make_axis(direction, g.axis[1]), w = make_axis(direction, g.axis[2]);
     Tiling best = t;
     double least = 0;
-    for (int columns : {32, 64, 128})
+    for (int columns : {32, 64})
     for (int row_groups : {1, 2, 4, 8})
     for (int planes : {1, 2, 4, 8, 16}) {
         t.axis[0] = with_tile(d, planes, 1), t.axis[1] = with_tile(h, row_groups * rows, rows), t.axis[2] = with_tile(w, columns / w.phases, 1);
         t.row_groups = t.axis[1].tile / rows;
-        const int step = t.axis[2].step;
-        t.columns = t.axis[2].tile * t.axis[2].phases;
-        t.sub = int(ceil_div(t.axis[2].box, step)), t.sub = step == 1 ? t.sub : int(ceil_div(t.sub - 16, 32)) * 32 + 16;    // 16 mod 32: neighbours go to different banks
-        t.pitch = t.sub * step;
+        t.columns = t.axis[2].tile * t.axis[2].phases, t.pitch = square_of(g).K > 0 ? pitch_of(t.axis[2].step) : t.quads() * 4;
+        if (t.quads() * 4 > t.pitch) continue;
         t.units = t.axis[0].tile * t.row_groups * t.columns;
         const int64_t bytes = int64_t(channels) * t.box_floats() * 4;
         if (bytes > kMostBytes) continue;
@@ -100,8 +118,8 @@ inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels
     }
     t = best;
     if (t.units == 0) return t;
-    t.by_columns = make_divisor(t.columns), t.by_row_groups = make_divisor(t.row_groups), t.by_tile_h = make_divisor(t.axis[1].tile), t.by_box_w = make_divisor(t.axis[2].box), t.by_box_h = make_divisor(t.axis[1].box);
-    t.by_step = make_divisor(t.axis[2].step), t.by_phases_w = make_divisor(t.axis[2].phases), t.by_tiles_w = make_divisor(t.axis[2].tiles), t.by_tiles_h = make_divisor(t.axis[1].tiles);
+    t.by_columns = make_divisor(t.columns), t.by_row_groups = make_divisor(t.row_groups), t.by_tile_h = make_divisor(t.axis[1].tile), t.by_box_h = make_divisor(t.axis[1].box), t.by_box_d = make_divisor(t.axis[0].box);
+    t.by_quads = make_divisor(t.quads()), t.by_phases_w = make_divisor(t.axis[2].phases), t.by_tiles_w = make_divisor(t.axis[2].tiles), t.by_tiles_h = make_divisor(t.axis[1].tiles);
     return t;
 }
 
@@ -112,10 +130,7 @@ HOST_DEVICE TileOrigin origin_of(const Tiling& t, int tile) {
     return {tile * t.axis[0].tile, h * t.axis[1].tile, w * t.axis[2].tile};
 }
 
-// Where source position e, of the box's first destination on, of column `q` is in its row of shared memory: q + this.
-HOST_DEVICE int column_offset(const Tiling& t, int e) {
-    const int rest = t.by_step.take(e);
-    return rest * t.sub + e;
-}
+// A row of a box begins with the multiple of 4 columns at or before its first one, which stands so far behind.
+HOST_DEVICE int skew_of(const Tiling& t, TileOrigin origin) { return (t.axis[2].first + origin.w * t.axis[2].step) & 3; }
 
 }  // namespace depthwise

@@ -41,6 +41,13 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float v)
     else static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
 }
 
+// Calls f with a value of the type behind one of these dtypes.
+template <typename F> __device__ __forceinline__ void with_element(int dtype, F f) {
+    if (dtype == kFloat32) f(float{});
+    else if (dtype == kFloat16) f(__half{});
+    else f(__nv_bfloat16{});
+}
+
 // Four neighbours, the i-th ones.
 __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float4 v) {
     if (dtype == kFloat32) {
@@ -53,17 +60,16 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float4 v
     static_cast<uint2*>(p)[i] = half ? *reinterpret_cast<const uint2*>(h) : *reinterpret_cast<const uint2*>(b);
 }
 
-// Calls `f` with a value of the C++ type behind `dtype`, one that is accumulated in float.
-template <typename F> int with_float_dtype(int dtype, F f) {
+// Calls `f` with a value of the C++ type behind `dtype`.
+template <typename F> int with_dtype(int dtype, F f) {
     switch (dtype) {
         case kFloat32: return f(float{});
+        case kFloat64: return f(double{});
         case kFloat16: return f(__half{});
         case kBFloat16: return f(__nv_bfloat16{});
     }
     return cudaErrorInvalidValue;
 }
-// The same of any type.
-template <typename F> int with_dtype(int dtype, F f) { return dtype == kFloat64 ? f(double{}) : with_float_dtype(dtype, f); }
 
 // Neighbours in memory, loaded and stored at once.
 template <typename T, int kCount> struct alignas(kCount * sizeof(T)) Vector { T v[kCount]; };

@@ -30,7 +30,14 @@ int main(int, char** arguments) {
         const int64_t groups = among(1, 3);
         Geometry g = {among(1, 2), groups * among(1, 4), groups * among(1, 4), groups, {}};
         bool exists = true;
-        for (Axis& a : g.axis) a = random_axis(among, &a == g.axis + 2 && random() % 4 == 0 ? 140 : 20, 5, 4, random() % 4 == 0), exists &= a.out > 0;
+        for (Axis& a : g.axis) a = random_axis(among, &a == g.axis + 2 && random() % 4 == 0 ? 140 : 20, 5, 4, random() % 4 == 0);
+        if (random() % 2) {    // kernels that the compiler knows
+            Axis &h = g.axis[1], &w = g.axis[2];
+            w.stride = h.stride = among(1, 2), w.kernel = h.kernel = h.stride == 1 ? among(1, 2) * 2 + 1 : among(2, 5), w.dilation = h.dilation = 1;
+            w.padding = h.padding = (h.kernel - 1) / 2;
+            for (Axis* a : {&h, &w}) a->out = (a->in - 1) * a->stride - 2 * a->padding + a->kernel + among(0, int(a->stride) - 1);
+        }
+        for (const Axis& a : g.axis) exists &= a.out > 0;
         if (!exists || in_volume(g) * kernel_volume(g) * g.C_in * g.C_out * g.N > 300000) continue;
         if (!conv_transpose3d_supports_depthwise(&g, 0)) continue;
         done++;

@@ -131,13 +131,16 @@ template <typename... Params, typename... Args> int launch(void (*kernel)(Params
 
 enum DType { kFloat32 = 0 };
 template <typename F> int with_dtype(int, F f) { return f(float{}); }
-template <typename F> int with_float_dtype(int, F f) { return f(float{}); }
+template <typename F> void with_element(int, F f) { f(float{}); }
+inline float load_as_float(const void* p, int, int64_t i) { return static_cast<const float*>(p)[i]; }
+inline void store_as(void* p, int, int64_t i, float v) { static_cast<float*>(p)[i] = v; }
 template <typename T> using Acc = T;
 inline float to_acc(float v) { return v; }
 template <typename T> T from_acc(float v) { return v; }
 inline float relu(float v) { return v < 0 ? 0 : v; }
 template <typename T, int kCount> struct alignas(kCount * sizeof(T)) Vector { T v[kCount]; };
 template <typename V> bool holds(const void* p) { return reinterpret_cast<uintptr_t>(p) % alignof(V) == 0; }
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
