@@ -401,8 +401,8 @@ def _gemm_gradients_first(geometry, dtype, tf32, device):
 
 
 def _depthwise(geometry, dtype, tf32, device):
-    """Groups of few channels, which tensor cores would multiply with zeros between."""
-    return dtype != torch.float64 and geometry.groups > 1 and bool(_library("cuda").conv_transpose3d_supports_depthwise(ctypes.addressof(geometry), device.index))
+    """Groups of few channels, or few channels: tensor cores would multiply zeros."""
+    return dtype != torch.float64 and bool(_library("cuda").conv_transpose3d_supports_depthwise(ctypes.addressof(geometry), device.index))
 
 
 def _forward_on(path):
@@ -440,11 +440,11 @@ def _norm_gradients_on(path):
 
 _PATHS = {
     # operation: ((path, condition), ...)
-    # gemm: products of matrices by mma.sync. depthwise: for groups of few channels, on the CUDA cores. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
-    "conv_transpose3d_forward": (("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("depthwise", _depthwise), ("generic", _always)),
-    "conv_transpose3d_relu_group_norm_forward": (("composed", _gemm_norm_first), ("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
-    "conv_transpose3d_gradients": (("gemm", _gemm_gradients_first), ("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("gemm", _gemm_gradients), ("composed", _always)),
-    "conv_transpose3d_relu_group_norm_gradients": (("composed", _gemm_gradients_first), ("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
+    # gemm: products of matrices by mma.sync. depthwise: few channels, of groups or in all, on the CUDA cores. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
+    "conv_transpose3d_forward": (("depthwise", _depthwise), ("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
+    "conv_transpose3d_relu_group_norm_forward": (("composed", _depthwise), ("composed", _gemm_norm_first), ("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
+    "conv_transpose3d_gradients": (("composed", _depthwise), ("gemm", _gemm_gradients_first), ("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("gemm", _gemm_gradients), ("composed", _always)),
+    "conv_transpose3d_relu_group_norm_gradients": (("composed", _depthwise), ("composed", _gemm_gradients_first), ("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
     "conv_transpose3d_dinput": (("depthwise", _depthwise), ("generic", _always)),
     "conv_transpose3d_dweight": (("depthwise", _depthwise), ("generic", _always)),
     "conv_transpose3d_dbias": (("generic", _always),),
@@ -3636,23 +3636,26 @@ _SOURCES['depthwise_dweight.cuh'] = r'''
 // Formula: torch.nn.ConvTranspose3d.
 #pragma once
 
+#include <algorithm>
+
 #include "depthwise.cuh"
 #include "sum_partials.cuh"
 
 namespace depthwise {
 
-HOST_DEVICE constexpr int taps_of_set(int K) { return K > 0 ? K * K : 9; }
-constexpr int kMaxWarps = 12;
+HOST_DEVICE constexpr int set_taps(int K) { return K > 0 ? K * K : 9; }
+constexpr int kMaxWarps = 6;
 
 // How dweight is cut: taps into sets, sets into blocks, whose warps take `shares` of the positions for each of them.
 struct DweightPlan {
     Tiling t;                         // of dx, whose box it is
-    int sets, sets_of_block, blocks_of_pair, shares, splits;
+    int taps_of_set, sets, sets_of_block, blocks_of_pair, shares, splits;
     Divisor by_shares;
     HOST_DEVICE int threads() const { return sets_of_block * shares * 32; }
     HOST_DEVICE int x_floats() const { return t.axis[0].tile * t.axis[1].tile * t.axis[2].tile; }
     HOST_DEVICE int64_t pairs() const { return int64_t(t.groups) * t.src_channels * t.dst_channels; }
-    int64_t shared_bytes() const { return int64_t(sizeof(float)) * (t.box_floats() + x_floats()); }
+    HOST_DEVICE int sum_floats() const { return shares * sets_of_block * taps_of_set; }    // of its warps, where box and x were
+    int64_t shared_bytes() const { return int64_t(sizeof(float)) * std::max(t.box_floats() + x_floats(), sum_floats()); }
 };
 
 constexpr int64_t kWantedBlocks = 8;    // for each multiprocessor
@@ -3660,7 +3663,7 @@ constexpr int64_t kWantedBlocks = 8;    // for each multiprocessor
 inline DweightPlan make_dweight_plan(const Geometry& g, int multiprocessors) {
     DweightPlan p = {};
     const Square square = square_of(g);
-    p.sets = int(ceil_div(kernel_volume(g), taps_of_set(square.K)));
+    p.taps_of_set = set_taps(square.K), p.sets = int(ceil_div(kernel_volume(g), p.taps_of_set));
     p.blocks_of_pair = int(ceil_div(p.sets, kMaxWarps)), p.sets_of_block = int(ceil_div(p.sets, p.blocks_of_pair)), p.shares = kMaxWarps / p.sets_of_block;
     p.t = choose_tiling(Direction::kDInput, g, 1, rows_of(Direction::kDInput, square.S), p.shares * 32, multiprocessors);
     if (p.t.units == 0) return p;
@@ -3671,10 +3674,10 @@ inline DweightPlan make_dweight_plan(const Geometry& g, int multiprocessors) {
 
 // Grid: (split, pair of channels, sets of taps), splits fastest. partial (splits, C_in, C_out / groups, kernel volume)
 template <int K, int S>
-__global__ void __launch_bounds__(kMaxWarps * 32, 2)
+__global__ void __launch_bounds__(kMaxWarps * 32, 4)
 dweight_kernel(Geometry g, DweightPlan p, int dtype, const void* x, const void* dout, float* __restrict__ partial) {
     wait_for_previous_kernel();
-    constexpr int kTaps = taps_of_set(K), kRows = rows_of(Direction::kDInput, S);
+    constexpr int kTaps = set_taps(K), kRows = rows_of(Direction::kDInput, S);
     extern __shared__ __align__(16) uint8_t base[];
     float *const box = reinterpret_cast<float*>(base), *const own_x = box + p.t.box_floats();    // own_x (D, H, W) of the tile
     const Tiling& t = p.t;

@@ -101,7 +101,7 @@ constexpr int64_t kSharedMemoryBytes = 256 << 10;
 inline uint8_t* shared_memory;    // what the kernel declares as extern
 
 using cudaStream_t = void*;
-enum { cudaSuccess = 0, cudaErrorInvalidConfiguration, cudaErrorNotSupported };
+enum { cudaSuccess = 0, cudaErrorInvalidConfiguration, cudaErrorNotSupported, cudaErrorIllegalAddress };
 inline int multiprocessors_of(int) { return 3; }    // so few that a block has several tiles
 struct DeviceGuard { explicit DeviceGuard(int) {} };
 
@@ -120,6 +120,7 @@ template <typename... Params, typename... Args> int launch_with_shared(void (*ke
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
         std::memset(shared_memory, 0xff, kSharedMemoryBytes);    // NaN
         fibers::run_block(threads);
+        if (std::any_of(shared_memory + shared_bytes, shared_memory + kSharedMemoryBytes, [](uint8_t byte) { return byte != 0xff; })) return cudaErrorIllegalAddress;    // written beyond its end
     }
     return cudaSuccess;
 }
