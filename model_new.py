@@ -2956,6 +2956,7 @@ __global__ void sum_partials_kernel(const P* __restrict__ partial, int64_t split
     const int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
     if (i >= count) return;
     double sum = 0;
+#pragma unroll 8
     for (int64_t s = 0; s < splits; s++) sum += partial[s * count + i];
     out[i] = from_acc<T>(Acc<T>(sum));
 }
@@ -2975,6 +2976,7 @@ _SOURCES['conv_transpose3d_dweight_generic.cu'] = r'''
 // weight's own memory, GEMM_K = (n, input position). GEMM_K is split over blocks; the partial sums are added in a fixed
 // order, so two runs agree bitwise.
 
+#include "group_norm.cuh"
 #include "sum_partials.cuh"
 
 namespace parameter_gradients_generic {
@@ -3114,21 +3116,44 @@ constexpr int kSquare = 64, kNarrowM = 8, kNarrowN = 256;
 // -------------------------------------------------------------------------------------------------------- dbias
 
 constexpr int kBiasThreads = 256;
+constexpr int64_t kBiasBlocks = 2048;          // wanted
+constexpr int64_t kMinBiasElements = 8192;     // of a block
 
-// partial (N, C_out)
+// Blocks of a channel of a sample.
+HOST_DEVICE int64_t bias_parts(const Geometry& g) {
+    const int64_t wanted = ceil_div(kBiasBlocks, g.N * g.C_out), most = ceil_div(out_volume(g), kMinBiasElements);
+    return wanted < most ? wanted : most;
+}
+
+// Grid: (sample, part, channel), channels fastest. partial (N * parts, C_out)
 template <typename T>
-__global__ void __launch_bounds__(kBiasThreads) dbias_kernel(int64_t volume, const T* __restrict__ dout, double* __restrict__ partial) {
+__global__ void __launch_bounds__(kBiasThreads) dbias_kernel(Geometry g, int64_t parts, const T* __restrict__ dout, double* __restrict__ partial) {
     wait_for_previous_kernel();
-    __shared__ double sums[kBiasThreads];
-    const T* row = dout + blockIdx.x * volume;
+    using A = Acc<T>;
+    constexpr int kWidth = 16 / sizeof(T), kLoads = 8;    // of a vector, and vectors under way
+    using V = Vector<T, kWidth>;
+    const int64_t channel = blockIdx.x % g.C_out, part = blockIdx.x / g.C_out % parts, n = blockIdx.x / g.C_out / parts, volume = out_volume(g);
+    const int64_t begin = volume * part / parts, count = volume * (part + 1) / parts - begin;
+    const T* const from = dout + (n * g.C_out + channel) * volume + begin;
+    const int64_t unaligned = reinterpret_cast<uintptr_t>(from) % sizeof(V) / sizeof(T), to_vector = (kWidth - unaligned) % kWidth, head = to_vector < count ? to_vector : count;
+    const int64_t vectors = (count - head) / kWidth, tail = head + vectors * kWidth;
+    const V* const body = reinterpret_cast<const V*>(from + head);
     double sum = 0;
-    for (int64_t i = threadIdx.x; i < volume; i += kBiasThreads) sum += to_acc(row[i]);
-    sums[threadIdx.x] = sum;
-    for (int half = kBiasThreads / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    for (int64_t first = threadIdx.x; first < vectors; first += kBiasThreads * kLoads) {    // short sums in A
+        A own = 0;
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) {
+            if (first + i * kBiasThreads >= vectors) continue;
+            const V v = body[first + i * kBiasThreads];
+#pragma unroll
+            for (T element : v.v) own += to_acc(element);
+        }
+        sum += own;
     }
-    if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
+    if (threadIdx.x < head) sum += to_acc(from[threadIdx.x]);
+    if (tail + threadIdx.x < count) sum += to_acc(from[tail + threadIdx.x]);
+    sum = group_norm::block_sum<kBiasThreads>({sum, 0}).a;
+    if (threadIdx.x == 0) partial[(n * parts + part) * g.C_out + channel] = sum;
 }
 
 }  // namespace parameter_gradients_generic
@@ -3153,7 +3178,7 @@ extern "C" int conv_transpose3d_dweight_generic(const Geometry* g, int dtype, in
     });
 }
 
-extern "C" int64_t conv_transpose3d_dbias_generic_workspace(const Geometry* g, int, int) { return g->N * g->C_out * int64_t(sizeof(double)); }
+extern "C" int64_t conv_transpose3d_dbias_generic_workspace(const Geometry* g, int, int) { return g->N * parameter_gradients_generic::bias_parts(*g) * g->C_out * int64_t(sizeof(double)); }
 
 extern "C" int conv_transpose3d_dbias_generic(const Geometry* g, int dtype, int device, void* stream, void* workspace, const void* dout, void* dbias) {
     using namespace parameter_gradients_generic;
@@ -3161,8 +3186,9 @@ extern "C" int conv_transpose3d_dbias_generic(const Geometry* g, int dtype, int 
     return with_dtype(dtype, [&](auto element) {
         using T = decltype(element);
         auto* partial = static_cast<double*>(workspace);
-        RETURN_IF_ERROR(launch(dbias_kernel<T>, g->N * g->C_out, kBiasThreads, stream, out_volume(*g), static_cast<const T*>(dout), partial));
-        return sum_partials<T>(partial, g->N, g->C_out, stream, dbias);
+        const int64_t parts = bias_parts(*g);
+        RETURN_IF_ERROR(launch(dbias_kernel<T>, g->N * parts * g->C_out, kBiasThreads, stream, *g, parts, static_cast<const T*>(dout), partial));
+        return sum_partials<T>(partial, g->N * parts, g->C_out, stream, dbias);
     });
 }
 '''

@@ -12,6 +12,7 @@ __global__ void sum_partials_kernel(const P* __restrict__ partial, int64_t split
     const int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
     if (i >= count) return;
     double sum = 0;
+#pragma unroll 8
     for (int64_t s = 0; s < splits; s++) sum += partial[s * count + i];
     out[i] = from_acc<T>(Acc<T>(sum));
 }
