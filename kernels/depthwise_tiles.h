@@ -36,7 +36,7 @@ constexpr int kMostBytes = 64 * 1024;   // of shared memory, which leave room fo
 // An axis of a tile: `tile` destinations of every phase. They read the `box` source positions from first + step * (the tile's first destination) on.
 struct TileAxis {
     int phases, count;                  // destinations of the longest phase
-    int step, first, sources;
+    int step, first;
     int tile, tiles, box;
     int dst, src;                       // sizes of the tensors
 };
@@ -55,12 +55,13 @@ struct Tiling {
 };
 
 inline TileAxis make_axis(Direction direction, const Axis& a) {
-    TileAxis t = {int(num_phases(direction, a)), 0};
+    TileAxis t = {};
+    t.phases = int(num_phases(direction, a));
     int last = 0;
     bool any = false;
     for (int i = 0; i < t.phases; i++) {
         const Phase p = make_phase(direction, a, i);
-        t.count = p.count > t.count ? p.count : t.count, t.step = p.src_step, t.sources = p.src_size;
+        t.count = p.count > t.count ? p.count : t.count, t.step = p.src_step;
         for (int j = 0; j < p.taps; j++) {
             const int at = p.src + j * p.src_tap_step;
             t.first = !any || at < t.first ? at : t.first, last = !any || at > last ? at : last;

@@ -195,6 +195,8 @@ def test_it_is_kept_where_forward_and_gradients_take_the_same_path(monkeypatch, 
     """On any machine: the table's choice for a Hopper GPU, with a library that supports everything."""
     class Library:
         def __getattr__(self, name):
+            if name.endswith("_depthwise"):
+                return lambda *arguments: 0
             if not name.removesuffix("_packed").endswith("_sm90"):
                 raise AttributeError(name)
             return lambda *arguments: 1000 if name.endswith("_packed") else 1
