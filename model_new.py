@@ -3285,8 +3285,9 @@ inline bool can_tile(const Geometry& g) {
     return in <= kMaxGroupChannels && out <= kMaxGroupChannels && in * out * kernel_volume(g) <= kMaxWeights && in_volume(g) < 1 << 30 && out_volume(g) < 1 << 30;
 }
 
-// Tiles whose boxes, of `channels` source channels, fit; units 0 where there are none. `rows`: of a thread. Of those that fit the one with the fewest floats to bring and to leave.
-inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels, int rows, int threads, int multiprocessors) {
+// Tiles whose boxes, of `channels` source channels, fit, and the destinations of one channel beside them if `brings_destinations`; units 0 where there are none. `rows`: of a thread. Of those that
+// fit the one with the fewest floats to bring and to leave.
+inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels, bool brings_destinations, int rows, int threads, int multiprocessors) {
     const bool forward = direction == Direction::kForward;
     Tiling t = {};
     const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
@@ -3304,7 +3305,7 @@ inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels
         t.columns = t.axis[2].tile * t.axis[2].phases, t.pitch = square_of(g).K > 0 ? pitch_of(t.axis[2].step) : t.quads() * 4;
         if (t.quads() * 4 > t.pitch) continue;
         t.units = t.axis[0].tile * t.row_groups * t.columns;
-        const int64_t bytes = int64_t(channels) * t.box_floats() * 4;
+        const int64_t bytes = (int64_t(channels) * t.box_floats() + (brings_destinations ? t.units * rows : 0)) * 4;
         if (bytes > kMostBytes) continue;
         t.tiles = int64_t(t.axis[0].tiles) * t.axis[1].tiles * t.axis[2].tiles;
         // Floats of a tile: of the box, each some 2 outputs' worth, and of the outputs of whole rounds of the threads.
@@ -3625,7 +3626,7 @@ inline int64_t shared_bytes(const Tiling& t) { return int64_t(sizeof(Phases)) + 
 
 inline Tiling tiling_of(Direction direction, const Geometry& g, int multiprocessors) {
     const int64_t channels = (direction == Direction::kForward ? g.C_in : g.C_out) / g.groups;
-    return choose_tiling(direction, g, int(channels), rows_of(direction, square_of(g).S), kThreads, multiprocessors);
+    return choose_tiling(direction, g, int(channels), false, rows_of(direction, square_of(g).S), kThreads, multiprocessors);
 }
 
 // Calls f(K, S) with what the compiler knows of the kernel and the stride.
@@ -3692,7 +3693,7 @@ inline DweightPlan make_dweight_plan(const Geometry& g, int multiprocessors) {
     const Square square = square_of(g);
     p.taps_of_set = set_taps(square.K), p.sets = int(ceil_div(kernel_volume(g), p.taps_of_set));
     p.blocks_of_pair = int(ceil_div(p.sets, kMaxWarps)), p.sets_of_block = int(ceil_div(p.sets, p.blocks_of_pair)), p.shares = kMaxWarps / p.sets_of_block;
-    p.t = choose_tiling(Direction::kDInput, g, 1, rows_of(Direction::kDInput, square.S), p.shares * 32, multiprocessors);
+    p.t = choose_tiling(Direction::kDInput, g, 1, true, rows_of(Direction::kDInput, square.S), p.shares * 32, multiprocessors);
     if (p.t.units == 0) return p;
     const int64_t blocks = p.pairs() * p.blocks_of_pair, tiles = g.N * p.t.tiles, splits = ceil_div(kWantedBlocks * multiprocessors, blocks);
     p.splits = int(splits < tiles ? splits : tiles), p.by_shares = make_divisor(p.shares);

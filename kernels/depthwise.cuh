@@ -289,7 +289,7 @@ inline int64_t shared_bytes(const Tiling& t) { return int64_t(sizeof(Phases)) + 
 
 inline Tiling tiling_of(Direction direction, const Geometry& g, int multiprocessors) {
     const int64_t channels = (direction == Direction::kForward ? g.C_in : g.C_out) / g.groups;
-    return choose_tiling(direction, g, int(channels), rows_of(direction, square_of(g).S), kThreads, multiprocessors);
+    return choose_tiling(direction, g, int(channels), false, rows_of(direction, square_of(g).S), kThreads, multiprocessors);
 }
 
 // Calls f(K, S) with what the compiler knows of the kernel and the stride.

@@ -36,7 +36,7 @@ inline DweightPlan make_dweight_plan(const Geometry& g, int multiprocessors) {
     const Square square = square_of(g);
     p.taps_of_set = set_taps(square.K), p.sets = int(ceil_div(kernel_volume(g), p.taps_of_set));
     p.blocks_of_pair = int(ceil_div(p.sets, kMaxWarps)), p.sets_of_block = int(ceil_div(p.sets, p.blocks_of_pair)), p.shares = kMaxWarps / p.sets_of_block;
-    p.t = choose_tiling(Direction::kDInput, g, 1, rows_of(Direction::kDInput, square.S), p.shares * 32, multiprocessors);
+    p.t = choose_tiling(Direction::kDInput, g, 1, true, rows_of(Direction::kDInput, square.S), p.shares * 32, multiprocessors);
     if (p.t.units == 0) return p;
     const int64_t blocks = p.pairs() * p.blocks_of_pair, tiles = g.N * p.t.tiles, splits = ceil_div(kWantedBlocks * multiprocessors, blocks);
     p.splits = int(splits < tiles ? splits : tiles), p.by_shares = make_divisor(p.shares);

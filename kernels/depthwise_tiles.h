@@ -89,8 +89,9 @@ inline bool can_tile(const Geometry& g) {
     return in <= kMaxGroupChannels && out <= kMaxGroupChannels && in * out * kernel_volume(g) <= kMaxWeights && in_volume(g) < 1 << 30 && out_volume(g) < 1 << 30;
 }
 
-// Tiles whose boxes, of `channels` source channels, fit; units 0 where there are none. `rows`: of a thread. Of those that fit the one with the fewest floats to bring and to leave.
-inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels, int rows, int threads, int multiprocessors) {
+// Tiles whose boxes, of `channels` source channels, fit, and the destinations of one channel beside them if `brings_destinations`; units 0 where there are none. `rows`: of a thread. Of those that
+// fit the one with the fewest floats to bring and to leave.
+inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels, bool brings_destinations, int rows, int threads, int multiprocessors) {
     const bool forward = direction == Direction::kForward;
     Tiling t = {};
     const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
@@ -108,7 +109,7 @@ inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels
         t.columns = t.axis[2].tile * t.axis[2].phases, t.pitch = square_of(g).K > 0 ? pitch_of(t.axis[2].step) : t.quads() * 4;
         if (t.quads() * 4 > t.pitch) continue;
         t.units = t.axis[0].tile * t.row_groups * t.columns;
-        const int64_t bytes = int64_t(channels) * t.box_floats() * 4;
+        const int64_t bytes = (int64_t(channels) * t.box_floats() + (brings_destinations ? t.units * rows : 0)) * 4;
         if (bytes > kMostBytes) continue;
         t.tiles = int64_t(t.axis[0].tiles) * t.axis[1].tiles * t.axis[2].tiles;
         // Floats of a tile: of the box, each some 2 outputs' worth, and of the outputs of whole rounds of the threads.
