@@ -3285,15 +3285,17 @@ inline bool can_tile(const Geometry& g) {
     return in <= kMaxGroupChannels && out <= kMaxGroupChannels && in * out * kernel_volume(g) <= kMaxWeights && in_volume(g) < 1 << 30 && out_volume(g) < 1 << 30;
 }
 
-// Tiles whose boxes, of `channels` source channels, fit, and the destinations of one channel beside them if `brings_destinations`; units 0 where there are none. `rows`: of a thread. Of those that
-// fit the one with the fewest floats to bring and to leave.
-inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels, bool brings_destinations, int rows, int threads, int multiprocessors) {
+// Tiles whose boxes fit, of all source channels, or for dweight of one, with its destinations beside them; units 0 where there are none. Of those that fit the one with the fewest
+// floats to bring and to leave.
+inline Tiling choose_tiling(Direction direction, const Geometry& g, bool for_dweight, int threads, int multiprocessors) {
     const bool forward = direction == Direction::kForward;
+    const Square square = square_of(g);
     Tiling t = {};
     const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
     t.src_channels = int(forward ? in : out), t.dst_channels = int(forward ? out : in), t.groups = int(g.groups), t.volume = int(kernel_volume(g));
-    t.rows = rows;
+    t.rows = rows_of(direction, square.S);
     if (!can_tile(g)) return t;
+    const int rows = t.rows, channels = for_dweight ? 1 : t.src_channels;
     const TileAxis d = make_axis(direction, g.axis[0]), h = make_axis(direction, g.axis[1]), w = make_axis(direction, g.axis[2]);
     Tiling best = t;
     double least = 0;
@@ -3302,10 +3304,10 @@ inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels
     for (int planes : {1, 2, 4, 8, 16}) {
         t.axis[0] = with_tile(d, planes, 1), t.axis[1] = with_tile(h, row_groups * rows, rows), t.axis[2] = with_tile(w, columns / w.phases, 1);
         t.row_groups = t.axis[1].tile / rows;
-        t.columns = t.axis[2].tile * t.axis[2].phases, t.pitch = square_of(g).K > 0 ? pitch_of(t.axis[2].step) : t.quads() * 4;
+        t.columns = t.axis[2].tile * t.axis[2].phases, t.pitch = square.K > 0 ? pitch_of(t.axis[2].step) : t.quads() * 4;
         if (t.quads() * 4 > t.pitch) continue;
         t.units = t.axis[0].tile * t.row_groups * t.columns;
-        const int64_t bytes = (int64_t(channels) * t.box_floats() + (brings_destinations ? t.units * rows : 0)) * 4;
+        const int64_t bytes = (int64_t(channels) * t.box_floats() + (for_dweight ? t.units * rows : 0)) * 4;
         if (bytes > kMostBytes) continue;
         t.tiles = int64_t(t.axis[0].tiles) * t.axis[1].tiles * t.axis[2].tiles;
         // Floats of a tile: of the box, each some 2 outputs' worth, and of the outputs of whole rounds of the threads.
@@ -3378,7 +3380,7 @@ __device__ __forceinline__ void find_phases(Phases& phases, Direction direction,
 }
 
 // Brings the box of the tile at `origin` to shared memory, zeros where the source ends: `channels` of the source, (D, H, W) each, from the `first`-th element on. Four
-// neighbours at a time, as they are aligned in memory where rows are. Some may still be under way afterwards (wait_for_box).
+// neighbours at a time, as they are aligned in memory where rows are. Some may still be under way afterwards (cp_async_wait_all).
 __device__ __forceinline__ void load_box(const Tiling& t, TileOrigin origin, const void* src, int dtype, int64_t first, int channels, float* box, int threads) {
     const TileAxis &ad = t.axis[0], &ah = t.axis[1], &aw = t.axis[2];
     const int d0 = ad.first + origin.d * ad.step, h0 = ah.first + origin.h * ah.step, w0 = (aw.first + origin.w * aw.step) & ~3;
@@ -3416,10 +3418,6 @@ __device__ __forceinline__ void load_box(const Tiling& t, TileOrigin origin, con
             }
         }
     });
-}
-__device__ __forceinline__ void wait_for_box() {
-    cp_async_commit_group();
-    cp_async_wait_group<0>();
 }
 
 // A thread's destinations in a tile: rows of a column of one phase.
@@ -3578,7 +3576,7 @@ gather_kernel(Geometry g, Tiling t, int dtype, const void* src, const void* w, c
         weights[i] = load_as_float(w, dtype, int64_t(group) * pairs * t.volume + i);
         finite &= fabsf(weights[i]) <= 3.4e38f;
     }
-    wait_for_box();
+    cp_async_wait_all();
     const bool all_finite = __syncthreads_and(finite);
 
     constexpr int kRows = rows_of(kDirection, S), kPhases = kDirection == Direction::kForward && K > 0 ? S : 1;    // of H, that a thread has
@@ -3625,8 +3623,7 @@ gather_kernel(Geometry g, Tiling t, int dtype, const void* src, const void* w, c
 inline int64_t shared_bytes(const Tiling& t) { return int64_t(sizeof(Phases)) + (round_up_to_quads(t.src_channels * t.dst_channels * t.volume) + t.src_channels * t.box_floats()) * int64_t(sizeof(float)); }
 
 inline Tiling tiling_of(Direction direction, const Geometry& g, int multiprocessors) {
-    const int64_t channels = (direction == Direction::kForward ? g.C_in : g.C_out) / g.groups;
-    return choose_tiling(direction, g, int(channels), false, rows_of(direction, square_of(g).S), kThreads, multiprocessors);
+    return choose_tiling(direction, g, false, kThreads, multiprocessors);
 }
 
 // Calls f(K, S) with what the compiler knows of the kernel and the stride.
@@ -3690,10 +3687,9 @@ constexpr int64_t kWantedBlocks = 8;    // for each multiprocessor
 
 inline DweightPlan make_dweight_plan(const Geometry& g, int multiprocessors) {
     DweightPlan p = {};
-    const Square square = square_of(g);
-    p.taps_of_set = set_taps(square.K), p.sets = int(ceil_div(kernel_volume(g), p.taps_of_set));
+    p.taps_of_set = set_taps(square_of(g).K), p.sets = int(ceil_div(kernel_volume(g), p.taps_of_set));
     p.blocks_of_pair = int(ceil_div(p.sets, kMaxWarps)), p.sets_of_block = int(ceil_div(p.sets, p.blocks_of_pair)), p.shares = kMaxWarps / p.sets_of_block;
-    p.t = choose_tiling(Direction::kDInput, g, 1, true, rows_of(Direction::kDInput, square.S), p.shares * 32, multiprocessors);
+    p.t = choose_tiling(Direction::kDInput, g, true, p.shares * 32, multiprocessors);
     if (p.t.units == 0) return p;
     const int64_t blocks = p.pairs() * p.blocks_of_pair, tiles = g.N * p.t.tiles, splits = ceil_div(kWantedBlocks * multiprocessors, blocks);
     p.splits = int(splits < tiles ? splits : tiles), p.by_shares = make_divisor(p.shares);
@@ -3746,7 +3742,7 @@ dweight_kernel(Geometry g, DweightPlan p, int dtype, const void* x, const void* 
             const bool exists = origin.d + d < ad.dst && origin.h + h < ah.dst && origin.w + column < aw.dst;
             own_x[k] = exists ? load_as_float(x, dtype, first_x + ((origin.d + d) * ah.dst + origin.h + h) * aw.dst + origin.w + column) : 0.0f;
         }
-        wait_for_box();
+        cp_async_wait_all();
         __syncthreads();
         float sum[kTaps] = {};
         for (int k = share * 32 + threadIdx.x % 32; k < t.units; k += p.shares * 32) {

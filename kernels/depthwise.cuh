@@ -41,7 +41,7 @@ __device__ __forceinline__ void find_phases(Phases& phases, Direction direction,
 }
 
 // Brings the box of the tile at `origin` to shared memory, zeros where the source ends: `channels` of the source, (D, H, W) each, from the `first`-th element on. Four
-// neighbours at a time, as they are aligned in memory where rows are. Some may still be under way afterwards (wait_for_box).
+// neighbours at a time, as they are aligned in memory where rows are. Some may still be under way afterwards (cp_async_wait_all).
 __device__ __forceinline__ void load_box(const Tiling& t, TileOrigin origin, const void* src, int dtype, int64_t first, int channels, float* box, int threads) {
     const TileAxis &ad = t.axis[0], &ah = t.axis[1], &aw = t.axis[2];
     const int d0 = ad.first + origin.d * ad.step, h0 = ah.first + origin.h * ah.step, w0 = (aw.first + origin.w * aw.step) & ~3;
@@ -79,10 +79,6 @@ __device__ __forceinline__ void load_box(const Tiling& t, TileOrigin origin, con
             }
         }
     });
-}
-__device__ __forceinline__ void wait_for_box() {
-    cp_async_commit_group();
-    cp_async_wait_group<0>();
 }
 
 // A thread's destinations in a tile: rows of a column of one phase.
@@ -241,7 +237,7 @@ gather_kernel(Geometry g, Tiling t, int dtype, const void* src, const void* w, c
         weights[i] = load_as_float(w, dtype, int64_t(group) * pairs * t.volume + i);
         finite &= fabsf(weights[i]) <= 3.4e38f;
     }
-    wait_for_box();
+    cp_async_wait_all();
     const bool all_finite = __syncthreads_and(finite);
 
     constexpr int kRows = rows_of(kDirection, S), kPhases = kDirection == Direction::kForward && K > 0 ? S : 1;    // of H, that a thread has
@@ -288,8 +284,7 @@ gather_kernel(Geometry g, Tiling t, int dtype, const void* src, const void* w, c
 inline int64_t shared_bytes(const Tiling& t) { return int64_t(sizeof(Phases)) + (round_up_to_quads(t.src_channels * t.dst_channels * t.volume) + t.src_channels * t.box_floats()) * int64_t(sizeof(float)); }
 
 inline Tiling tiling_of(Direction direction, const Geometry& g, int multiprocessors) {
-    const int64_t channels = (direction == Direction::kForward ? g.C_in : g.C_out) / g.groups;
-    return choose_tiling(direction, g, int(channels), false, rows_of(direction, square_of(g).S), kThreads, multiprocessors);
+    return choose_tiling(direction, g, false, kThreads, multiprocessors);
 }
 
 // Calls f(K, S) with what the compiler knows of the kernel and the stride.

@@ -33,10 +33,9 @@ constexpr int64_t kWantedBlocks = 8;    // for each multiprocessor
 
 inline DweightPlan make_dweight_plan(const Geometry& g, int multiprocessors) {
     DweightPlan p = {};
-    const Square square = square_of(g);
-    p.taps_of_set = set_taps(square.K), p.sets = int(ceil_div(kernel_volume(g), p.taps_of_set));
+    p.taps_of_set = set_taps(square_of(g).K), p.sets = int(ceil_div(kernel_volume(g), p.taps_of_set));
     p.blocks_of_pair = int(ceil_div(p.sets, kMaxWarps)), p.sets_of_block = int(ceil_div(p.sets, p.blocks_of_pair)), p.shares = kMaxWarps / p.sets_of_block;
-    p.t = choose_tiling(Direction::kDInput, g, 1, true, rows_of(Direction::kDInput, square.S), p.shares * 32, multiprocessors);
+    p.t = choose_tiling(Direction::kDInput, g, true, p.shares * 32, multiprocessors);
     if (p.t.units == 0) return p;
     const int64_t blocks = p.pairs() * p.blocks_of_pair, tiles = g.N * p.t.tiles, splits = ceil_div(kWantedBlocks * multiprocessors, blocks);
     p.splits = int(splits < tiles ? splits : tiles), p.by_shares = make_divisor(p.shares);
@@ -89,7 +88,7 @@ dweight_kernel(Geometry g, DweightPlan p, int dtype, const void* x, const void* 
             const bool exists = origin.d + d < ad.dst && origin.h + h < ah.dst && origin.w + column < aw.dst;
             own_x[k] = exists ? load_as_float(x, dtype, first_x + ((origin.d + d) * ah.dst + origin.h + h) * aw.dst + origin.w + column) : 0.0f;
         }
-        wait_for_box();
+        cp_async_wait_all();
         __syncthreads();
         float sum[kTaps] = {};
         for (int k = share * 32 + threadIdx.x % 32; k < t.units; k += p.shares * 32) {

@@ -89,15 +89,17 @@ inline bool can_tile(const Geometry& g) {
     return in <= kMaxGroupChannels && out <= kMaxGroupChannels && in * out * kernel_volume(g) <= kMaxWeights && in_volume(g) < 1 << 30 && out_volume(g) < 1 << 30;
 }
 
-// Tiles whose boxes, of `channels` source channels, fit, and the destinations of one channel beside them if `brings_destinations`; units 0 where there are none. `rows`: of a thread. Of those that
-// fit the one with the fewest floats to bring and to leave.
-inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels, bool brings_destinations, int rows, int threads, int multiprocessors) {
+// Tiles whose boxes fit, of all source channels, or for dweight of one, with its destinations beside them; units 0 where there are none. Of those that fit the one with the fewest
+// floats to bring and to leave.
+inline Tiling choose_tiling(Direction direction, const Geometry& g, bool for_dweight, int threads, int multiprocessors) {
     const bool forward = direction == Direction::kForward;
+    const Square square = square_of(g);
     Tiling t = {};
     const int64_t in = g.C_in / g.groups, out = g.C_out / g.groups;
     t.src_channels = int(forward ? in : out), t.dst_channels = int(forward ? out : in), t.groups = int(g.groups), t.volume = int(kernel_volume(g));
-    t.rows = rows;
+    t.rows = rows_of(direction, square.S);
     if (!can_tile(g)) return t;
+    const int rows = t.rows, channels = for_dweight ? 1 : t.src_channels;
     const TileAxis d = make_axis(direction, g.axis[0]), h = make_axis(direction, g.axis[1]), w = make_axis(direction, g.axis[2]);
     Tiling best = t;
     double least = 0;
@@ -106,10 +108,10 @@ inline Tiling choose_tiling(Direction direction, const Geometry& g, int channels
     for (int planes : {1, 2, 4, 8, 16}) {
         t.axis[0] = with_tile(d, planes, 1), t.axis[1] = with_tile(h, row_groups * rows, rows), t.axis[2] = with_tile(w, columns / w.phases, 1);
         t.row_groups = t.axis[1].tile / rows;
-        t.columns = t.axis[2].tile * t.axis[2].phases, t.pitch = square_of(g).K > 0 ? pitch_of(t.axis[2].step) : t.quads() * 4;
+        t.columns = t.axis[2].tile * t.axis[2].phases, t.pitch = square.K > 0 ? pitch_of(t.axis[2].step) : t.quads() * 4;
         if (t.quads() * 4 > t.pitch) continue;
         t.units = t.axis[0].tile * t.row_groups * t.columns;
-        const int64_t bytes = (int64_t(channels) * t.box_floats() + (brings_destinations ? t.units * rows : 0)) * 4;
+        const int64_t bytes = (int64_t(channels) * t.box_floats() + (for_dweight ? t.units * rows : 0)) * 4;
         if (bytes > kMostBytes) continue;
         t.tiles = int64_t(t.axis[0].tiles) * t.axis[1].tiles * t.axis[2].tiles;
         // Floats of a tile: of the box, each some 2 outputs' worth, and of the outputs of whole rounds of the threads.

@@ -17,6 +17,7 @@ inline void cp_async_16(uint32_t destination, const void* source, bool inside) {
 }
 inline void cp_async_4(uint32_t destination, const void* source, bool inside) { copy<4>(destination, source, inside); }
 inline void cp_async_commit_group() {}
+inline void cp_async_wait_all() {}
 template <int kPending> void cp_async_wait_group() {}
 
 // d (16, 8) += a (16, 8) * b (8, 8), of a warp's fragments (PTX ISA, "mma.m16n8k8").
