@@ -457,12 +457,12 @@ _SIGNATURES = {
     "conv_transpose3d_forward": "pppip",            # x, weight, bias, relu; out
     "conv_transpose3d_relu_group_norm_forward": "pppppidppp",    # x, weight, bias, gamma, beta, num_groups, eps; activation, y, statistics
     "conv_transpose3d_gradients": "ppppp",          # dout, x, weight; dx, dweight
-    "conv_transpose3d_relu_group_norm_gradients": "ppppipppppp",    # dy, r, statistics, gamma, num_groups, x, weight; dx, dweight, dgamma, dbeta
+    "conv_transpose3d_relu_group_norm_gradients": "ppppippppppp",    # dy, r, statistics, gamma, num_groups, x, weight; dx, dweight, dgamma, dbeta, dbias
     "conv_transpose3d_dinput": "ppp",               # dout, weight; dx
     "conv_transpose3d_dweight": "ppp",              # x, dout; dweight
     "conv_transpose3d_dbias": "pp",                 # dout; dbias
     "group_norm_forward": "pppdpp",                 # r, gamma, beta, eps; y, statistics
-    "relu_group_norm_backward": "ppppppp",          # dy, r, statistics, gamma; dz, dgamma, dbeta
+    "relu_group_norm_backward": "pppppppp",         # dy, r, statistics, gamma; dz, dgamma, dbeta, dbias
 }
 _TWO_DTYPES = ("conv_transpose3d_relu_group_norm_forward", "group_norm_forward", "relu_group_norm_backward")    # the activation's and the output's
 
@@ -718,28 +718,27 @@ def _parameter(tensor, input):
 def _fused_backward(grad, activation, statistics, input, packed, weight, gn_weight, input_shape, weight_shape, num_groups,
                     stride, padding, output_padding, groups, dilation, needs):
     """Gradients of input, weight, bias, gn_weight and gn_bias; empty where not needed."""
-    conv_needs, (need_gamma, need_beta) = needs[:3], needs[3:]
     outputs = _fused_backward_fake(grad, activation, statistics, input, packed, weight, gn_weight, input_shape, weight_shape, num_groups,
                                    stride, padding, output_padding, groups, dilation, needs)
     if grad.numel() == 0:
         return tuple(t.zero_() for t in outputs)
-    dgamma, dbeta = outputs[3:]
     geometry, _ = _geometry(tuple(input_shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
-    need_dx, need_dweight, need_dbias = conv_needs
-    if ((need_dx or need_dweight) and not need_dbias and grad.dtype == activation.dtype
+    need_dx, need_dweight = needs[:2]
+    grad, gamma = grad.contiguous(), _parameter(gn_weight, activation)
+    dx, dweight, dbias, dgamma, dbeta = (output if need else None for output, need in zip(outputs, needs))
+    if ((need_dx or need_dweight) and grad.dtype == activation.dtype
             and select_path("conv_transpose3d_relu_group_norm_gradients", geometry, grad.dtype, grad.device, packed) != "composed"):
         _launch("conv_transpose3d_relu_group_norm_gradients", geometry, (grad.dtype,), grad.device,
-                (grad.contiguous(), activation, statistics, _parameter(gn_weight, activation), num_groups, input.contiguous() if need_dweight and packed is None else None,
-                 weight.contiguous() if need_dx else None),
-                (outputs[0] if need_dx else None, outputs[1] if need_dweight else None, dgamma if need_gamma else None, dbeta if need_beta else None), packed)
+                (grad, activation, statistics, gamma, num_groups, input.contiguous() if need_dweight and packed is None else None, weight.contiguous() if need_dx else None),
+                (dx, dweight, dgamma, dbeta, dbias), packed)
         return outputs
-    dz = torch.empty_like(activation) if any(conv_needs) else None
+    dz = torch.empty_like(activation) if need_dx or need_dweight else None
     _launch("relu_group_norm_backward", _norm_shape(tuple(activation.shape), num_groups), (activation.dtype, grad.dtype), grad.device,
-            (grad.contiguous(), activation, statistics, _parameter(gn_weight, activation)), (dz, dgamma if need_gamma else None, dbeta if need_beta else None))
+            (grad, activation, statistics, gamma), (dz, dgamma, dbeta, dbias))
     if dz is None:
         return outputs
-    conv_outputs = _backward(dz, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, conv_needs)
-    return *conv_outputs, dgamma, dbeta
+    conv_outputs = _backward(dz, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, (need_dx, need_dweight, False))
+    return *conv_outputs[:2], *outputs[2:]
 
 
 def _fused_backward_fake(grad, activation, statistics, input, packed, weight, gn_weight, input_shape, weight_shape, num_groups,
@@ -3854,25 +3853,34 @@ _SOURCES['group_norm_backward.cuh'] = r'''
 //   dr = rstd * (gamma * dy - m1 - xhat * m2), xhat = (r - mean) * rstd,
 //   m1, m2 = mean over the group of gamma * dy and of gamma * dy * xhat;   dz = dr where r > 0 (or NaN), else 0
 //   dgamma[c] = sum over n, s of dy * xhat,   dbeta[c] = sum over n, s of dy
+//   dbias[c] = sum over n, s of dz = sum over n of rstd * (gamma * sum of dy - m1 * count - m2 * sum of xhat), all of these over the s with r > 0:
+//   of the bias in front of ReLU, without dz
 //
-// Sums are taken in float64 and added in a fixed order. Formula: torch.nn.GroupNorm.
+// Sums are taken in float64 (those over r > 0 of four elements at a time) and added in a fixed order. Formula: torch.nn.GroupNorm.
 #pragma once
 
 #include "group_norm.cuh"
 
 namespace group_norm {
 
-// partial (N * C, splits): sums of dy and of dy * xhat. kWidth: elements that are loaded at once.
-template <typename T, typename Y, int kWidth>
+// Whether ReLU passes the gradient; NaN keeps its gradient, as in torch.
+template <typename A> __device__ __forceinline__ bool is_active(A r) { return !(r <= A(0)); }
+
+// Of the active elements: their number, the sums of dy and of xhat.
+struct ActiveSums { double count, dy, xhat; };
+
+// partial (N * C, splits): sums of dy and of dy * xhat. active (N * C, splits): where kActive. kWidth: elements that are loaded at once.
+template <typename T, typename Y, int kWidth, bool kActive>
 __global__ void __launch_bounds__(kThreads)
-gradient_sums_kernel(Shape s, int64_t splits, const Y* __restrict__ dy, const T* __restrict__ r, const double* __restrict__ mean, const double* __restrict__ rstd, Pair* __restrict__ partial) {
+gradient_sums_kernel(Shape s, int64_t splits, const Y* __restrict__ dy, const T* __restrict__ r, const double* __restrict__ mean, const double* __restrict__ rstd, Pair* __restrict__ partial, ActiveSums* __restrict__ active) {
     wait_for_previous_kernel();
     using A = Acc<T>;
     const int64_t row = blockIdx.x / splits, group = row / s.group_channels();
     const int64_t begin = blockIdx.x % splits * kSplitElements;
     const int64_t end = begin + kSplitElements < s.S ? begin + kSplitElements : s.S;
     const Mean<A> m(mean[group]);
-    Pair sum = {0, 0};
+    Pair sum = {0, 0}, active_sum = {0, 0};
+    int active_count = 0;
 #pragma unroll(kWidth == 1 ? 4 : 2)
     for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kThreads * kWidth) {
         const auto dys = *reinterpret_cast<const Vector<Y, kWidth>*>(dy + row * s.S + i);
@@ -3883,15 +3891,31 @@ gradient_sums_kernel(Shape s, int64_t splits, const Y* __restrict__ dy, const T*
             sum.a += d;
             sum.b += d * m.center(to_acc(rs.v[e]));
         }
+        if constexpr (!kActive) continue;
+        A of_dy = 0, of_r = 0;
+#pragma unroll
+        for (int e = 0; e < kWidth; e++) {
+            if (!is_active(to_acc(rs.v[e]))) continue;
+            active_count++;
+            of_dy += to_acc(dys.v[e]);
+            of_r += m.center(to_acc(rs.v[e]));
+        }
+        active_sum.a += of_dy;
+        active_sum.b += of_r;
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = {sum.a, sum.b * rstd[group]};
+    if constexpr (!kActive) return;
+    active_sum = block_sum(active_sum);
+    const Pair counts = block_sum(Pair{double(active_count), 0});
+    if (threadIdx.x == 0) active[blockIdx.x] = {counts.a, active_sum.a, active_sum.b * rstd[group]};
 }
 
-// One block per (n, group): channel_sums (N, C) of the partials, and group_means (N, num_groups) weighted by gamma.
+// One block per (n, group): channel_sums (N, C) of the partials, group_means (N, num_groups) weighted by gamma, and, where `active` is not null, bias_sums (N, C) of dz.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
-finish_gradient_sums_kernel(Shape s, int64_t splits, const A* __restrict__ gamma, const Pair* __restrict__ partial, Pair* __restrict__ channel_sums, Pair* __restrict__ group_means) {
+finish_gradient_sums_kernel(Shape s, int64_t splits, const A* __restrict__ gamma, const double* __restrict__ rstd, const Pair* __restrict__ partial, const ActiveSums* __restrict__ active,
+                            Pair* __restrict__ channel_sums, Pair* __restrict__ group_means, double* __restrict__ bias_sums) {
     wait_for_previous_kernel();
     Pair weighted = {0, 0};
     for (int64_t k = threadIdx.x; k < s.group_channels(); k += kThreads) {
@@ -3907,22 +3931,39 @@ finish_gradient_sums_kernel(Shape s, int64_t splits, const A* __restrict__ gamma
         weighted.b += weight * sum.b;
     }
     weighted = block_sum(weighted);
-    if (threadIdx.x == 0) group_means[blockIdx.x] = {weighted.a / s.group_count(), weighted.b / s.group_count()};
+    const Pair means = {weighted.a / s.group_count(), weighted.b / s.group_count()};
+    if (threadIdx.x == 0) group_means[blockIdx.x] = means;
+    if (!active) return;
+    for (int64_t k = threadIdx.x; k < s.group_channels(); k += kThreads) {
+        const int64_t row = blockIdx.x * s.group_channels() + k;
+        ActiveSums sum = {0, 0, 0};
+        for (int64_t i = 0; i < splits; i++) {
+            const ActiveSums& p = active[row * splits + i];
+            sum.count += p.count, sum.dy += p.dy, sum.xhat += p.xhat;
+        }
+        const double weight = gamma ? gamma[row % s.C] : A(1);
+        bias_sums[row] = sum.count == 0 ? 0 : rstd[blockIdx.x] * (weight * sum.dy - means.a * sum.count - means.b * sum.xhat);    // a NaN of the group does not get to where none is active
+    }
 }
 
-// dgamma, dbeta (C): channel_sums (N, C) over n
-template <typename A>
-__global__ void parameter_gradients_kernel(Shape s, const Pair* __restrict__ channel_sums, A* __restrict__ dgamma, A* __restrict__ dbeta) {
+// dgamma, dbeta, dbias (C): channel_sums and bias_sums (N, C) over n
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+parameter_gradients_kernel(Shape s, const Pair* __restrict__ channel_sums, const double* __restrict__ bias_sums, Acc<T>* __restrict__ dgamma, Acc<T>* __restrict__ dbeta, T* __restrict__ dbias) {
     wait_for_previous_kernel();
-    const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    using A = Acc<T>;
+    const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (c >= s.C) return;
     Pair sum = {0, 0};
+    double bias_sum = 0;
     for (int64_t n = 0; n < s.N; n++) {
         sum.a += channel_sums[n * s.C + c].a;
         sum.b += channel_sums[n * s.C + c].b;
+        if (dbias) bias_sum += bias_sums[n * s.C + c];
     }
     if (dbeta) dbeta[c] = A(sum.a);
     if (dgamma) dgamma[c] = A(sum.b);
+    if (dbias) dbias[c] = from_acc<T>(A(bias_sum));
 }
 
 // dz of one (n, channel).
@@ -3933,30 +3974,40 @@ template <typename A> struct ChannelGradient {
     __device__ __forceinline__ ChannelGradient(double mean, double rstd, A weight, Pair group_means) : m(mean), inv(A(rstd)), weight(weight), mean1(A(group_means.a)), mean2(A(group_means.b)) {}
     __device__ __forceinline__ A dz(A dy, A r) const {
         const A dr = inv * (weight * dy - mean1 - m.center(r) * inv * mean2);
-        return r <= A(0) ? A(0) : dr;    // NaN keeps its gradient, as in torch
+        return is_active(r) ? dr : A(0);
     }
 };
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
-// What the sums leave for dz.
+// What the sums leave for dz and for the parameters' gradients.
 struct GradientSums {
     Pair *partial, *channel_sums, *group_means;    // (N * C, splits), (N, C), (N, num_groups)
+    ActiveSums* active;                            // (N * C, splits)
+    double* bias_sums;                             // (N, C)
     static int64_t splits(const Shape& s) { return ceil_div(s.S, kSplitElements); }
-    static int64_t count(const Shape& s) { return s.N * s.C * (splits(s) + 1) + s.N * s.num_groups; }
-    GradientSums(const Shape& s, void* memory) : partial(static_cast<Pair*>(memory)), channel_sums(partial + s.N * s.C * splits(s)), group_means(channel_sums + s.N * s.C) {}
+    static int64_t bytes(const Shape& s) {
+        const int64_t rows = s.N * s.C;
+        return (rows * (splits(s) + 1) + s.N * s.num_groups) * int64_t(sizeof(Pair)) + rows * splits(s) * int64_t(sizeof(ActiveSums)) + rows * int64_t(sizeof(double));
+    }
+    GradientSums(const Shape& s, void* memory)
+        : partial(static_cast<Pair*>(memory)), channel_sums(partial + s.N * s.C * splits(s)), group_means(channel_sums + s.N * s.C),
+          active(reinterpret_cast<ActiveSums*>(group_means + s.N * s.num_groups)), bias_sums(reinterpret_cast<double*>(active + s.N * s.C * splits(s))) {}
 };
 
-// dgamma and dbeta may be null: not wanted.
+// dgamma, dbeta and dbias may be null: not wanted.
 template <typename T, typename Y>
-int sum_gradients(const Shape& s, void* stream, const void* dy, const void* r, const double* statistics, const void* gamma, const GradientSums& sums, void* dgamma, void* dbeta) {
+int sum_gradients(const Shape& s, void* stream, const void* dy, const void* r, const double* statistics, const void* gamma, const GradientSums& sums, void* dgamma, void* dbeta, void* dbias) {
     using A = Acc<T>;
     const int64_t splits = GradientSums::splits(s);
     const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
-    RETURN_IF_ERROR(launch(has_vectors<T, Y>(s, r, dy) ? gradient_sums_kernel<T, Y, 4> : gradient_sums_kernel<T, Y, 1>, s.N * s.C * splits, kThreads, stream, s, splits, static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd, sums.partial));
-    RETURN_IF_ERROR(launch(finish_gradient_sums_kernel<A>, s.N * s.num_groups, kThreads, stream, s, splits, static_cast<const A*>(gamma), static_cast<const Pair*>(sums.partial), sums.channel_sums, sums.group_means));
-    if (!dgamma && !dbeta) return cudaSuccess;
-    return launch(parameter_gradients_kernel<A>, ceil_div(s.C, 256), 256, stream, s, static_cast<const Pair*>(sums.channel_sums), static_cast<A*>(dgamma), static_cast<A*>(dbeta));
+    ActiveSums* active = dbias ? sums.active : nullptr;
+    const bool vectors = has_vectors<T, Y>(s, r, dy);
+    const auto sum = active ? vectors ? gradient_sums_kernel<T, Y, 4, true> : gradient_sums_kernel<T, Y, 1, true> : vectors ? gradient_sums_kernel<T, Y, 4, false> : gradient_sums_kernel<T, Y, 1, false>;
+    RETURN_IF_ERROR(launch(sum, s.N * s.C * splits, kThreads, stream, s, splits, static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd, sums.partial, active));
+    RETURN_IF_ERROR(launch(finish_gradient_sums_kernel<A>, s.N * s.num_groups, kThreads, stream, s, splits, static_cast<const A*>(gamma), rstd, static_cast<const Pair*>(sums.partial), static_cast<const ActiveSums*>(active), sums.channel_sums, sums.group_means, sums.bias_sums));
+    if (!dgamma && !dbeta && !dbias) return cudaSuccess;
+    return launch(parameter_gradients_kernel<T>, ceil_div(s.C, kThreads), kThreads, stream, s, static_cast<const Pair*>(sums.channel_sums), static_cast<const double*>(sums.bias_sums), static_cast<A*>(dgamma), static_cast<A*>(dbeta), static_cast<T*>(dbias));
 }
 
 }  // namespace group_norm
@@ -3968,7 +4019,7 @@ _SOURCES['relu_group_norm_generic.cu'] = r'''
 //   forward   y = (r - mean) * rstd * gamma + beta, mean and variance (biased) over each (n, group)
 //   backward  group_norm_backward.cuh
 //
-//   r, dz (N, C, S) of type T   y, dy (N, C, S) of type Y   statistics (2, N, num_groups) float64: mean, rstd   gamma, beta, dgamma, dbeta (C) Acc<T>
+//   r, dz (N, C, S) of type T   y, dy (N, C, S) of type Y   statistics (2, N, num_groups) float64: mean, rstd   gamma, beta, dgamma, dbeta (C) Acc<T>   dbias (C) T
 //
 // Sums are taken in float64, of values shifted by the group's first element, so neither a large mean nor a large range
 // cancels; they are added in a fixed order. Formula: torch.nn.GroupNorm.
@@ -4064,12 +4115,12 @@ extern "C" int group_norm_forward_generic(const Shape* shape, int r_dtype, int y
 }
 
 extern "C" int64_t relu_group_norm_backward_generic_workspace(const Shape* s, int, int) {
-    return group_norm::GradientSums::count(*s) * int64_t(sizeof(group_norm::Pair));
+    return group_norm::GradientSums::bytes(*s);
 }
 
-// dz, or dgamma and dbeta, may be null: not wanted.
+// dz, dgamma, dbeta and dbias may be null: not wanted.
 extern "C" int relu_group_norm_backward_generic(const Shape* shape, int r_dtype, int y_dtype, int device, void* stream, void* workspace,
-                                                const void* dy, const void* r, const double* statistics, const void* gamma, void* dz, void* dgamma, void* dbeta) {
+                                                const void* dy, const void* r, const double* statistics, const void* gamma, void* dz, void* dgamma, void* dbeta, void* dbias) {
     using namespace relu_group_norm_generic;
     DeviceGuard guard(device);
     const Shape s = *shape;
@@ -4079,7 +4130,7 @@ extern "C" int relu_group_norm_backward_generic(const Shape* shape, int r_dtype,
         using A = Acc<T>;
         const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
         const GradientSums sums(s, workspace);
-        RETURN_IF_ERROR((sum_gradients<T, Y>(s, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
+        RETURN_IF_ERROR((sum_gradients<T, Y>(s, stream, dy, r, statistics, gamma, sums, dgamma, dbeta, dbias)));
         if (!dz) return int(cudaSuccess);
         return launch(dz_kernel<T, Y>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd,
                       static_cast<const A*>(gamma), static_cast<const Pair*>(sums.group_means), static_cast<T*>(dz));
@@ -6120,21 +6171,21 @@ template <typename Path> GradientsMemory gradients_memory(const Geometry& g, int
     return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plans_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 
-// The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
+// The same of group_norm(relu(conv_transpose3d(...))), and dgamma, dbeta and dbias, which may be null too: dy, r and its statistics
 // (2, N, num_groups) in place of dout.
 template <typename Path> int64_t relu_group_norm_gradients_workspace(const Geometry& g, int device) {
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), g.C_out};    // the largest, whatever num_groups is
-    const int64_t bytes = gradients_memory<Path>(g, device).scratch.bytes() + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
+    const int64_t bytes = gradients_memory<Path>(g, device).scratch.bytes() + group_norm::GradientSums::bytes(shape);
     return ceil_div(bytes, 256) * 256;    // what is behind it is aligned too
 }
 
 template <typename Path>
 int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, void* packed, const void* dy, const void* r, const double* statistics, const void* gamma,
-                              int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) {
+                              int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta, void* dbias) {
     if (dtype != kFloat32) return cudaErrorNotSupported;
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + gradients_memory<Path>(g, device).scratch.bytes());
-    RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
+    RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta, dbias)));
     const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
     return gradients<Path>(g, dtype, device, stream, workspace, packed, dy, norm, x, w, dx, dweight);
 }
@@ -6153,9 +6204,9 @@ int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStre
         return conv::gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, dout, {}, x, w, dx, dweight);                \
     }                                                                                                                                                      \
     extern "C" int conv_transpose3d_relu_group_norm_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, void* packed, const void* dy, const void* r, const double* statistics, \
-                                                                     const void* gamma, int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) { \
+                                                                     const void* gamma, int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta, void* dbias) { \
         DeviceGuard guard(device);                                                                                                                         \
-        return conv::relu_group_norm_gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, dy, r, statistics, gamma, num_groups, x, w, dx, dweight, dgamma, dbeta); \
+        return conv::relu_group_norm_gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, dy, r, statistics, gamma, num_groups, x, w, dx, dweight, dgamma, dbeta, dbias); \
     }
 '''
 
@@ -9060,10 +9111,10 @@ int group_norm_forward(const NormShape& s, int threads, const T* r, const T* gam
 }
 
 template <typename T>
-int relu_group_norm_backward(const NormShape& s, int threads, const T* dy, const T* r, const double* statistics, const T* gamma, T* dz, T* dgamma, T* dbeta) {
+int relu_group_norm_backward(const NormShape& s, int threads, const T* dy, const T* r, const double* statistics, const T* gamma, T* dz, T* dgamma, T* dbeta, T* dbias) {
     const int64_t channels = s.C / s.num_groups, count = channels * s.S;
     const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
-    std::vector<double> sums(s.N * s.C), products(s.N * s.C);    // per (n, c): sums of dy and of dy * xhat
+    std::vector<double> sums(s.N * s.C), products(s.N * s.C), dz_sums(s.N * s.C);    // per (n, c): sums of dy, of dy * xhat and of dz
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < s.N * s.C; row++) {
         const int64_t group = row / channels;
@@ -9078,7 +9129,7 @@ int relu_group_norm_backward(const NormShape& s, int threads, const T* dy, const
         if (dbeta) dbeta[c] = T(sum);
         if (dgamma) dgamma[c] = T(product);
     }
-    if (!dz) return 0;
+    if (!dz && !dbias) return 0;
 #pragma omp parallel for num_threads(threads)
     for (int64_t group = 0; group < s.N * s.num_groups; group++) {
         double mean1 = 0, mean2 = 0;
@@ -9090,8 +9141,15 @@ int relu_group_norm_backward(const NormShape& s, int threads, const T* dy, const
         for (int64_t i = group * count; i < (group + 1) * count; i++) {
             const double weight = gamma ? gamma[i / s.S % s.C] : T(1);
             const double dr = rstd[group] * (weight * dy[i] - mean1 - (r[i] - mean[group]) * rstd[group] * mean2);
-            dz[i] = r[i] <= 0 ? T(0) : T(dr);    // NaN keeps its gradient, as in torch
+            const double own = r[i] <= 0 ? 0 : dr;    // NaN keeps its gradient, as in torch
+            dz_sums[i / s.S] += own;
+            if (dz) dz[i] = T(own);
         }
+    }
+    for (int64_t c = 0; dbias && c < s.C; c++) {
+        double sum = 0;
+        for (int64_t n = 0; n < s.N; n++) sum += dz_sums[n * s.C + c];
+        dbias[c] = T(sum);
     }
     return 0;
 }
@@ -9144,10 +9202,10 @@ extern "C" int group_norm_forward_cpu(const cpu_backend::NormShape* s, int dtype
 }
 
 extern "C" int relu_group_norm_backward_cpu(const cpu_backend::NormShape* s, int dtype, int threads, const void* dy, const void* r, const double* statistics,
-                                            const void* gamma, void* dz, void* dgamma, void* dbeta) {
+                                            const void* gamma, void* dz, void* dgamma, void* dbeta, void* dbias) {
     return with_dtype(dtype, [&](auto e) {
         using T = decltype(e);
-        return cpu_backend::relu_group_norm_backward<T>(*s, threads, (const T*)dy, (const T*)r, statistics, (const T*)gamma, (T*)dz, (T*)dgamma, (T*)dbeta);
+        return cpu_backend::relu_group_norm_backward<T>(*s, threads, (const T*)dy, (const T*)r, statistics, (const T*)gamma, (T*)dz, (T*)dgamma, (T*)dbeta, (T*)dbias);
     });
 }
 '''

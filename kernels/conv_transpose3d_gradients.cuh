@@ -85,21 +85,21 @@ template <typename Path> GradientsMemory gradients_memory(const Geometry& g, int
     return GradientsMemory(g, plan_of<Path>(g, Direction::kDInput, device), dweight_plans_of<Path>(g, device), nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 
-// The same of group_norm(relu(conv_transpose3d(...))), and dgamma and dbeta, which may be null too: dy, r and its statistics
+// The same of group_norm(relu(conv_transpose3d(...))), and dgamma, dbeta and dbias, which may be null too: dy, r and its statistics
 // (2, N, num_groups) in place of dout.
 template <typename Path> int64_t relu_group_norm_gradients_workspace(const Geometry& g, int device) {
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), g.C_out};    // the largest, whatever num_groups is
-    const int64_t bytes = gradients_memory<Path>(g, device).scratch.bytes() + group_norm::GradientSums::count(shape) * int64_t(sizeof(group_norm::Pair));
+    const int64_t bytes = gradients_memory<Path>(g, device).scratch.bytes() + group_norm::GradientSums::bytes(shape);
     return ceil_div(bytes, 256) * 256;    // what is behind it is aligned too
 }
 
 template <typename Path>
 int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, void* workspace, void* packed, const void* dy, const void* r, const double* statistics, const void* gamma,
-                              int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) {
+                              int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta, void* dbias) {
     if (dtype != kFloat32) return cudaErrorNotSupported;
     const group_norm::Shape shape = {g.N, g.C_out, out_volume(g), num_groups};
     const group_norm::GradientSums sums(shape, static_cast<uint8_t*>(workspace) + gradients_memory<Path>(g, device).scratch.bytes());
-    RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
+    RETURN_IF_ERROR((group_norm::sum_gradients<float, float>(shape, stream, dy, r, statistics, gamma, sums, dgamma, dbeta, dbias)));
     const scaled_half::NormGradient norm = {r, shape, statistics, statistics + shape.N * num_groups, static_cast<const float*>(gamma), sums.group_means};
     return gradients<Path>(g, dtype, device, stream, workspace, packed, dy, norm, x, w, dx, dweight);
 }
@@ -118,7 +118,7 @@ int relu_group_norm_gradients(const Geometry& g, int dtype, int device, cudaStre
         return conv::gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, dout, {}, x, w, dx, dweight);                \
     }                                                                                                                                                      \
     extern "C" int conv_transpose3d_relu_group_norm_gradients_##path(const Geometry* g, int dtype, int device, void* stream, void* workspace, void* packed, const void* dy, const void* r, const double* statistics, \
-                                                                     const void* gamma, int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta) { \
+                                                                     const void* gamma, int num_groups, const void* x, const void* w, void* dx, void* dweight, void* dgamma, void* dbeta, void* dbias) { \
         DeviceGuard guard(device);                                                                                                                         \
-        return conv::relu_group_norm_gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, dy, r, statistics, gamma, num_groups, x, w, dx, dweight, dgamma, dbeta); \
+        return conv::relu_group_norm_gradients<Path>(*g, dtype, device, static_cast<cudaStream_t>(stream), workspace, packed, dy, r, statistics, gamma, num_groups, x, w, dx, dweight, dgamma, dbeta, dbias); \
     }

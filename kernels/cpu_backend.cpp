@@ -171,10 +171,10 @@ int group_norm_forward(const NormShape& s, int threads, const T* r, const T* gam
 }
 
 template <typename T>
-int relu_group_norm_backward(const NormShape& s, int threads, const T* dy, const T* r, const double* statistics, const T* gamma, T* dz, T* dgamma, T* dbeta) {
+int relu_group_norm_backward(const NormShape& s, int threads, const T* dy, const T* r, const double* statistics, const T* gamma, T* dz, T* dgamma, T* dbeta, T* dbias) {
     const int64_t channels = s.C / s.num_groups, count = channels * s.S;
     const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
-    std::vector<double> sums(s.N * s.C), products(s.N * s.C);    // per (n, c): sums of dy and of dy * xhat
+    std::vector<double> sums(s.N * s.C), products(s.N * s.C), dz_sums(s.N * s.C);    // per (n, c): sums of dy, of dy * xhat and of dz
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < s.N * s.C; row++) {
         const int64_t group = row / channels;
@@ -189,7 +189,7 @@ int relu_group_norm_backward(const NormShape& s, int threads, const T* dy, const
         if (dbeta) dbeta[c] = T(sum);
         if (dgamma) dgamma[c] = T(product);
     }
-    if (!dz) return 0;
+    if (!dz && !dbias) return 0;
 #pragma omp parallel for num_threads(threads)
     for (int64_t group = 0; group < s.N * s.num_groups; group++) {
         double mean1 = 0, mean2 = 0;
@@ -201,8 +201,15 @@ int relu_group_norm_backward(const NormShape& s, int threads, const T* dy, const
         for (int64_t i = group * count; i < (group + 1) * count; i++) {
             const double weight = gamma ? gamma[i / s.S % s.C] : T(1);
             const double dr = rstd[group] * (weight * dy[i] - mean1 - (r[i] - mean[group]) * rstd[group] * mean2);
-            dz[i] = r[i] <= 0 ? T(0) : T(dr);    // NaN keeps its gradient, as in torch
+            const double own = r[i] <= 0 ? 0 : dr;    // NaN keeps its gradient, as in torch
+            dz_sums[i / s.S] += own;
+            if (dz) dz[i] = T(own);
         }
+    }
+    for (int64_t c = 0; dbias && c < s.C; c++) {
+        double sum = 0;
+        for (int64_t n = 0; n < s.N; n++) sum += dz_sums[n * s.C + c];
+        dbias[c] = T(sum);
     }
     return 0;
 }
@@ -255,9 +262,9 @@ extern "C" int group_norm_forward_cpu(const cpu_backend::NormShape* s, int dtype
 }
 
 extern "C" int relu_group_norm_backward_cpu(const cpu_backend::NormShape* s, int dtype, int threads, const void* dy, const void* r, const double* statistics,
-                                            const void* gamma, void* dz, void* dgamma, void* dbeta) {
+                                            const void* gamma, void* dz, void* dgamma, void* dbeta, void* dbias) {
     return with_dtype(dtype, [&](auto e) {
         using T = decltype(e);
-        return cpu_backend::relu_group_norm_backward<T>(*s, threads, (const T*)dy, (const T*)r, statistics, (const T*)gamma, (T*)dz, (T*)dgamma, (T*)dbeta);
+        return cpu_backend::relu_group_norm_backward<T>(*s, threads, (const T*)dy, (const T*)r, statistics, (const T*)gamma, (T*)dz, (T*)dgamma, (T*)dbeta, (T*)dbias);
     });
 }

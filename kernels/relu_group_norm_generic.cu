@@ -3,7 +3,7 @@
 //   forward   y = (r - mean) * rstd * gamma + beta, mean and variance (biased) over each (n, group)
 //   backward  group_norm_backward.cuh
 //
-//   r, dz (N, C, S) of type T   y, dy (N, C, S) of type Y   statistics (2, N, num_groups) float64: mean, rstd   gamma, beta, dgamma, dbeta (C) Acc<T>
+//   r, dz (N, C, S) of type T   y, dy (N, C, S) of type Y   statistics (2, N, num_groups) float64: mean, rstd   gamma, beta, dgamma, dbeta (C) Acc<T>   dbias (C) T
 //
 // Sums are taken in float64, of values shifted by the group's first element, so neither a large mean nor a large range
 // cancels; they are added in a fixed order. Formula: torch.nn.GroupNorm.
@@ -99,12 +99,12 @@ extern "C" int group_norm_forward_generic(const Shape* shape, int r_dtype, int y
 }
 
 extern "C" int64_t relu_group_norm_backward_generic_workspace(const Shape* s, int, int) {
-    return group_norm::GradientSums::count(*s) * int64_t(sizeof(group_norm::Pair));
+    return group_norm::GradientSums::bytes(*s);
 }
 
-// dz, or dgamma and dbeta, may be null: not wanted.
+// dz, dgamma, dbeta and dbias may be null: not wanted.
 extern "C" int relu_group_norm_backward_generic(const Shape* shape, int r_dtype, int y_dtype, int device, void* stream, void* workspace,
-                                                const void* dy, const void* r, const double* statistics, const void* gamma, void* dz, void* dgamma, void* dbeta) {
+                                                const void* dy, const void* r, const double* statistics, const void* gamma, void* dz, void* dgamma, void* dbeta, void* dbias) {
     using namespace relu_group_norm_generic;
     DeviceGuard guard(device);
     const Shape s = *shape;
@@ -114,7 +114,7 @@ extern "C" int relu_group_norm_backward_generic(const Shape* shape, int r_dtype,
         using A = Acc<T>;
         const double *mean = statistics, *rstd = statistics + s.N * s.num_groups;
         const GradientSums sums(s, workspace);
-        RETURN_IF_ERROR((sum_gradients<T, Y>(s, stream, dy, r, statistics, gamma, sums, dgamma, dbeta)));
+        RETURN_IF_ERROR((sum_gradients<T, Y>(s, stream, dy, r, statistics, gamma, sums, dgamma, dbeta, dbias)));
         if (!dz) return int(cudaSuccess);
         return launch(dz_kernel<T, Y>, s.N * s.C * tiles_of(s), kThreads, stream, s, tiles_of(s), static_cast<const Y*>(dy), static_cast<const T*>(r), mean, rstd,
                       static_cast<const A*>(gamma), static_cast<const Pair*>(sums.group_means), static_cast<T*>(dz));

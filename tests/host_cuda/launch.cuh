@@ -14,7 +14,7 @@
 #define __host__
 #define __device__
 #define __global__
-#define __shared__
+#define __shared__ static    // the fibers are one thread, and run one block at a time
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)
@@ -24,6 +24,7 @@
 #include "geometry.h"
 
 using std::min;
+using std::sqrt;
 
 // ---------------------------------------------------------------------------------------------------------- Fibers
 
@@ -98,10 +99,12 @@ inline float __shfl_xor_sync(unsigned, float own, int lane) {
 // ------------------------------------------------------------------------------------------------------- Launching
 
 constexpr int64_t kSharedMemoryBytes = 256 << 10;
-inline uint8_t* shared_memory;    // what the kernel declares as extern
+inline uint8_t* shared_memory = nullptr;    // what the kernel declares as extern, if it does
 
 using cudaStream_t = void*;
-enum { cudaSuccess = 0, cudaErrorInvalidConfiguration, cudaErrorNotSupported, cudaErrorIllegalAddress };
+enum { cudaSuccess = 0, cudaErrorInvalidConfiguration, cudaErrorNotSupported, cudaErrorIllegalAddress, cudaErrorInvalidValue };
+using cudaError_t = int;
+inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 inline int multiprocessors_of(int) { return 3; }    // so few that a block has several tiles
 struct DeviceGuard { explicit DeviceGuard(int) {} };
 
@@ -118,9 +121,9 @@ template <typename... Params, typename... Args> int launch_with_shared(void (*ke
     fibers::body = [=] { kernel(Params(args)...); };
     gridDim.x = int(blocks);
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
-        std::memset(shared_memory, 0xff, kSharedMemoryBytes);    // NaN
+        if (shared_memory) std::memset(shared_memory, 0xff, kSharedMemoryBytes);    // NaN
         fibers::run_block(threads);
-        if (std::any_of(shared_memory + shared_bytes, shared_memory + kSharedMemoryBytes, [](uint8_t byte) { return byte != 0xff; })) return cudaErrorIllegalAddress;    // written beyond its end
+        if (shared_memory && std::any_of(shared_memory + shared_bytes, shared_memory + kSharedMemoryBytes, [](uint8_t byte) { return byte != 0xff; })) return cudaErrorIllegalAddress;    // written beyond its end
     }
     return cudaSuccess;
 }
@@ -137,6 +140,7 @@ inline float load_as_float(const void* p, int, int64_t i) { return static_cast<c
 inline void store_as(void* p, int, int64_t i, float v) { static_cast<float*>(p)[i] = v; }
 template <typename T> using Acc = T;
 inline float to_acc(float v) { return v; }
+inline int64_t acc_bytes(int) { return 4; }
 template <typename T> T from_acc(float v) { return v; }
 inline float relu(float v) { return v < 0 ? 0 : v; }
 template <typename T, int kCount> struct alignas(kCount * sizeof(T)) Vector { T v[kCount]; };

@@ -1,0 +1,74 @@
+// Runs the kernels of relu_group_norm_generic.cu on the host (host_cuda/): random activations and gradients, those of the bias in front of ReLU included.
+// Usage: group_norm_emulation SHAPES SEED; exit code 1 where an element is wrong.
+#include <cstdlib>
+
+#include "relu_group_norm_generic.cu"
+
+#include "emulated_layer.h"
+
+// Equal but for float32's rounding of numbers as large as the largest, or as `largest`: what the elements are differences of.
+static bool close(const char* what, Array& ours, const std::vector<double>& truth, double largest = 1e-30) {
+    for (double v : truth) largest = std::isfinite(v) ? std::max(largest, std::abs(v)) : largest;
+    for (size_t i = 0; i < truth.size(); i++)
+        if (std::isnan(truth[i]) != std::isnan(ours.data()[i]) || std::abs(ours.data()[i] - truth[i]) > 1e-6 * largest) {
+            std::printf("%s: element %zu is %g, not %g (largest %g)\n", what, i, ours.data()[i], truth[i], largest);
+            return false;
+        }
+    return true;
+}
+
+static bool emulate(const Shape& s, bool weighted, bool poisoned, double shift, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    const int64_t rows = s.N * s.C, count = s.group_count();
+    const int offset = random() % 2;
+    Array r(rows * s.S, offset), dy(rows * s.S, offset), gamma(s.C, 0), beta(s.C, 0), y(rows * s.S, offset), dz(rows * s.S, 0), dgamma(s.C, 0), dbeta(s.C, 0), dbias(s.C, 0);
+    for (int64_t i = 0; i < rows * s.S; i++) r.data()[i] = std::max(0.0f, float(normal(random) + shift)), dy.data()[i] = normal(random) + 1;
+    for (int64_t c = 0; c < s.C; c++) gamma.data()[c] = weighted ? normal(random) : 1, beta.data()[c] = weighted ? normal(random) : 0;
+    for (int64_t i = 0; i < s.S; i++) r.data()[i] = 0;    // a channel whose gradient ReLU stops
+    if (poisoned) r.data()[s.S] = NAN;
+
+    double largest_term = 0;    // of dz
+    std::vector<double> true_y(rows * s.S), true_dz(rows * s.S), true_dgamma(s.C), true_dbeta(s.C), true_dbias(s.C);
+    for (int64_t group = 0; group < s.N * s.num_groups; group++) {
+        const int64_t begin = group * count, end = begin + count;
+        const auto mean_of = [&](auto value) {
+            double sum = 0;
+            for (int64_t i = begin; i < end; i++) sum += value(i);
+            return sum / count;
+        };
+        const auto weight = [&](int64_t i) { return double(gamma.data()[i / s.S % s.C]); };
+        const double mean = mean_of([&](int64_t i) { return double(r.data()[i]); }), variance = mean_of([&](int64_t i) { return (r.data()[i] - mean) * (r.data()[i] - mean); });
+        const double rstd = 1 / std::sqrt(variance + 1e-5);
+        const auto xhat = [&](int64_t i) { return (r.data()[i] - mean) * rstd; };
+        const double mean1 = mean_of([&](int64_t i) { return weight(i) * dy.data()[i]; }), mean2 = mean_of([&](int64_t i) { return weight(i) * dy.data()[i] * xhat(i); });
+        for (int64_t i = begin; i < end; i++) {
+            const int64_t c = i / s.S % s.C;
+            true_y[i] = xhat(i) * weight(i) + beta.data()[c];
+            true_dz[i] = r.data()[i] <= 0 ? 0 : rstd * (weight(i) * dy.data()[i] - mean1 - xhat(i) * mean2);
+            if (std::isfinite(rstd)) largest_term = std::max(largest_term, std::abs(rstd * weight(i) * dy.data()[i]));
+            true_dgamma[c] += dy.data()[i] * xhat(i), true_dbeta[c] += dy.data()[i], true_dbias[c] += true_dz[i];
+        }
+    }
+
+    std::vector<double> statistics(2 * s.N * s.num_groups), memory(std::max(group_norm_forward_generic_workspace(&s, 0, 0), relu_group_norm_backward_generic_workspace(&s, 0, 0)) / 8 + 1, NAN);
+    const auto wanted = [&](Array& a) { return random() % 4 ? static_cast<void*>(a.data()) : nullptr; };
+    void *own_dz = wanted(dz), *own_dgamma = wanted(dgamma), *own_dbeta = wanted(dbeta), *own_dbias = wanted(dbias);
+    const int error = group_norm_forward_generic(&s, kFloat32, kFloat32, 0, nullptr, memory.data(), r.data(), weighted ? gamma.data() : nullptr, weighted ? beta.data() : nullptr, 1e-5, y.data(), statistics.data());
+    const int error_backward = relu_group_norm_backward_generic(&s, kFloat32, kFloat32, 0, nullptr, memory.data(), dy.data(), r.data(), statistics.data(), weighted ? gamma.data() : nullptr, own_dz, own_dgamma, own_dbeta, own_dbias);
+    if (error || error_backward || !std::isnan(memory.back())) std::printf("errors %d, %d, or written behind the workspace\n", error, error_backward);
+    return !error && !error_backward && std::isnan(memory.back()) && close("y", y, true_y) && (!own_dz || close("dz", dz, true_dz, largest_term)) && (!own_dgamma || close("dgamma", dgamma, true_dgamma))
+           && (!own_dbeta || close("dbeta", dbeta, true_dbeta)) && (!own_dbias || close("dbias", dbias, true_dbias, largest_term));
+}
+
+int main(int, char** arguments) {
+    std::mt19937 random(std::atoi(arguments[2]));
+    Among among = {random};
+    for (int done = 0; done < std::atoi(arguments[1]); done++) {
+        const int64_t groups = among(1, 3);
+        const Shape s = {among(1, 3), groups * among(2, 4), done % 10 ? among(2, 300) : among(16383, 33000), groups};
+        const double shifts[] = {0, 2, -1};
+        if (emulate(s, random() % 2, random() % 4 == 0, shifts[random() % 3], random)) continue;
+        std::printf("N %d C %d S %d num_groups %d\n", int(s.N), int(s.C), int(s.S), int(s.num_groups));
+        return 1;
+    }
+}
