@@ -41,6 +41,7 @@ SOURCES = (
     "conv_plan.cuh",
     "conv_transpose3d_forward.cuh",
     "dweight_tiles.h",
+    "dweight_parts.cuh",
     "dweight.cuh",
     "conv_transpose3d_gradients.cuh",
     "tiling_sm80.h",

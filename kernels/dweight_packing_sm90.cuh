@@ -142,7 +142,7 @@ inline int pack_and_differentiate(const Parameters& a, const scaled_half::Activa
     RETURN_IF_ERROR(launch_with_shared(packing_dweight_kernel, a.p.t.splits, kPackingThreads, shared, stream, maps.x, maps.dout, a, packing));
     packing.again = true;
     if (!looks_at_all(dout)) RETURN_IF_ERROR(launch_with_shared(packing_dweight_kernel, a.p.t.splits, kPackingThreads, shared, stream, maps.x, maps.dout, a, packing));
-    return add_parts(a, kFloat32, dweight, stream);
+    return add_parts(a.p, a.partial, kFloat32, dweight, stream);
 }
 
 }  // namespace dweight_sm90

@@ -174,7 +174,7 @@ inline int differentiate(const Parameters& a, const scaled_half::Activation& x, 
         case 128: RETURN_IF_ERROR(launch_dweight<128>(o, stream)); break;
         default: RETURN_IF_ERROR(launch_dweight<192>(o, stream)); break;
     }
-    return add_parts(a, dtype, dweight, stream);
+    return add_parts(a.p, a.partial, dtype, dweight, stream);
 }
 
 }  // namespace dweight_sm80

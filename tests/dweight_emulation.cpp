@@ -1,4 +1,4 @@
-// Carries out the tensor cores' dweight on the host, with the kernels' own index arithmetic: random shapes, small integers.
+// Carries out the tensor cores' dweight on the host, with the kernels' own index arithmetic: random shapes, small integers. The kernel that adds the parts runs itself (host_cuda/).
 // Usage: dweight_emulation SHAPES SEED; exit code 1 where an element is wrong.
 #include <cstdio>
 #include <cstdlib>
@@ -7,7 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "../kernels/dweight_units.h"
+#include "dweight_parts.cuh"
+#include "dweight_units.h"
 
 using namespace dweight;
 
@@ -16,7 +17,44 @@ using namespace dweight;
         if (!(rule)) { std::printf("does not hold: %s\n", #rule); return false; } \
     } while (0)
 
-static bool emulate(const Geometry& g, const Problem& p) {
+// The one that is made, or a random one.
+static AddPlan some_plan(const Problem& p, std::mt19937& random) {
+    const auto below = [&](int n) { return int(random() % n); };
+    if (below(3) == 0) return make_add_plan(p);
+    AddPlan plan = {below(4), kernel_volume(p.s), 1};
+    if (plan.outputs == 0) plan.taps = 1 + below(plan.taps);
+    while (plan.sums() * plan.shares * 2 <= kAddThreads && below(4)) plan.shares *= 2;
+    return plan.row() * kAddInputs > kAddFloats ? make_add_plan(p) : plan;
+}
+
+// Cuts sums, each an item's (kRows, block_n), into parts of small integers, and has the kernel add them.
+static int shared = 0, cut = 0, several = 0;    // plans of each kind
+static bool adds_parts(const Problem& p, const std::vector<std::vector<float>>& all_sums, const std::vector<float>& truth) {
+    static std::mt19937 random(1);
+    const Tiling& t = p.t;
+    const int64_t part = partial_count(t) / t.splits;
+    std::vector<float> partial(part * t.splits, NAN), dweight(truth.size() + 1, NAN);
+    for (int index = 0; index < int(all_sums.size()); index++)
+    for (int i = 0; i < int(all_sums[index].size()); i++) {
+        const int consumer = index / t.items;
+        const int place = place_in_partial(t, {consumer / t.consumers, consumer % t.consumers, index % t.items, i / t.block_n, i % t.block_n});
+        REQUIRE(place >= 0 && place < part && std::isnan(partial[place]));
+        float left = all_sums[index][i];
+        for (int split = 1; split < t.splits; split++) {
+            const int own = int(random() % 7) - 3;
+            partial[split * part + place] = own, left -= own;
+        }
+        partial[place] = left;
+    }
+    const AddPlan plan = some_plan(p, random);
+    REQUIRE(launch(add_parts_kernel, plan.blocks(p), kAddThreads, nullptr, p, plan, partial.data(), kFloat32, dweight.data()) == cudaSuccess);
+    for (size_t i = 0; i < truth.size(); i++) REQUIRE(dweight[i] == truth[i]);
+    REQUIRE(std::isnan(dweight.back()));
+    shared += plan.shares > 1, cut += plan.tap_tiles(p) > 1, several += plan.outputs > 0;
+    return true;
+}
+
+static bool emulate(const Geometry& g, const Problem& p, bool adds) {
     const Tiling& t = p.t;
     const StencilAxis *ad = &p.s.axis[0], *ah = &p.s.axis[1], *aw = &p.s.axis[2];
     const Axis* axis = g.axis;
@@ -86,7 +124,7 @@ static bool emulate(const Geometry& g, const Problem& p) {
         const std::vector<float>& sums = all_sums[(size_t(sum.group) * t.consumers + sum.consumer) * t.items + sum.item];
         REQUIRE(!sums.empty() && sums[sum.row * t.block_n + sum.column] == truth[(ci * group_out + c) * volume + k]);
     }
-    return true;
+    return !adds || adds_parts(p, all_sums, truth);
 }
 
 // Every element of a box of dout, C_out rounded up to whole units, is in one place of one unit, and goes where the products look for it.
@@ -145,10 +183,10 @@ int main(int, char** arguments) {
         done++;
         joint += p.t.joint;
         if (p.t.block_n == 0) continue;
-        bool right = fits(p.t, shared_bytes) && emulate(g, p);
+        bool right = fits(p.t, shared_bytes) && emulate(g, p, done % 4 == 0);
         if (right && cut_products(p, conv::padded_channels(g.C_in), true, true) && can_pack(p) && cut_boxes(p, shared_bytes)) {    // whether it pays or not
             p.t.splits = splits_of(p, multiprocessors);
-            right = fits(p.t, shared_bytes) && packs_all(p) && emulate(g, p);
+            right = fits(p.t, shared_bytes) && packs_all(p) && emulate(g, p, done % 4 == 0);
             packing++;
         }
         if (right) continue;
@@ -157,5 +195,5 @@ int main(int, char** arguments) {
         std::printf("\n");
         return 1;
     }
-    return std::min(joint, packing) > done / 50 ? 0 : 1;    // some of each kind
+    return std::min({joint, packing, 4 * shared, 4 * cut, 4 * several}) > done / 50 ? 0 : 1;    // some of each kind
 }
