@@ -52,6 +52,7 @@ SOURCES = (
     "dweight_sm80.cuh",
     "conv_transpose3d_gradients_sm80.cu",
     "ptx_sm90.cuh",
+    "pipeline_sm90.cuh",
     "tiling_sm90.h",
     "conv_normalizer.cuh",
     "conv_sm90.cuh",

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "conv_statistics.cuh"
-#include "ptx_sm90.cuh"
+#include "pipeline_sm90.cuh"
 
 namespace conv {
 

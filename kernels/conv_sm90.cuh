@@ -20,7 +20,7 @@
 #include <type_traits>
 
 #include "conv_normalizer.cuh"
-#include "ptx_sm90.cuh"
+#include "pipeline_sm90.cuh"
 #include "tiling_sm90.h"
 
 namespace conv_sm90 {

@@ -6,7 +6,7 @@
 
 #include "dweight.cuh"
 #include "dweight_units.h"
-#include "ptx_sm90.cuh"
+#include "pipeline_sm90.cuh"
 
 namespace dweight_sm90 {
 

@@ -6,13 +6,10 @@
 
 #include "emulated_layer.h"
 
-namespace depthwise {
-alignas(16) uint8_t base[kSharedMemoryBytes];
-}
-
 static bool emulate(const Geometry& g, bool biased, bool relu, std::mt19937& random) {
     EmulatedLayer layer(g, biased, relu, 0, random);
-    Array y(layer.y.size(), 0), dx(layer.dx.size(), 0), dw(layer.dw.size(), 0), memory(conv_transpose3d_dweight_depthwise_workspace(&g, kFloat32, 0) / 4, 0);
+    Array y(layer.y.size(), 0), dx(layer.dx.size(), 0), dw(layer.dw.size(), 0);
+    Memory memory(conv_transpose3d_dweight_depthwise_workspace(&g, kFloat32, 0));
     const int64_t most = std::max({depthwise::shared_bytes(depthwise::tiling_of(Direction::kForward, g, 3)), depthwise::shared_bytes(depthwise::tiling_of(Direction::kDInput, g, 3)), depthwise::make_dweight_plan(g, 3).shared_bytes()});
     if (most > 99 << 10) std::printf("%d bytes of shared memory are more than some GPUs have\n", int(most));
     const int error = conv_transpose3d_forward_depthwise(&g, kFloat32, 0, nullptr, nullptr, layer.x.data(), layer.w.data(), biased ? layer.bias.data() : nullptr, relu, y.data());
@@ -24,7 +21,6 @@ static bool emulate(const Geometry& g, bool biased, bool relu, std::mt19937& ran
 
 int main(int, char** arguments) {
     const int layers = std::atoi(arguments[1]);
-    shared_memory = depthwise::base;
     std::mt19937 random(std::atoi(arguments[2]));
     Among among = {random};
     for (int done = 0; done < layers;) {
@@ -40,7 +36,7 @@ int main(int, char** arguments) {
             for (Axis* a : {&h, &w}) a->out = (a->in - 1) * a->stride - 2 * a->padding + a->kernel + among(0, int(a->stride) - 1);
         }
         for (const Axis& a : g.axis) exists &= a.out > 0;
-        if (!exists || in_volume(g) * kernel_volume(g) * g.C_in * g.C_out * g.N > 300000) continue;
+        if (!exists || products_of(g) * g.groups > 300000) continue;
         if (!conv_transpose3d_supports_depthwise(&g, 0)) continue;
         done++;
         if (emulate(g, random() % 2, random() % 2, random)) continue;

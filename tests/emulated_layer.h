@@ -1,18 +1,39 @@
 // A layer whose kernels are run on the host (host_cuda/): its tensors, of small integers, and what is to come out.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <random>
 
 #include "taps.h"
 
-// `offset` floats behind a multiple of 16 bytes.
-struct Array {
-    std::vector<float> memory;
+// Bytes that nobody has written yet (NaN), in front of a page that must not be touched. They begin `offset` floats behind a multiple of 16 bytes.
+class Memory {
+public:
+    explicit Memory(int64_t bytes, int offset = 0) {
+        const int64_t page = sysconf(_SC_PAGESIZE), padded = (bytes + offset * 4 + 15) / 16 * 16;
+        size_ = (padded + page - 1) / page * page + page;
+        base_ = static_cast<uint8_t*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        mprotect(base_ + size_ - page, page, PROT_NONE);
+        std::memset(base_, 0xff, size_ - page);
+        data_ = base_ + size_ - page - padded + offset * 4;
+    }
+    ~Memory() { munmap(base_, size_); }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    void* data() { return data_; }
+
+private:
+    uint8_t *base_, *data_;
+    int64_t size_;
+};
+
+struct Array : Memory {
     size_t count;
-    int offset;
-    Array(size_t count, int offset, float value = NAN) : memory(count + 8, value), count(count), offset(offset) {}
-    float* data() { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16) + offset; }
+    Array(size_t count, int offset) : Memory(count * sizeof(float), offset), count(count) {}
+    float* data() { return static_cast<float*>(Memory::data()); }
 };
 
 inline bool equal(const char* what, Array& ours, const std::vector<float>& truth) {
@@ -24,23 +45,29 @@ inline bool equal(const char* what, Array& ours, const std::vector<float>& truth
     return true;
 }
 
+// Calls f with the elements of x, of w and of y of every product of the layer.
+template <typename F> void for_each_product(const Geometry& g, F f) {
+    const int64_t in = in_volume(g), out = out_volume(g), volume = kernel_volume(g), group_in = g.C_in / g.groups, group_out = g.C_out / g.groups;
+    const taps::Layer layer = taps::make_layer(g);
+    for (int k = 0; k < volume; k++) for (int i = 0; i < in; i++) {
+        const int o = taps::output_of(layer, k, i);    // which taps_emulation.cpp proves
+        for (int n = 0; n < g.N && o >= 0; n++) for (int ci = 0; ci < g.C_in; ci++) for (int c = 0; c < group_out; c++)
+            f((n * g.C_in + ci) * in + i, (ci * group_out + c) * volume + k, (n * g.C_out + ci / group_in * group_out + c) * out + o);
+    }
+}
+inline double products_of(const Geometry& g) { return double(in_volume(g)) * kernel_volume(g) * g.C_in * g.C_out / g.groups * g.N; }
+
 struct EmulatedLayer {
     Array x, w, dout, bias;
     std::vector<float> y, dx, dw;    // the truth
 
-    EmulatedLayer(const Geometry& g, bool biased, bool relu, int offset, std::mt19937& random)
+    // most_x: of the magnitudes of x.
+    EmulatedLayer(const Geometry& g, bool biased, bool relu, int offset, std::mt19937& random, int most_x = 2)
         : x(g.N * g.C_in * in_volume(g), offset), w(g.C_in * (g.C_out / g.groups) * kernel_volume(g), offset), dout(g.N * g.C_out * out_volume(g), offset), bias(g.C_out, 0), y(dout.count), dx(x.count, 0), dw(w.count, 0) {
         for (Array* a : {&x, &w, &dout, &bias})
-            for (size_t i = 0; i < a->count; i++) a->data()[i] = int(random() % 5) - 2;
-        const int64_t in = in_volume(g), out = out_volume(g), volume = kernel_volume(g), group_in = g.C_in / g.groups, group_out = g.C_out / g.groups;
-        for (size_t i = 0; i < y.size(); i++) y[i] = biased ? bias.data()[i / out % g.C_out] : 0;
-        const taps::Layer layer = taps::make_layer(g);
-        for (int n = 0; n < g.N; n++) for (int ci = 0; ci < g.C_in; ci++) for (int c = 0; c < group_out; c++) for (int k = 0; k < volume; k++) for (int i = 0; i < in; i++) {
-            const int o = taps::output_of(layer, k, i);    // which taps_emulation.cpp proves
-            if (o < 0) continue;
-            const int64_t at_x = (n * g.C_in + ci) * in + i, at_w = (ci * group_out + c) * volume + k, at_y = (n * g.C_out + ci / group_in * group_out + c) * out + o;
-            y[at_y] += x.data()[at_x] * w.data()[at_w], dx[at_x] += dout.data()[at_y] * w.data()[at_w], dw[at_w] += dout.data()[at_y] * x.data()[at_x];
-        }
+            for (size_t i = 0, most = a == &x ? most_x : 2; i < a->count; i++) a->data()[i] = int(random() % (2 * most + 1)) - int(most);
+        for (size_t i = 0; i < y.size(); i++) y[i] = biased ? bias.data()[i / out_volume(g) % g.C_out] : 0;
+        for_each_product(g, [&](int64_t at_x, int64_t at_w, int64_t at_y) { y[at_y] += x.data()[at_x] * w.data()[at_w], dx[at_x] += dout.data()[at_y] * w.data()[at_w], dw[at_w] += dout.data()[at_y] * x.data()[at_x]; });
         if (relu) for (float& v : y) v = v < 0 ? 0 : v;
     }
 };

@@ -1,6 +1,8 @@
 """The kernels' index arithmetic, carried out on the host for random shapes, and kernels that run there: it needs no GPU."""
 
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,17 +19,17 @@ def test_every_element_is_written_once_and_right(name, shapes, tmp_path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name, layers, sources", [
-    ("gemm_emulation", 60, ("taps.cuh", "gemm.cuh", "conv_transpose3d_gemm.cu", "precision.h")),
-    ("depthwise_emulation", 40, ("depthwise_tiles.h", "depthwise.cuh", "sum_partials.cuh", "depthwise_dweight.cuh", "conv_transpose3d_depthwise.cu")),
-    ("dweight_emulation", 1500, ("stencil.h", "conv_tiling.h", "dweight_tiles.h", "dweight_units.h", "dweight_parts.cuh")),
-    ("group_norm_emulation", 60, ("group_norm.cuh", "group_norm_backward.cuh", "relu_group_norm_generic.cu"))])
-def test_kernels_run_on_the_host(name, layers, sources, tmp_path):
-    """The kernels themselves, but for what host_cuda/ has in place of CUDA."""
+@pytest.mark.parametrize("name, count", [("conv_emulation_sm90", 40), ("conv_emulation_sm80", 40), ("gemm_emulation", 60), ("depthwise_emulation", 40), ("dweight_emulation", 1500), ("group_norm_emulation", 60)])
+def test_kernels_run_on_the_host(name, count, tmp_path):
+    """The kernels themselves, but for what host_cuda/ has in place of CUDA's headers and of PTX instructions: in random order, copies and products as late as they may be."""
     tests = Path(__file__).parent
-    for path in [*(KERNELS / source for source in ("geometry.h", "taps.h", *sources)), tests / "emulated_layer.h", *(tests / "host_cuda").iterdir()]:
-        (tmp_path / path.name).write_text(path.read_text().replace("extern __shared__", "extern"))    # here: the one that a program defines
+    for path in KERNELS.iterdir():
+        if path.suffix in (".h", ".cuh", ".cu"):
+            (tmp_path / path.name).write_text(re.sub(r"extern __shared__ __align__\(\d+\) uint8_t (\w+)\[\];", r"uint8_t* const \1 = fibers::shared_memory;", path.read_text()))
+    for path in [*tests.glob("*.h"), *(tests / "host_cuda").iterdir()]:
+        shutil.copy(path, tmp_path)
     program = tmp_path / name
-    subprocess.run([os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-I", tmp_path, "-o", program, tests / f"{name}.cpp"], check=True)
-    done = subprocess.run([program, str(layers), "1"], capture_output=True, text=True, timeout=240)
+    flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-sign-compare", "-Wno-maybe-uninitialized"]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, "-I", tmp_path, "-o", program, tests / f"{name}.cpp"], check=True)
+    done = subprocess.run([program, str(count), "1"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout

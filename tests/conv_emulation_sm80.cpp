@@ -1,0 +1,7 @@
+#include "conv_transpose3d_sm80.cu"
+#include "conv_transpose3d_gradients_sm80.cu"
+
+#define PATH sm80
+#include "conv_emulation.h"
+
+static bool all_ran() { return ran(conv::statistics_kernel); }

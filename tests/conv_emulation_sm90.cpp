@@ -1,0 +1,7 @@
+#include "conv_transpose3d_sm90.cu"
+#include "conv_transpose3d_gradients_sm90.cu"
+
+#define PATH sm90
+#include "conv_emulation.h"
+
+static bool all_ran() { return normalized_inside > 0 && ran(parts::add_kernel) && ran(dweight_sm90::packing_dweight_kernel); }
