@@ -4661,13 +4661,14 @@ namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 constexpr int kMaxWarpgroups = 3;              // that multiply
+constexpr int kMostRunPlanes = 15;             // as many as Run::live has bits for in table_key()
 constexpr int kMostPaired = 136;               // the largest block_n whose epilogue knows paired runs, and runs with outputs of the next one (conv_tiles.h)
 constexpr int kSector = 8, kLine = 32;         // floats of memory that are written at once, and requested at once: parts of a sector cost more than all of it
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
 // Positions. A strip of tile_w columns of an (n, d) plane of the grid at a time, in runs of `run` positions for each warpgroup: neighbouring runs of one
-// plane, or the same run of neighbouring planes, which small planes are too few positions without.
+// plane, or the same run of neighbouring planes, which small planes are too few positions without. Of the smallest a run has several, `run_planes` whole ones.
 // A box of the source, halo included, is copied once for all taps (h, w): rows of `pitch`, so that a tap is a shift of an
 // address by whole rows of shared memory. Where the strip is the whole width, neighbouring rows share the zeros of their halos.
 struct Tiling {
@@ -4684,7 +4685,8 @@ struct Tiling {
     int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
     int tile_w, strips;                        // columns of a strip
     int run, runs;                             // positions of a run, runs of a strip, in groups of tile_runs()
-    int planes, plane_groups;                  // of the grid in a tile: 1, or one for each warpgroup; tiles for all planes
+    int run_planes;                            // of the grid in a run: 1, or several whole ones
+    int planes, plane_groups;                  // of the grid in a tile: of one run, or of one for each warpgroup; tiles for all planes
     int pitch, box_rows;                       // of a plane of a box
     int taps_per_box;                          // taps h that a box serves: all, or 1
     bool whole_rows;                           // a run is whole rows of the strip
@@ -4715,6 +4717,11 @@ struct Tiling {
 
 // Phases of an axis that lie in the same row tile.
 HOST_DEVICE int packed_phases(const Tiling& t, const Stencil& s, int axis) { return t.packed[axis] ? s.axis[axis].phases : 1; }
+
+// Output planes of a channel that a run has, each staged in a region of its own: the packed phases of D, or, where a run has several planes of the grid, one of each;
+// and how far they are apart.
+HOST_DEVICE int region_planes(const Tiling& t, const Stencil& s) { return t.run_planes > 1 ? t.run_planes : packed_phases(t, s, 0); }
+HOST_DEVICE int region_plane_step(const Tiling& t, const Stencil& s) { return t.run_planes > 1 ? s.axis[0].phases : 1; }
 
 inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
 
@@ -4776,7 +4783,16 @@ inline bool cut_runs(Tiling& t, const Stencil& s, bool may_share) {
     return t.box_rows <= 256;
 }
 
-// Lays a run's outputs out for staging: a region for each (channel, packed phase of D). bulk_copies: what stores them; then the epilogue
+// Gives a run of a whole plane as many planes as there are columns for, `warpgroups` such runs a tile. False where that is one, or outputs of planes would not be staged alike.
+inline bool join_planes(Tiling& t, const Stencil& s, int warpgroups) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    if (t.runs > 1 || t.strips > 1 || t.packed[0] || (h.phases > 1 && !t.packed[1]) || h.out * w.out % 4 != 0) return false;
+    const int64_t most = (t.block_n - span_of(t, 0, int64_t(h.positions) * t.tile_w)) / (t.box_rows * t.pitch) + 1, tiles = ceil_div(d.positions, (most < kMostRunPlanes ? most : kMostRunPlanes) * warpgroups);
+    t.run_planes = int(ceil_div(d.positions, tiles * warpgroups)), t.planes = t.run_planes * warpgroups;
+    return t.run_planes > 1;
+}
+
+// Lays a run's outputs out for staging: a region for each (channel, output plane). bulk_copies: what stores them; then the epilogue
 // also knows runs without a table.
 inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool bulk_copies) {
     const int out_h = s.axis[1].out, out_w = s.axis[2].out;
@@ -4785,17 +4801,17 @@ inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool 
     const int rows = ceil_div(t.run, t.tile_w) * phases_h;
     const bool aligned = int64_t(out_h) * out_w % 4 == 0 && (t.whole_rows && t.contiguous ? out_w : t.run) % 4 == 0;
     t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
-    t.dense = bulk_copies && t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
-    t.vectors = aligned && t.contiguous && t.whole_rows && phases_w == 2 && s.axis[2].crop == 0;
+    t.dense = bulk_copies && t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w && t.run_planes == 1;
+    t.vectors = aligned && t.contiguous && t.whole_rows && phases_w == 2 && s.axis[2].crop == 0 && t.run_planes == 1;
     // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts; where the neighbours are phases, 4 mod 8 is better, or 16 mod 32 for vectors.
     const auto stride_of = [&](int floats) { return t.vectors ? round_up(floats - 16, 32) + 16 : phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up(floats - 8, 16) + 8; };
     const int outputs = !t.contiguous ? rows * t.tile_w * phases_w : t.whole_rows ? rows * out_w : t.dense ? t.block_n : t.run;
-    t.tensor_store = t.contiguous && !t.whole_rows && aligned && stride_of(outputs) == t.run;
+    t.tensor_store = t.run_planes == 1 && t.contiguous && !t.whole_rows && aligned && stride_of(outputs) == t.run;
     t.staging_unit = t.whole_sectors ? kLine : 4;
     t.region_stride = stride_of(outputs + (t.contiguous ? t.staging_unit - (aligned ? 4 : 1) : 0) + (t.whole_sectors ? kSector - 1 : 0));
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
     t.region_channels = round_up(channels, 8) < t.rows.octets * 8 ? round_up(channels, 8) : t.rows.octets * 8;
-    const int regions = t.region_channels * packed_phases(t, s, 0);
+    const int regions = t.region_channels * region_planes(t, s);
     t.buffer_bytes = round_up(int64_t(regions) * t.region_stride * 4, 128);
 }
 
@@ -4918,7 +4934,7 @@ inline double steps_of(const Tiling& t, const Stencil& s) {
     const int phases_d = s.axis[0].phases;
     return double(kernel_taps) * t.products * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (phases_d + 1.0) / (2.0 * phases_d)) * (t.packed[1] || s.axis[1].phases == 1 ? 1.0 : 0.75);
 }
-inline double out_bytes_of(const Tiling& t) { return 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8; }
+inline double out_bytes_of(const Tiling& t) { return 4.0 * t.warpgroups * kRows * t.run * t.run_planes * t.rows.octets * t.rows.packed_phases / 8; }
 inline double boxes_of(const Tiling& t, const Stencil& s) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1];
     return double(t.C_pad / t.chunk / d.source_phases) * (t.taps_per_box == 1 ? h.taps : 1) * (d.source_phases > 1 ? d.kernel : d.taps);
@@ -4949,14 +4965,14 @@ struct Problem {
 
 // ---------------------------------------------------------------------------------------------------------- Tiles
 
-// A warpgroup's run of a tile, and where its outputs go. They are staged in regions, one for each (channel, packed phase of D):
+// A warpgroup's run of a tile, and where its outputs go. They are staged in regions, one for each (channel, output plane: region_planes()):
 // either as one piece, in the order of global memory and aligned as there (staging_unit), or as one piece for each output row.
 struct Run {
     int row_tile, channel0, outer;       // first channel of the row tile, phase of the axes that are not packed
     int b_row;                           // of the box
-    int count, rows, h0, q0;             // positions, whole rows of them; the first one's row and column
-    int od0, phase_h;                    // output plane of packed phase 0, phase of H where it is not packed
-    int live;                            // bit i: packed phase i of D has an output plane, and the run has positions
+    int count, rows, h0, q0;             // positions of a plane, whole rows of them; the first one's row and column
+    int od0, phase_h;                    // first output plane, phase of H where it is not packed
+    int live;                            // bit i: there is the i-th of its output planes, and the run has positions
     int oh0, ow0, oh_end, ow_end;        // the outputs of a region
     int first;                           // floats of the region's first row before the run
     int alignment;                       // of the first region, modulo staging_unit
@@ -5132,20 +5148,20 @@ HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
     run.outer = t.by_channel_tiles.divide(run.row_tile), run.channel0 = (run.row_tile - run.outer * t.rows.channel_tiles) * t.rows.octets * 8;
     const OuterPhases outer = outer_phases_of(p, run.outer);
     run.phase_h = outer.h;
-    const int plane = t.planes > 1 ? warpgroup : 0, begin = (place.first_run + (t.tile_runs() > 1 ? warpgroup : 0)) * t.run;
+    const int plane = t.planes > t.run_planes ? warpgroup * t.run_planes : 0, begin = (place.first_run + (t.tile_runs() > 1 ? warpgroup : 0)) * t.run;
     const bool exists = run.outer < outer_phases(p) && place.d + plane < ad.positions;    // not in an added row tile or plane
     run.count = exists ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;
     run.h0 = t.by_tile_w.divide(begin), run.q0 = begin - run.h0 * t.tile_w;
     run.b_row = run.count > 0 ? (plane * t.box_rows + run.h0 - place.h0) * t.pitch + run.q0 : 0;
     run.od0 = (place.d + plane) * ad.phases + outer.d - ad.crop;
-    for (int i = 0; i < packed_phases(t, p.s, 0); i++) run.live |= (run.count > 0 && run.od0 + i >= 0 && run.od0 + i < ad.out) << i;
+    for (int i = 0, od = run.od0; i < region_planes(t, p.s); i++, od += region_plane_step(t, p.s)) run.live |= (run.count > 0 && od >= 0 && od < ad.out) << i;
     run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
     if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
     run.rows = t.by_tile_w.divide(run.count);
     const int oh_end = (run.h0 + run.rows) * ah.phases - ah.crop, ow_end = (place.w0 + place.columns) * aw.phases - aw.crop;
     run.oh_end = min_of(ah.out, oh_end), run.ow_end = min_of(aw.out, ow_end);
     run.first = t.whole_rows ? 0 : run.q0;
-    run.paired = t.block_n <= kMostPaired && aw.phases == 2 && t.whole_rows && t.tile_w % 8 == 0 && place.columns == t.tile_w && (run.rows == 1 || (run.rows > 1 && t.pitch == t.tile_w)) &&
+    run.paired = t.block_n <= kMostPaired && t.run_planes == 1 && aw.phases == 2 && t.whole_rows && t.tile_w % 8 == 0 && place.columns == t.tile_w && (run.rows == 1 || (run.rows > 1 && t.pitch == t.tile_w)) &&
                  run.h0 * ah.phases >= ah.crop && oh_end <= ah.out && ow_end <= aw.out && (!t.whole_sectors || oh_end == ah.out || run.rows * t.pitch >= t.block_n - 8);
     run.paired_place = (t.packed[1] ? run.h0 * ah.phases - ah.crop - run.oh0 : 0) * staged_row(p) + place.w0 * 2 - aw.crop - run.ow0;
     run.alignment = t.contiguous ? region_origin<unsigned>(p, place, run, run.channel0, run.od0) & (t.staging_unit - 1) : 0;
@@ -5169,52 +5185,61 @@ HOST_DEVICE int rows_of_item(const Problem& p, int i) {
 // Where a region begins behind a multiple of region_stride, so that its outputs are staged as they are aligned in memory: the run's alignment + the region's,
 // modulo staging_unit. channel and plane from the run's first on. Only where runs are contiguous.
 HOST_DEVICE int alignment_of_region(const Problem& p, int channel, int plane) {
-    const unsigned area = unsigned(p.s.axis[1].out) * unsigned(p.s.axis[2].out), region = channel * packed_phases(p.t, p.s, 0) + plane;
-    return p.t.contiguous ? ((unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane)) * area - region * unsigned(p.t.region_stride)) & (p.t.staging_unit - 1) : 0;
+    const unsigned area = unsigned(p.s.axis[1].out) * unsigned(p.s.axis[2].out), region = channel * region_planes(p.t, p.s) + plane;
+    return p.t.contiguous ? ((unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane * region_plane_step(p.t, p.s))) * area - region * unsigned(p.t.region_stride)) & (p.t.staging_unit - 1) : 0;
 }
 
-// Outputs of a region, where they are neighbours in memory.
+// Outputs of a region (of a run's, where it has several planes), where they are neighbours in memory.
 HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
 
-// Where position q of a phase is staged in its region, or -1; from contiguous_count() on: the next run's. Positions count the gaps, from column 0 of the run's first row on.
+// Where position q of a phase is staged in its region, or, of a run of several planes, behind the channel's first one; or -1; from contiguous_count() on: the next run's.
+// Positions count the gaps, from column 0 of the run's first row on.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
     const Tiling& t = p.t;
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    int row = q;
+    int row = q, region = 0;
     const int column = t.by_pitch.take(row);
+    if (t.run_planes > 1) {
+        const int plane = row / t.box_rows;
+        if (plane >= t.run_planes || !(run.live >> plane & 1)) return -1;
+        row -= plane * t.box_rows, region = plane * t.region_stride;
+    }
     const int oh = (run.h0 + row) * ah.phases + (t.packed[1] ? packed_h : run.phase_h) - ah.crop, ow = (tile.w0 + column) * aw.phases + phase_w - aw.crop;
     if (column >= tile.columns || oh < 0 || oh >= ah.out || ow < 0 || ow >= aw.out) return -1;
     const int place = (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first;
     const bool own = row * t.tile_w + column - run.q0 < run.count, of_next = t.whole_sectors && place < contiguous_count(p, run) + kSector - 1;
-    return own || of_next ? place : -1;
+    return own || of_next ? region + place : -1;
 }
 
-// The first position of a row of GEMM_M that is an output, given its staged places: columns 0 and 1 or the first row of the grid may be cropped. Where it
-// has no outputs, any.
+// The first position of a row of GEMM_M that is an output, given its staged places: columns 0 and 1 or the first row of the grid may be cropped, and the first plane
+// of several. Where it has no outputs, any.
 HOST_DEVICE int first_output(const Tiling& t, const int* places) {
     if (places[0] >= 0) return 0;
     if (places[1] >= 0) return 1;
     const int next_row = min_of(t.pitch, t.block_n - 2);
-    return next_row + (places[next_row] < 0);
+    if (t.run_planes == 1 || places[next_row] >= 0 || places[next_row + 1] >= 0) return next_row + (places[next_row] < 0);
+    for (int q = t.box_rows * t.pitch; q < t.block_n; q++)
+        if (places[q] >= 0) return q;
+    return 0;
 }
 
 // Floats of a paired run from row to row of the grid.
 HOST_DEVICE int paired_row(const Problem& p) { return (p.t.packed[1] ? p.s.axis[1].phases : 1) * staged_row(p); }
 
-// Staged regions of a run: (channel, packed phase of D).
-HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.region_channels * packed_phases(p.t, p.s, 0) : 0; }
+// Staged regions of a run: (channel, output plane).
+HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.region_channels * region_planes(p.t, p.s) : 0; }
 
 // Calls f(global index, region, float of the region, count) for the pieces of every `step`-th region from `first` to `end`.
 template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int end, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int phases_d = packed_phases(p.t, p.s, 0);
+    const int planes = region_planes(p.t, p.s), plane_step = region_plane_step(p.t, p.s);
     const int rows = p.t.contiguous ? 1 : run.rows * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
     const int count = p.t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0;
     const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
-        const int channel = divide_by_phases(region, phases_d), plane = region - channel * phases_d;
+        const int channel = p.t.run_planes > 1 ? region / planes : divide_by_phases(region, planes), plane = region - channel * planes;
         if (run.channel0 + channel >= p.C_out || !(run.live >> plane & 1)) continue;
-        const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane) * area;
+        const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane * plane_step) * area;
         // A sector that two runs share is the first one's.
         const int skipped = p.t.whole_sectors && run.oh0 > 0 ? int(-origin & (kSector - 1)) : 0, added = p.t.whole_sectors && run.oh_end < ah.out ? int(-(origin + count) & (kSector - 1)) : 0;
         for (int row = 0; row < rows; row++) {
@@ -5284,7 +5309,8 @@ __device__ __forceinline__ float quad_sum(float v) {
 // What the table of a run's staged places depends on: runs of the same form, all but those at the edges, have the same one.
 __device__ __forceinline__ int4 table_key(const Problem& p, const Tile& tile, const Run& run) {
     const StencilAxis& ah = p.s.axis[1];
-    return make_int4(run.count, run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 4 + (run.oh_end == ah.out) * 2 + (run.h0 == 0));
+    const Tiling& t = p.t;
+    return make_int4(run.count, t.run_planes > 1 ? run.live << 16 : run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 4 + (run.oh_end == ah.out) * 2 + (run.h0 == 0));
 }
 __device__ __forceinline__ bool same_key(int4 a, int4 b) { return a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w; }
 
@@ -6305,7 +6331,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int chunk : {64, 32, 16})
     for (int input_stages : {1, 2}) {
         Tiling t = {};
-        t.warpgroups = 1, t.queues = 1, t.planes = 1;
+        t.warpgroups = 1, t.queues = 1, t.planes = t.run_planes = 1;
         t.block_n = block_n, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
@@ -7335,7 +7361,7 @@ inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_
     if (t.box_loader == 1 && t.chunk == 32 && t.items == 1) at_least(stages * 620 + boxes * 300), at_least(boxes * t.box_bytes() / 21.5);
     else at_least(stages * (700 + 100 * t.items) + boxes * 400);
     // Two warps issue the copies of the runs' pieces one after another.
-    const double pieces = t.warpgroups * (t.tensor_store ? 1.0 : t.region_channels * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)));
+    const double pieces = t.warpgroups * (t.tensor_store ? 1.0 : t.region_channels * region_planes(t, s) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)));
     const double copies = t.bulk ? pieces * 28 : 0;
     at_least(copies);
     const double outputs = out_bytes_of(t) / 34;
@@ -7361,6 +7387,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int chunk_phases : {1, 2, 4})
     for (bool half_chunk : {false, true})
     for (int planes : {1, warpgroups})
+    for (bool joins_planes : {false, true})
     for (int input_stages : {2, 3, 4, 6})
     for (int item_taps : {h.taps * w.taps, w.taps, 1}) {
         if (w.source_phases % chunk_phases != 0) continue;
@@ -7368,7 +7395,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (planes > 1 && (split_m || d.positions == 1)) continue;
         Tiling t = {};
         t.input_stages = input_stages, t.warpgroups = warpgroups;
-        t.block_n = block_n, t.split_m = split_m, t.planes = planes, t.taps_per_box = taps_per_box;
+        t.block_n = block_n, t.split_m = split_m, t.planes = planes, t.run_planes = 1, t.taps_per_box = taps_per_box;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
         t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
@@ -7386,6 +7413,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.pitch = box_pitch(w, t.tile_w, strips);
         if (t.pitch > 256 || !cut_runs(t, s, true)) continue;
         if (planes > 1 && t.runs > 1) continue;    // whole planes only: neighbouring runs share more of their boxes
+        if (joins_planes && ((planes == 1 && !split_m) || !join_planes(t, s, planes))) continue;
         lay_out_regions(t, s, channels, true);
         for (int k_parts : {1, 2, 3, 4, 5, 6, 8}) {
             if (!cut_channels(t, s, k_parts) || !count_tiles(t, s, samples)) continue;
@@ -7856,7 +7884,7 @@ struct LaneRow {
     unsigned weight_max;                         // of the tile's channel
     float bias;
     float scale, more;                           // back to what the sums stand for: scale, unless that would not be a normal number
-    bool live;                                   // there is such an output plane, channel and run
+    bool live;                                   // there is such an output plane (one of several), channel and run
 };
 
 // Whether consumers have registers to keep the epilogue's constants from tile to tile.
@@ -7878,7 +7906,7 @@ struct Consumer {
     __device__ __forceinline__ Consumer(const Parameters& a, const SharedParts& shared) : a(a), shared(shared), warpgroup(threadIdx.x / 128 - 1) {
         const Problem& p = a.p;
         const Tiling& t = p.t;
-        const int phases_d = packed_phases(t, p.s, 0), phases_h = packed_phases(t, p.s, 1), phases_w = p.s.axis[2].phases;
+        const int phases_h = packed_phases(t, p.s, 1), phases_w = p.s.axis[2].phases;
         for (int half = 0; half < 2; half++) {
             LaneRow& row = rows[half];
             const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases;
@@ -7887,7 +7915,7 @@ struct Consumer {
             row.channel = octet * 8 + threadIdx.x % 32 / 4;
             const int phase_dh = divide_by_phases(row.phase, phases_w);
             row.packed_d = divide_by_phases(phase_dh, phases_h);
-            row.region = row.used ? (row.channel * phases_d + row.packed_d) * t.region_stride : 0;
+            row.region = row.used ? (row.channel * region_planes(t, p.s) + row.packed_d) * t.region_stride : 0;
             row.alignment = alignment_of_region(p, row.channel, row.packed_d), row.paired_place = (phase_dh - row.packed_d * phases_h) * staged_row(p);
             row.table = (row.phase - row.packed_d * phases_h * phases_w) * t.block_n;
         }
@@ -7922,7 +7950,7 @@ struct Consumer {
             if (kKeeps) prepare_rows();
         }
 #pragma unroll
-        for (LaneRow& row : rows) row.live = row.exists && (run.live >> row.packed_d & 1);
+        for (LaneRow& row : rows) row.live = row.exists && (run.live >> row.packed_d & 1 || (a.p.t.run_planes > 1 && run.live));
     }
     __device__ __forceinline__ void prepare_rows() {
 #pragma unroll

@@ -293,7 +293,7 @@ struct LaneRow {
     unsigned weight_max;                         // of the tile's channel
     float bias;
     float scale, more;                           // back to what the sums stand for: scale, unless that would not be a normal number
-    bool live;                                   // there is such an output plane, channel and run
+    bool live;                                   // there is such an output plane (one of several), channel and run
 };
 
 // Whether consumers have registers to keep the epilogue's constants from tile to tile.
@@ -315,7 +315,7 @@ struct Consumer {
     __device__ __forceinline__ Consumer(const Parameters& a, const SharedParts& shared) : a(a), shared(shared), warpgroup(threadIdx.x / 128 - 1) {
         const Problem& p = a.p;
         const Tiling& t = p.t;
-        const int phases_d = packed_phases(t, p.s, 0), phases_h = packed_phases(t, p.s, 1), phases_w = p.s.axis[2].phases;
+        const int phases_h = packed_phases(t, p.s, 1), phases_w = p.s.axis[2].phases;
         for (int half = 0; half < 2; half++) {
             LaneRow& row = rows[half];
             const int granule = threadIdx.x / 32 % 4 * 2 + half, octet = granule / t.rows.packed_phases;
@@ -324,7 +324,7 @@ struct Consumer {
             row.channel = octet * 8 + threadIdx.x % 32 / 4;
             const int phase_dh = divide_by_phases(row.phase, phases_w);
             row.packed_d = divide_by_phases(phase_dh, phases_h);
-            row.region = row.used ? (row.channel * phases_d + row.packed_d) * t.region_stride : 0;
+            row.region = row.used ? (row.channel * region_planes(t, p.s) + row.packed_d) * t.region_stride : 0;
             row.alignment = alignment_of_region(p, row.channel, row.packed_d), row.paired_place = (phase_dh - row.packed_d * phases_h) * staged_row(p);
             row.table = (row.phase - row.packed_d * phases_h * phases_w) * t.block_n;
         }
@@ -359,7 +359,7 @@ struct Consumer {
             if (kKeeps) prepare_rows();
         }
 #pragma unroll
-        for (LaneRow& row : rows) row.live = row.exists && (run.live >> row.packed_d & 1);
+        for (LaneRow& row : rows) row.live = row.exists && (run.live >> row.packed_d & 1 || (a.p.t.run_planes > 1 && run.live));
     }
     __device__ __forceinline__ void prepare_rows() {
 #pragma unroll

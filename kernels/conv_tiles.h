@@ -19,14 +19,14 @@ struct Problem {
 
 // ---------------------------------------------------------------------------------------------------------- Tiles
 
-// A warpgroup's run of a tile, and where its outputs go. They are staged in regions, one for each (channel, packed phase of D):
+// A warpgroup's run of a tile, and where its outputs go. They are staged in regions, one for each (channel, output plane: region_planes()):
 // either as one piece, in the order of global memory and aligned as there (staging_unit), or as one piece for each output row.
 struct Run {
     int row_tile, channel0, outer;       // first channel of the row tile, phase of the axes that are not packed
     int b_row;                           // of the box
-    int count, rows, h0, q0;             // positions, whole rows of them; the first one's row and column
-    int od0, phase_h;                    // output plane of packed phase 0, phase of H where it is not packed
-    int live;                            // bit i: packed phase i of D has an output plane, and the run has positions
+    int count, rows, h0, q0;             // positions of a plane, whole rows of them; the first one's row and column
+    int od0, phase_h;                    // first output plane, phase of H where it is not packed
+    int live;                            // bit i: there is the i-th of its output planes, and the run has positions
     int oh0, ow0, oh_end, ow_end;        // the outputs of a region
     int first;                           // floats of the region's first row before the run
     int alignment;                       // of the first region, modulo staging_unit
@@ -202,20 +202,20 @@ HOST_DEVICE Run run_of(const Problem& p, const Place& place, int warpgroup) {
     run.outer = t.by_channel_tiles.divide(run.row_tile), run.channel0 = (run.row_tile - run.outer * t.rows.channel_tiles) * t.rows.octets * 8;
     const OuterPhases outer = outer_phases_of(p, run.outer);
     run.phase_h = outer.h;
-    const int plane = t.planes > 1 ? warpgroup : 0, begin = (place.first_run + (t.tile_runs() > 1 ? warpgroup : 0)) * t.run;
+    const int plane = t.planes > t.run_planes ? warpgroup * t.run_planes : 0, begin = (place.first_run + (t.tile_runs() > 1 ? warpgroup : 0)) * t.run;
     const bool exists = run.outer < outer_phases(p) && place.d + plane < ad.positions;    // not in an added row tile or plane
     run.count = exists ? max_of(0, min_of(t.run, ah.positions * t.tile_w - begin)) : 0;
     run.h0 = t.by_tile_w.divide(begin), run.q0 = begin - run.h0 * t.tile_w;
     run.b_row = run.count > 0 ? (plane * t.box_rows + run.h0 - place.h0) * t.pitch + run.q0 : 0;
     run.od0 = (place.d + plane) * ad.phases + outer.d - ad.crop;
-    for (int i = 0; i < packed_phases(t, p.s, 0); i++) run.live |= (run.count > 0 && run.od0 + i >= 0 && run.od0 + i < ad.out) << i;
+    for (int i = 0, od = run.od0; i < region_planes(t, p.s); i++, od += region_plane_step(t, p.s)) run.live |= (run.count > 0 && od >= 0 && od < ad.out) << i;
     run.oh0 = run.h0 * ah.phases - ah.crop + run.phase_h, run.ow0 = max_of(0, place.w0 * aw.phases - aw.crop);
     if (t.packed[1]) run.oh0 = max_of(0, run.oh0);
     run.rows = t.by_tile_w.divide(run.count);
     const int oh_end = (run.h0 + run.rows) * ah.phases - ah.crop, ow_end = (place.w0 + place.columns) * aw.phases - aw.crop;
     run.oh_end = min_of(ah.out, oh_end), run.ow_end = min_of(aw.out, ow_end);
     run.first = t.whole_rows ? 0 : run.q0;
-    run.paired = t.block_n <= kMostPaired && aw.phases == 2 && t.whole_rows && t.tile_w % 8 == 0 && place.columns == t.tile_w && (run.rows == 1 || (run.rows > 1 && t.pitch == t.tile_w)) &&
+    run.paired = t.block_n <= kMostPaired && t.run_planes == 1 && aw.phases == 2 && t.whole_rows && t.tile_w % 8 == 0 && place.columns == t.tile_w && (run.rows == 1 || (run.rows > 1 && t.pitch == t.tile_w)) &&
                  run.h0 * ah.phases >= ah.crop && oh_end <= ah.out && ow_end <= aw.out && (!t.whole_sectors || oh_end == ah.out || run.rows * t.pitch >= t.block_n - 8);
     run.paired_place = (t.packed[1] ? run.h0 * ah.phases - ah.crop - run.oh0 : 0) * staged_row(p) + place.w0 * 2 - aw.crop - run.ow0;
     run.alignment = t.contiguous ? region_origin<unsigned>(p, place, run, run.channel0, run.od0) & (t.staging_unit - 1) : 0;
@@ -239,52 +239,61 @@ HOST_DEVICE int rows_of_item(const Problem& p, int i) {
 // Where a region begins behind a multiple of region_stride, so that its outputs are staged as they are aligned in memory: the run's alignment + the region's,
 // modulo staging_unit. channel and plane from the run's first on. Only where runs are contiguous.
 HOST_DEVICE int alignment_of_region(const Problem& p, int channel, int plane) {
-    const unsigned area = unsigned(p.s.axis[1].out) * unsigned(p.s.axis[2].out), region = channel * packed_phases(p.t, p.s, 0) + plane;
-    return p.t.contiguous ? ((unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane)) * area - region * unsigned(p.t.region_stride)) & (p.t.staging_unit - 1) : 0;
+    const unsigned area = unsigned(p.s.axis[1].out) * unsigned(p.s.axis[2].out), region = channel * region_planes(p.t, p.s) + plane;
+    return p.t.contiguous ? ((unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane * region_plane_step(p.t, p.s))) * area - region * unsigned(p.t.region_stride)) & (p.t.staging_unit - 1) : 0;
 }
 
-// Outputs of a region, where they are neighbours in memory.
+// Outputs of a region (of a run's, where it has several planes), where they are neighbours in memory.
 HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
 
-// Where position q of a phase is staged in its region, or -1; from contiguous_count() on: the next run's. Positions count the gaps, from column 0 of the run's first row on.
+// Where position q of a phase is staged in its region, or, of a run of several planes, behind the channel's first one; or -1; from contiguous_count() on: the next run's.
+// Positions count the gaps, from column 0 of the run's first row on.
 HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
     const Tiling& t = p.t;
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    int row = q;
+    int row = q, region = 0;
     const int column = t.by_pitch.take(row);
+    if (t.run_planes > 1) {
+        const int plane = row / t.box_rows;
+        if (plane >= t.run_planes || !(run.live >> plane & 1)) return -1;
+        row -= plane * t.box_rows, region = plane * t.region_stride;
+    }
     const int oh = (run.h0 + row) * ah.phases + (t.packed[1] ? packed_h : run.phase_h) - ah.crop, ow = (tile.w0 + column) * aw.phases + phase_w - aw.crop;
     if (column >= tile.columns || oh < 0 || oh >= ah.out || ow < 0 || ow >= aw.out) return -1;
     const int place = (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first;
     const bool own = row * t.tile_w + column - run.q0 < run.count, of_next = t.whole_sectors && place < contiguous_count(p, run) + kSector - 1;
-    return own || of_next ? place : -1;
+    return own || of_next ? region + place : -1;
 }
 
-// The first position of a row of GEMM_M that is an output, given its staged places: columns 0 and 1 or the first row of the grid may be cropped. Where it
-// has no outputs, any.
+// The first position of a row of GEMM_M that is an output, given its staged places: columns 0 and 1 or the first row of the grid may be cropped, and the first plane
+// of several. Where it has no outputs, any.
 HOST_DEVICE int first_output(const Tiling& t, const int* places) {
     if (places[0] >= 0) return 0;
     if (places[1] >= 0) return 1;
     const int next_row = min_of(t.pitch, t.block_n - 2);
-    return next_row + (places[next_row] < 0);
+    if (t.run_planes == 1 || places[next_row] >= 0 || places[next_row + 1] >= 0) return next_row + (places[next_row] < 0);
+    for (int q = t.box_rows * t.pitch; q < t.block_n; q++)
+        if (places[q] >= 0) return q;
+    return 0;
 }
 
 // Floats of a paired run from row to row of the grid.
 HOST_DEVICE int paired_row(const Problem& p) { return (p.t.packed[1] ? p.s.axis[1].phases : 1) * staged_row(p); }
 
-// Staged regions of a run: (channel, packed phase of D).
-HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.region_channels * packed_phases(p.t, p.s, 0) : 0; }
+// Staged regions of a run: (channel, output plane).
+HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.region_channels * region_planes(p.t, p.s) : 0; }
 
 // Calls f(global index, region, float of the region, count) for the pieces of every `step`-th region from `first` to `end`.
 template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int end, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int phases_d = packed_phases(p.t, p.s, 0);
+    const int planes = region_planes(p.t, p.s), plane_step = region_plane_step(p.t, p.s);
     const int rows = p.t.contiguous ? 1 : run.rows * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
     const int count = p.t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0;
     const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
-        const int channel = divide_by_phases(region, phases_d), plane = region - channel * phases_d;
+        const int channel = p.t.run_planes > 1 ? region / planes : divide_by_phases(region, planes), plane = region - channel * planes;
         if (run.channel0 + channel >= p.C_out || !(run.live >> plane & 1)) continue;
-        const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane) * area;
+        const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane * plane_step) * area;
         // A sector that two runs share is the first one's.
         const int skipped = p.t.whole_sectors && run.oh0 > 0 ? int(-origin & (kSector - 1)) : 0, added = p.t.whole_sectors && run.oh_end < ah.out ? int(-(origin + count) & (kSector - 1)) : 0;
         for (int row = 0; row < rows; row++) {

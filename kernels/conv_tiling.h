@@ -7,13 +7,14 @@ namespace conv {
 
 constexpr int kRows = 64;                      // GEMM_M of a warpgroup
 constexpr int kMaxWarpgroups = 3;              // that multiply
+constexpr int kMostRunPlanes = 15;             // as many as Run::live has bits for in table_key()
 constexpr int kMostPaired = 136;               // the largest block_n whose epilogue knows paired runs, and runs with outputs of the next one (conv_tiles.h)
 constexpr int kSector = 8, kLine = 32;         // floats of memory that are written at once, and requested at once: parts of a sector cost more than all of it
 
 // Rows. The phases of the packed axes, of W at least, lie in the same row tile, so that one block has whole output rows.
 //
 // Positions. A strip of tile_w columns of an (n, d) plane of the grid at a time, in runs of `run` positions for each warpgroup: neighbouring runs of one
-// plane, or the same run of neighbouring planes, which small planes are too few positions without.
+// plane, or the same run of neighbouring planes, which small planes are too few positions without. Of the smallest a run has several, `run_planes` whole ones.
 // A box of the source, halo included, is copied once for all taps (h, w): rows of `pitch`, so that a tap is a shift of an
 // address by whole rows of shared memory. Where the strip is the whole width, neighbouring rows share the zeros of their halos.
 struct Tiling {
@@ -30,7 +31,8 @@ struct Tiling {
     int row_tiles, M_pad;                      // M_pad = 64 * row_tiles
     int tile_w, strips;                        // columns of a strip
     int run, runs;                             // positions of a run, runs of a strip, in groups of tile_runs()
-    int planes, plane_groups;                  // of the grid in a tile: 1, or one for each warpgroup; tiles for all planes
+    int run_planes;                            // of the grid in a run: 1, or several whole ones
+    int planes, plane_groups;                  // of the grid in a tile: of one run, or of one for each warpgroup; tiles for all planes
     int pitch, box_rows;                       // of a plane of a box
     int taps_per_box;                          // taps h that a box serves: all, or 1
     bool whole_rows;                           // a run is whole rows of the strip
@@ -61,6 +63,11 @@ struct Tiling {
 
 // Phases of an axis that lie in the same row tile.
 HOST_DEVICE int packed_phases(const Tiling& t, const Stencil& s, int axis) { return t.packed[axis] ? s.axis[axis].phases : 1; }
+
+// Output planes of a channel that a run has, each staged in a region of its own: the packed phases of D, or, where a run has several planes of the grid, one of each;
+// and how far they are apart.
+HOST_DEVICE int region_planes(const Tiling& t, const Stencil& s) { return t.run_planes > 1 ? t.run_planes : packed_phases(t, s, 0); }
+HOST_DEVICE int region_plane_step(const Tiling& t, const Stencil& s) { return t.run_planes > 1 ? s.axis[0].phases : 1; }
 
 inline int round_up(int64_t v, int64_t to) { return int(ceil_div(v, to) * to); }
 
@@ -122,7 +129,16 @@ inline bool cut_runs(Tiling& t, const Stencil& s, bool may_share) {
     return t.box_rows <= 256;
 }
 
-// Lays a run's outputs out for staging: a region for each (channel, packed phase of D). bulk_copies: what stores them; then the epilogue
+// Gives a run of a whole plane as many planes as there are columns for, `warpgroups` such runs a tile. False where that is one, or outputs of planes would not be staged alike.
+inline bool join_planes(Tiling& t, const Stencil& s, int warpgroups) {
+    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+    if (t.runs > 1 || t.strips > 1 || t.packed[0] || (h.phases > 1 && !t.packed[1]) || h.out * w.out % 4 != 0) return false;
+    const int64_t most = (t.block_n - span_of(t, 0, int64_t(h.positions) * t.tile_w)) / (t.box_rows * t.pitch) + 1, tiles = ceil_div(d.positions, (most < kMostRunPlanes ? most : kMostRunPlanes) * warpgroups);
+    t.run_planes = int(ceil_div(d.positions, tiles * warpgroups)), t.planes = t.run_planes * warpgroups;
+    return t.run_planes > 1;
+}
+
+// Lays a run's outputs out for staging: a region for each (channel, output plane). bulk_copies: what stores them; then the epilogue
 // also knows runs without a table.
 inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool bulk_copies) {
     const int out_h = s.axis[1].out, out_w = s.axis[2].out;
@@ -131,17 +147,17 @@ inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool 
     const int rows = ceil_div(t.run, t.tile_w) * phases_h;
     const bool aligned = int64_t(out_h) * out_w % 4 == 0 && (t.whole_rows && t.contiguous ? out_w : t.run) % 4 == 0;
     t.bulk = t.contiguous || (aligned && out_w % 4 == 0 && t.tile_w * phases_w % 4 == 0 && s.axis[2].crop == 0);
-    t.dense = bulk_copies && t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w;
-    t.vectors = aligned && t.contiguous && t.whole_rows && phases_w == 2 && s.axis[2].crop == 0;
+    t.dense = bulk_copies && t.contiguous && aligned && phases_h * phases_w == 1 && t.pitch == t.tile_w && t.run_planes == 1;
+    t.vectors = aligned && t.contiguous && t.whole_rows && phases_w == 2 && s.axis[2].crop == 0 && t.run_planes == 1;
     // 8 mod 16: pairs of neighbours go to shared memory without bank conflicts; where the neighbours are phases, 4 mod 8 is better, or 16 mod 32 for vectors.
     const auto stride_of = [&](int floats) { return t.vectors ? round_up(floats - 16, 32) + 16 : phases_w == 2 ? round_up(floats - 4, 8) + 4 : round_up(floats - 8, 16) + 8; };
     const int outputs = !t.contiguous ? rows * t.tile_w * phases_w : t.whole_rows ? rows * out_w : t.dense ? t.block_n : t.run;
-    t.tensor_store = t.contiguous && !t.whole_rows && aligned && stride_of(outputs) == t.run;
+    t.tensor_store = t.run_planes == 1 && t.contiguous && !t.whole_rows && aligned && stride_of(outputs) == t.run;
     t.staging_unit = t.whole_sectors ? kLine : 4;
     t.region_stride = stride_of(outputs + (t.contiguous ? t.staging_unit - (aligned ? 4 : 1) : 0) + (t.whole_sectors ? kSector - 1 : 0));
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
     t.region_channels = round_up(channels, 8) < t.rows.octets * 8 ? round_up(channels, 8) : t.rows.octets * 8;
-    const int regions = t.region_channels * packed_phases(t, s, 0);
+    const int regions = t.region_channels * region_planes(t, s);
     t.buffer_bytes = round_up(int64_t(regions) * t.region_stride * 4, 128);
 }
 
@@ -264,7 +280,7 @@ inline double steps_of(const Tiling& t, const Stencil& s) {
     const int phases_d = s.axis[0].phases;
     return double(kernel_taps) * t.products * t.phase_channels / 16 * (t.packed[0] ? 1.0 : (phases_d + 1.0) / (2.0 * phases_d)) * (t.packed[1] || s.axis[1].phases == 1 ? 1.0 : 0.75);
 }
-inline double out_bytes_of(const Tiling& t) { return 4.0 * t.warpgroups * kRows * t.run * t.rows.octets * t.rows.packed_phases / 8; }
+inline double out_bytes_of(const Tiling& t) { return 4.0 * t.warpgroups * kRows * t.run * t.run_planes * t.rows.octets * t.rows.packed_phases / 8; }
 inline double boxes_of(const Tiling& t, const Stencil& s) {
     const StencilAxis &d = s.axis[0], &h = s.axis[1];
     return double(t.C_pad / t.chunk / d.source_phases) * (t.taps_per_box == 1 ? h.taps : 1) * (d.source_phases > 1 ? d.kernel : d.taps);

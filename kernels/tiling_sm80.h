@@ -51,7 +51,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int chunk : {64, 32, 16})
     for (int input_stages : {1, 2}) {
         Tiling t = {};
-        t.warpgroups = 1, t.queues = 1, t.planes = 1;
+        t.warpgroups = 1, t.queues = 1, t.planes = t.run_planes = 1;
         t.block_n = block_n, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;

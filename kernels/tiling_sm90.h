@@ -69,7 +69,7 @@ inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_
     if (t.box_loader == 1 && t.chunk == 32 && t.items == 1) at_least(stages * 620 + boxes * 300), at_least(boxes * t.box_bytes() / 21.5);
     else at_least(stages * (700 + 100 * t.items) + boxes * 400);
     // Two warps issue the copies of the runs' pieces one after another.
-    const double pieces = t.warpgroups * (t.tensor_store ? 1.0 : t.region_channels * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)));
+    const double pieces = t.warpgroups * (t.tensor_store ? 1.0 : t.region_channels * region_planes(t, s) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)));
     const double copies = t.bulk ? pieces * 28 : 0;
     at_least(copies);
     const double outputs = out_bytes_of(t) / 34;
@@ -95,6 +95,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int chunk_phases : {1, 2, 4})
     for (bool half_chunk : {false, true})
     for (int planes : {1, warpgroups})
+    for (bool joins_planes : {false, true})
     for (int input_stages : {2, 3, 4, 6})
     for (int item_taps : {h.taps * w.taps, w.taps, 1}) {
         if (w.source_phases % chunk_phases != 0) continue;
@@ -102,7 +103,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (planes > 1 && (split_m || d.positions == 1)) continue;
         Tiling t = {};
         t.input_stages = input_stages, t.warpgroups = warpgroups;
-        t.block_n = block_n, t.split_m = split_m, t.planes = planes, t.taps_per_box = taps_per_box;
+        t.block_n = block_n, t.split_m = split_m, t.planes = planes, t.run_planes = 1, t.taps_per_box = taps_per_box;
         t.packed[2] = true, t.packed[1] = packing >= 1, t.packed[0] = packing == 2;
         if ((packing >= 1 && h.phases == 1) || (packing == 2 && d.phases == 1)) continue;
         t.rows.packed_phases = packed_phases(t, s, 0) * packed_phases(t, s, 1) * packed_phases(t, s, 2);
@@ -120,6 +121,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.pitch = box_pitch(w, t.tile_w, strips);
         if (t.pitch > 256 || !cut_runs(t, s, true)) continue;
         if (planes > 1 && t.runs > 1) continue;    // whole planes only: neighbouring runs share more of their boxes
+        if (joins_planes && ((planes == 1 && !split_m) || !join_planes(t, s, planes))) continue;
         lay_out_regions(t, s, channels, true);
         for (int k_parts : {1, 2, 3, 4, 5, 6, 8}) {
             if (!cut_channels(t, s, k_parts) || !count_tiles(t, s, samples)) continue;

@@ -4,4 +4,4 @@
 #define PATH sm90
 #include "conv_emulation.h"
 
-static bool all_ran() { return normalized_inside > 0 && ran(parts::add_kernel) && ran(dweight_sm90::packing_dweight_kernel); }
+static bool all_ran() { return normalized_inside > 0 && with_joined_planes > 0 && ran(parts::add_kernel) && ran(dweight_sm90::packing_dweight_kernel); }

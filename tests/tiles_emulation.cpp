@@ -85,7 +85,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
     std::vector<int> written(out.values.size(), 0);
     std::set<std::pair<int64_t, int>> moments;    // (set, channel) that a row leaves
     const std::vector<float> weights = pack(direction, g, p, C, w);
-    const int phases_d = packed_phases(t, p.s, 0), phases_h = packed_phases(t, p.s, 1);
+    const int phases_h = packed_phases(t, p.s, 1);
     const int chunk = t.chunk_phases > 1 ? 0 : int(random() % (t.phase_channels / t.chunk)) * t.chunk;    // of each phase: the one that the channels are in
     auto put = [&](int64_t at, float v) { out.values[at] = v, written[at]++; };
     for (int64_t index = 0; index < t.tiles; index++)
@@ -118,8 +118,9 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
         }
         for (int r = 0; r < kRows; r++) {
             const int granule = r / 8, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases, channel = octet * 8 + r % 8;
-            const int phase_w = phase % aw->phases, packed_h = phase / aw->phases % phases_h, packed_d = phase / aw->phases / phases_h, od = run.od0 + packed_d;
-            if (octet >= t.rows.octets || run.outer >= outer_phases(p) || run.channel0 + channel >= p.C_out || od < 0 || od >= ad->out) continue;
+            const int phase_w = phase % aw->phases, packed_h = phase / aw->phases % phases_h, packed_d = phase / aw->phases / phases_h;
+            const bool live = t.run_planes > 1 ? run.live : run.od0 + packed_d >= 0 && run.od0 + packed_d < ad->out;
+            if (octet >= t.rows.octets || run.outer >= outer_phases(p) || run.channel0 + channel >= p.C_out || !live) continue;
             if (!on_sm80(t) && t.k_parts == 1 && run.count > 0) {
                 const int64_t set = index_of_run(p, tile, warpgroup) * p.s.phases() + run.outer * t.rows.packed_phases + phase;
                 REQUIRE(set / parts_of_sample(p) == tile.n && moments.emplace(set, run.channel0 + channel).second);
@@ -139,9 +140,9 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
                     if (t.whole_sectors && run.oh_end < ah->out && packed_h == 0 && q >= t.block_n - 8 && next >= 0 && next < kSector - 1) paired = contiguous_count(p, run) + next;
                     REQUIRE(place == paired);
                 }
-                REQUIRE(place >= 0 || q > 0 || t.whole_rows || run.count == 0);    // the epilogue relies on the first position
-                REQUIRE(place + align < t.region_stride);
-                if (place >= 0) buffer[(channel * phases_d + packed_d) * t.region_stride + align + place] = sums[r * t.block_n + q];
+                REQUIRE(place >= 0 || q > 0 || t.whole_rows || t.run_planes > 1 || run.count == 0);    // the epilogue relies on the first position
+                REQUIRE(place < 0 || (place % t.region_stride + align < t.region_stride && place / t.region_stride < t.run_planes));
+                if (place >= 0) buffer[(channel * region_planes(t, p.s) + packed_d) * t.region_stride + align + place] = sums[r * t.block_n + q];
             }
         }
         if (t.tensor_store) {
@@ -200,17 +201,18 @@ int main(int, char** arguments) {
     std::mt19937 random(std::atoi(arguments[2]));
     if (!divides(random) || !begins_phases_well()) return 1;
     auto below = [&](int n) { return int(random() % n); };
-    int done = 0, planes = 0, parts = 0, joined = 0;
+    int done = 0, planes = 0, run_planes = 0, parts = 0, joined = 0;
     while (done < std::atoi(arguments[1])) {
         const Direction direction = below(3) ? Direction::kForward : Direction::kDInput;
         Geometry g = {1 + below(2), 1 + below(2), 1 + below(70), 1, {}};
         if (direction == Direction::kDInput) std::swap(g.C_in, g.C_out);
         const int same = below(3), stride = 1 + below(kMaxStride);    // stride 1, the same everywhere, any
+        const bool small = below(4) == 0;    // planes
         bool valid = true;
         for (int i = 0; i < 3; i++) {
             Axis& a = g.axis[i];
             a.kernel = 1 + below(i == 0 ? 3 : 5), a.stride = same == 0 ? 1 : same == 1 ? stride : 1 + below(kMaxStride), a.dilation = below(3) ? 1 : 1 + below(4);
-            a.in = i == 2 && below(3) == 0 ? 8 * (1 + below(16)) : 1 + below(i == 0 ? (below(2) ? 3 : 9) : i == 1 ? 20 : below(6) ? 40 : 300), a.padding = below(3) ? below(3) : 0;
+            a.in = small ? 1 + below(8) : i == 2 && below(3) == 0 ? 8 * (1 + below(16)) : 1 + below(i == 0 ? (below(2) ? 3 : 9) : i == 1 ? 20 : below(6) ? 40 : 300), a.padding = below(3) ? below(3) : 0;
             const int output_padding = below(2) ? below(int(a.stride > a.dilation ? a.stride : a.dilation)) : 0;
             a.out = (a.in - 1) * a.stride - 2 * a.padding + a.dilation * (a.kernel - 1) + output_padding + 1;
             valid = valid && a.out > 0;
@@ -218,18 +220,18 @@ int main(int, char** arguments) {
         const bool forward = direction == Direction::kForward;
         if (!valid || (forward ? out_volume(g) * g.C_out : in_volume(g) * g.C_in * kernel_volume(g) / 8) > 400000) continue;
         Problem p = {g.N, forward ? g.C_out : g.C_in, forward ? out_volume(g) : in_volume(g), make_stencil(direction, g), {}};
-        const int multiprocessors = below(4) ? 132 : 1 + below(132), budgets[] = {99, 163, 227}, sm80_bytes = budgets[below(3)] * 1024;
+        const int multiprocessors = small ? 1 + below(8) : below(4) ? 132 : 1 + below(132), budgets[] = {99, 163, 227}, sm80_bytes = budgets[below(3)] * 1024;
         const bool sm80 = below(2);
         const int channels = int(forward ? g.C_in : g.C_out) + (below(2) ? 0 : below(400));    // as if there were more: work to be divided
         p.t = sm80 ? conv_sm80::choose_tiling(p.s, g.N, channels, p.C_out, 1, multiprocessors, sm80_bytes)
                    : conv_sm90::choose_tiling(p.s, g.N, channels, p.C_out, 1, multiprocessors);
-        done++, planes += p.t.planes > 1, parts += p.t.k_parts > 1, joined += p.t.chunk_phases > 1;
+        done++, planes += p.t.planes > 1, run_planes += p.t.run_planes > 1, parts += p.t.k_parts > 1, joined += p.t.chunk_phases > 1;
         if (p.t.block_n == 0 || (fits(p.t, p.s.axis[2], sm80 ? sm80_bytes : conv_sm90::kSharedBytes) && emulate(direction, g, p))) continue;
         std::printf("%s on %s: N %d, channels %d -> %d, block_n %d, strips %d", forward ? "forward" : "dx", sm80 ? "sm_80" : "sm_90", int(g.N), int(g.C_in), int(g.C_out), p.t.block_n, p.t.strips);
         for (const Axis& a : g.axis) std::printf(", (in %d, out %d, kernel %d, stride %d, padding %d, dilation %d)", int(a.in), int(a.out), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation));
         std::printf("\n");
         return 1;
     }
-    std::printf("%d shapes, %d with tiles of several planes, %d with parts of GEMM_K, %d with joined phases\n", done, planes, parts, joined);
+    std::printf("%d shapes, %d with tiles of several planes, %d with such runs, %d with parts of GEMM_K, %d with joined phases\n", done, planes, run_planes, parts, joined);
     return 0;
 }
