@@ -6299,7 +6299,7 @@ constexpr int kThreads = 32 * kColumnWarps, kBytesAtOnce = 16 * kThreads;    // 
 HOST_DEVICE constexpr int blocks_of(int block_n) { return block_n == 128 ? 4 : block_n == 192 ? 3 : 2; }
 
 // Rows of a box with the zeros behind it, which rows share, and the bytes of the table that tells where each comes from.
-HOST_DEVICE int loaded_rows(const Tiling& t, const StencilAxis& w) { return t.box_rows * t.pitch + w.shift[w.taps - 1]; }
+HOST_DEVICE int loaded_rows(const Tiling& t, const StencilAxis& w) { return t.planes * t.box_rows * t.pitch + w.shift[w.taps - 1]; }
 HOST_DEVICE int places_bytes(const Tiling& t, const StencilAxis& w) {
     const int at_once = kBytesAtOnce / 2 / t.chunk, rows = (loaded_rows(t, w) + at_once - 1) / at_once * at_once;
     return (rows * 4 + 127) / 128 * 128;
@@ -6329,7 +6329,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (int chunk : {64, 32, 16})
-    for (int input_stages : {1, 2}) {
+    for (int input_stages : {1, 2})
+    for (bool joins_planes : {false, true}) {
         Tiling t = {};
         t.warpgroups = 1, t.queues = 1, t.planes = t.run_planes = 1;
         t.block_n = block_n, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
@@ -6343,7 +6344,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.item_taps = t.items = 1;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         t.pitch = box_pitch(w, t.tile_w, strips);
-        if (!cut_runs(t, s, false)) continue;
+        if (!cut_runs(t, s, false) || (joins_planes && !join_planes(t, s, 1))) continue;
         lay_out_regions(t, s, t.rows.octets * 8, false);    // halves of all rows take turns
         const int halo_w = w.shift[w.taps - 1], halo_h = taps_per_box == 1 ? 0 : h.shift[h.taps - 1], row_bytes = 2 * chunk;
         // Rows of shared memory that a box's stage has: positions that are no outputs read beyond the box.
@@ -6359,7 +6360,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (!count_tiles(t, s, samples)) continue;
         // Cycles of a tile from begin to end, fitted to the times of 16 layers and 184 tilings (NOTES.md): what a block takes by itself for taps, barriers, boxes, less where another
         // one is being multiplied, and pieces of outputs; and what the blocks share, tensor cores and the ways to memory.
-        const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), boxes = boxes_of(t, s), steps = steps_of(t, s);
+        const double pieces = t.rows.octets * 8.0 * region_planes(t, s) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), boxes = boxes_of(t, s), steps = steps_of(t, s);
         const double by_itself = 0.26 * steps * block_n + 320 * steps / (chunk / 16) + 690 * boxes / input_stages + (t.contiguous ? 77 : 113) * pieces;
         const double shared_units = 0.47 * steps * block_n + 0.035 * boxes * t.box_bytes() + 0.095 * out_bytes_of(t);
         for (int blocks = blocks_of(block_n); blocks > 0; blocks--) {
@@ -6407,7 +6408,7 @@ template <int kColumns> struct Sums {
     __device__ __forceinline__ float& at(int granule, int j, int e) { return v[granule / 2][j][granule % 2 * 2 + e]; }
 };
 
-// The regions of the first and the second half of a row tile's granules. Where the halves are phases of D, they take turns.
+// The regions of the first and the second half of a row tile's granules, of a run of one plane. Where the halves are phases of D, they take turns.
 __device__ __forceinline__ bool halves_are_phases(const Problem& p) { return p.t.rows.octets == 1 && packed_phases(p.t, p.s, 0) == 2; }
 __device__ __forceinline__ int slot_of(const Problem& p, int region) { return halves_are_phases(p) ? region / 2 : region & (p.t.rows.octets * 4 * packed_phases(p.t, p.s, 0) - 1); }
 
@@ -6417,10 +6418,11 @@ __device__ __forceinline__ void find_row(const Parameters& a, const Run& run, Ep
     const Tiling& t = p.t;
     const int log_d = __ffs(packed_phases(t, p.s, 0)) - 1, log_phases = __ffs(t.rows.packed_phases) - 1, log_hw = log_phases - log_d, granule = threadIdx.x / 8;
     const int phase = granule & (t.rows.packed_phases - 1), packed_d = phase >> log_hw, channel = (granule >> log_phases) * 8 + threadIdx.x % 8, region = (channel << log_d) + packed_d;
-    const bool live = run.channel0 + channel < p.C_out && (run.live >> packed_d & 1);
+    const bool several = t.run_planes > 1, live = run.channel0 + channel < p.C_out && (several ? run.live != 0 : run.live >> packed_d & 1);
+    const int slot = several ? channel % (t.rows.octets * 4) * t.run_planes : slot_of(p, region);
     const int alignment = (run.alignment + alignment_of_region(p, channel, packed_d)) & (t.staging_unit - 1);
     shared.rows[threadIdx.x] = {live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[run.channel0 + channel])) : 0.0f, live && a.bias ? load_as_float(a.bias, a.dtype, run.channel0 + channel) : 0.0f,
-                              live ? slot_of(p, region) * t.region_stride + alignment : -1, phase & ((1 << log_hw) - 1)};
+                              live ? slot * t.region_stride + alignment : -1, phase & ((1 << log_hw) - 1)};
     shared.moments[threadIdx.x] = phase * t.channels() + run.channel0 + channel;
 }
 
@@ -6498,6 +6500,7 @@ template <typename T> __device__ __forceinline__ void store_half(const Parameter
     const Tiling& t = p.t;
     const Run& run = tile.run[0];
     const int warp = threadIdx.x / 32, phases_d = packed_phases(t, p.s, 0), log_d = __ffs(phases_d) - 1, phases_hw = t.rows.packed_phases >> log_d, out_w = p.s.axis[2].out, regions = regions_of(p, run);
+    const int planes = t.run_planes, plane_step = region_plane_step(t, p.s);
     const bool turns = halves_are_phases(p);
     const int first = turns ? half + 2 * warp : half * regions / 2 + warp, end = turns ? regions : (half + 1) * regions / 2, step = turns ? 8 : 4;
     const int count = t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0, rows = t.contiguous ? 1 : run.rows * packed_phases(t, p.s, 1);
@@ -6505,10 +6508,11 @@ template <typename T> __device__ __forceinline__ void store_half(const Parameter
     const int64_t area = int64_t(p.s.axis[1].out) * out_w, origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0);
 #pragma unroll 1
     for (int region = first; region < end; region += step) {
-        const int channel = region >> log_d, plane = region & (phases_d - 1);
-        const int place = shared.rows[((channel >> 3 << log_d) + plane) * phases_hw * 8 + channel % 8].region;
-        if (place < 0) continue;
-        const int64_t at = origin + (channel * out_d + plane) * area;
+        const int channel = planes > 1 ? region / planes : region >> log_d, plane = planes > 1 ? region - channel * planes : region & (phases_d - 1);
+        int place = shared.rows[((channel >> 3 << log_d) + (planes > 1 ? 0 : plane)) * phases_hw * 8 + channel % 8].region;
+        if (place < 0 || !(run.live >> plane & 1)) continue;
+        if (planes > 1) place += plane * t.region_stride;
+        const int64_t at = origin + (channel * out_d + plane * plane_step) * area;
 #pragma unroll 1
         for (int row = 0, oh = run.oh0; row < rows; row++, oh += row_step) {
             const int64_t row_at = at + int64_t(row * row_step) * out_w;
@@ -6536,7 +6540,7 @@ template <int kColumns> __device__ __forceinline__ void finish(const Parameters&
         __syncwarp();
         const int64_t set = (index_of_run(p, tile, 0) * kColumnWarps + warp) * p.s.phases() + run.outer * t.rows.packed_phases;
         const int phases_d = packed_phases(t, p.s, 0);
-        if (lane < t.rows.packed_phases && run.live >> lane * phases_d / t.rows.packed_phases & 1) a.workspace.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
+        if (lane < t.rows.packed_phases && (t.run_planes > 1 ? run.live != 0 : run.live >> lane * phases_d / t.rows.packed_phases & 1)) a.workspace.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
         moments = a.workspace.moments + set * t.channels();
     }
     if (threadIdx.x == 0) shared.table_key = key;
@@ -6642,7 +6646,7 @@ template <int kChunk> struct Loader {
     const uint32_t place;           // of this thread's first piece in a stage
     const uint4* const weights;     // what this thread loads of each tap's
     int steps = 0;                  // that were loaded or are on their way
-    int source_row = INT_MIN;       // that the places are of
+    int source_row = INT_MIN, source_plane = 0;    // that the places are of; the plane, where a box has several
     uint32_t box = 0, stage = 0;    // where the next ones go
 
     __device__ __forceinline__ Loader(const Operands& o, const SharedHead& head, int* places, uint32_t stages)
@@ -6656,7 +6660,7 @@ template <int kChunk> struct Loader {
     __device__ __forceinline__ uint32_t next_stage(uint32_t offset) const { return stage_bytes - offset; }
 
     __device__ __forceinline__ void find_places() {
-        const StencilAxis &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
+        const StencilAxis &ad = o.a.p.s.axis[0], &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
         constexpr int kOwn = kAtOnce / kColumnWarps;    // rows of a warp
         const int warp = threadIdx.x / 32, count = passes() * kOwn, w0 = aw.first + head.tile.w0 - aw.shift[aw.taps - 1];
         __syncwarp();
@@ -6664,9 +6668,10 @@ template <int kChunk> struct Loader {
         for (int i = threadIdx.x % 32; i < count; i += 32) {
             const int row = i / kOwn * kAtOnce + warp * kOwn + i % kOwn;
             int h = row;
-            const int w = w0 + o.a.p.t.by_pitch.take(h);
-            h += source_row;
-            places[row] = unsigned(h) < unsigned(ah.sources) && unsigned(w) < unsigned(aw.sources) && row < loaded_rows(o.a.p.t, aw) ? (h * aw.sources + w) * (o.x_pitch / 8) : -1;
+            const int w = w0 + o.a.p.t.by_pitch.take(h), plane = o.a.p.t.planes > 1 ? h / o.a.p.t.box_rows : 0;
+            h += source_row - plane * o.a.p.t.box_rows;
+            const bool inside = unsigned(h) < unsigned(ah.sources) && unsigned(w) < unsigned(aw.sources) && row < loaded_rows(o.a.p.t, aw) && (o.a.p.t.planes == 1 || unsigned(source_plane + plane) < unsigned(ad.sources));
+            places[row] = inside ? ((plane * ah.sources + h) * aw.sources + w) * (o.x_pitch / 8) : -1;
         }
         __syncwarp();
     }
@@ -6676,7 +6681,7 @@ template <int kChunk> struct Loader {
     __device__ __forceinline__ void load_box(int first) {
         const StencilAxis &ad = o.a.p.s.axis[0], &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
         const Box from = head.boxes[unsigned(first) % kStepSlots];
-        if (from.source_row != source_row) source_row = from.source_row, find_places();
+        if (from.source_row != source_row || (o.a.p.t.planes > 1 && from.plane != source_plane)) source_row = from.source_row, source_plane = from.plane, find_places();
         const char* plane = reinterpret_cast<const char*>(o.x + (int64_t(head.tile.sample) * ad.sources + from.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + from.channel + threadIdx.x % kPieces * 8);
         const int* row = places + threadIdx.x / kPieces;
         uint32_t to = boxes_at + box + place;

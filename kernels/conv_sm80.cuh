@@ -84,7 +84,7 @@ template <int kChunk> struct Loader {
     const uint32_t place;           // of this thread's first piece in a stage
     const uint4* const weights;     // what this thread loads of each tap's
     int steps = 0;                  // that were loaded or are on their way
-    int source_row = INT_MIN;       // that the places are of
+    int source_row = INT_MIN, source_plane = 0;    // that the places are of; the plane, where a box has several
     uint32_t box = 0, stage = 0;    // where the next ones go
 
     __device__ __forceinline__ Loader(const Operands& o, const SharedHead& head, int* places, uint32_t stages)
@@ -98,7 +98,7 @@ template <int kChunk> struct Loader {
     __device__ __forceinline__ uint32_t next_stage(uint32_t offset) const { return stage_bytes - offset; }
 
     __device__ __forceinline__ void find_places() {
-        const StencilAxis &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
+        const StencilAxis &ad = o.a.p.s.axis[0], &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
         constexpr int kOwn = kAtOnce / kColumnWarps;    // rows of a warp
         const int warp = threadIdx.x / 32, count = passes() * kOwn, w0 = aw.first + head.tile.w0 - aw.shift[aw.taps - 1];
         __syncwarp();
@@ -106,9 +106,10 @@ template <int kChunk> struct Loader {
         for (int i = threadIdx.x % 32; i < count; i += 32) {
             const int row = i / kOwn * kAtOnce + warp * kOwn + i % kOwn;
             int h = row;
-            const int w = w0 + o.a.p.t.by_pitch.take(h);
-            h += source_row;
-            places[row] = unsigned(h) < unsigned(ah.sources) && unsigned(w) < unsigned(aw.sources) && row < loaded_rows(o.a.p.t, aw) ? (h * aw.sources + w) * (o.x_pitch / 8) : -1;
+            const int w = w0 + o.a.p.t.by_pitch.take(h), plane = o.a.p.t.planes > 1 ? h / o.a.p.t.box_rows : 0;
+            h += source_row - plane * o.a.p.t.box_rows;
+            const bool inside = unsigned(h) < unsigned(ah.sources) && unsigned(w) < unsigned(aw.sources) && row < loaded_rows(o.a.p.t, aw) && (o.a.p.t.planes == 1 || unsigned(source_plane + plane) < unsigned(ad.sources));
+            places[row] = inside ? ((plane * ah.sources + h) * aw.sources + w) * (o.x_pitch / 8) : -1;
         }
         __syncwarp();
     }
@@ -118,7 +119,7 @@ template <int kChunk> struct Loader {
     __device__ __forceinline__ void load_box(int first) {
         const StencilAxis &ad = o.a.p.s.axis[0], &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
         const Box from = head.boxes[unsigned(first) % kStepSlots];
-        if (from.source_row != source_row) source_row = from.source_row, find_places();
+        if (from.source_row != source_row || (o.a.p.t.planes > 1 && from.plane != source_plane)) source_row = from.source_row, source_plane = from.plane, find_places();
         const char* plane = reinterpret_cast<const char*>(o.x + (int64_t(head.tile.sample) * ad.sources + from.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + from.channel + threadIdx.x % kPieces * 8);
         const int* row = places + threadIdx.x / kPieces;
         uint32_t to = boxes_at + box + place;

@@ -19,7 +19,7 @@ constexpr int kThreads = 32 * kColumnWarps, kBytesAtOnce = 16 * kThreads;    // 
 HOST_DEVICE constexpr int blocks_of(int block_n) { return block_n == 128 ? 4 : block_n == 192 ? 3 : 2; }
 
 // Rows of a box with the zeros behind it, which rows share, and the bytes of the table that tells where each comes from.
-HOST_DEVICE int loaded_rows(const Tiling& t, const StencilAxis& w) { return t.box_rows * t.pitch + w.shift[w.taps - 1]; }
+HOST_DEVICE int loaded_rows(const Tiling& t, const StencilAxis& w) { return t.planes * t.box_rows * t.pitch + w.shift[w.taps - 1]; }
 HOST_DEVICE int places_bytes(const Tiling& t, const StencilAxis& w) {
     const int at_once = kBytesAtOnce / 2 / t.chunk, rows = (loaded_rows(t, w) + at_once - 1) / at_once * at_once;
     return (rows * 4 + 127) / 128 * 128;
@@ -49,7 +49,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int strips = 1; strips <= ceil_div(w.positions, 8) && strips <= 16; strips++)
     for (int taps_per_box : {h.taps, 1})
     for (int chunk : {64, 32, 16})
-    for (int input_stages : {1, 2}) {
+    for (int input_stages : {1, 2})
+    for (bool joins_planes : {false, true}) {
         Tiling t = {};
         t.warpgroups = 1, t.queues = 1, t.planes = t.run_planes = 1;
         t.block_n = block_n, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
@@ -63,7 +64,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.item_taps = t.items = 1;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
         t.pitch = box_pitch(w, t.tile_w, strips);
-        if (!cut_runs(t, s, false)) continue;
+        if (!cut_runs(t, s, false) || (joins_planes && !join_planes(t, s, 1))) continue;
         lay_out_regions(t, s, t.rows.octets * 8, false);    // halves of all rows take turns
         const int halo_w = w.shift[w.taps - 1], halo_h = taps_per_box == 1 ? 0 : h.shift[h.taps - 1], row_bytes = 2 * chunk;
         // Rows of shared memory that a box's stage has: positions that are no outputs read beyond the box.
@@ -79,7 +80,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         if (!count_tiles(t, s, samples)) continue;
         // Cycles of a tile from begin to end, fitted to the times of 16 layers and 184 tilings (NOTES.md): what a block takes by itself for taps, barriers, boxes, less where another
         // one is being multiplied, and pieces of outputs; and what the blocks share, tensor cores and the ways to memory.
-        const double pieces = t.rows.octets * 8.0 * packed_phases(t, s, 0) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), boxes = boxes_of(t, s), steps = steps_of(t, s);
+        const double pieces = t.rows.octets * 8.0 * region_planes(t, s) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), boxes = boxes_of(t, s), steps = steps_of(t, s);
         const double by_itself = 0.26 * steps * block_n + 320 * steps / (chunk / 16) + 690 * boxes / input_stages + (t.contiguous ? 77 : 113) * pieces;
         const double shared_units = 0.47 * steps * block_n + 0.035 * boxes * t.box_bytes() + 0.095 * out_bytes_of(t);
         for (int blocks = blocks_of(block_n); blocks > 0; blocks--) {
