@@ -13,26 +13,6 @@
 
 using Doubles = std::vector<double>;
 
-// An array of T that has the values of one of float.
-template <typename T> struct Converted : Memory {
-    int64_t count;
-    Converted(Array& from, int offset) : Memory(from.count * sizeof(T), offset), count(from.count) {
-        for (int64_t i = 0; i < count; i++) data()[i] = from_acc<T>(from.data()[i]);
-    }
-    Converted(int64_t count, int offset) : Memory(count * sizeof(T), offset), count(count) {}
-    T* data() { return static_cast<T*>(Memory::data()); }
-};
-
-// A small integer is what T makes of it.
-template <typename T> bool equal(const char* what, Converted<T>& ours, const std::vector<float>& truth) {
-    for (size_t i = 0; i < truth.size(); i++)
-        if (!(to_acc(ours.data()[i]) == to_acc(from_acc<T>(truth[i])))) {
-            std::printf("%s: element %zu is %g, not %g\n", what, i, to_acc(ours.data()[i]), truth[i]);
-            return false;
-        }
-    return true;
-}
-
 // But for rounding: the relative error is at most so large. sizes: of what is added up, where that may cancel.
 static bool close(const char* what, Array& ours, const Doubles& truth, double most, const Doubles& sizes) {
     double squares = 0, errors = 0;

@@ -6,15 +6,15 @@
 
 #include "emulated_layer.h"
 
-static bool emulate(const Geometry& g, bool biased, bool relu, std::mt19937& random) {
-    EmulatedLayer layer(g, biased, relu, 0, random);
-    Array y(layer.y.size(), 0), dx(layer.dx.size(), 0), dw(layer.dw.size(), 0);
-    Memory memory(conv_transpose3d_dweight_depthwise_workspace(&g, kFloat32, 0));
+template <typename T> bool emulate(const Geometry& g, int dtype, bool biased, bool relu, int offset, std::mt19937& random) {
+    EmulatedLayer layer(g, biased, relu, offset, random);
+    Converted<T> x(layer.x, offset), w(layer.w, offset), dout(layer.dout, offset), bias(layer.bias, 0), y(layer.y.size(), 0), dx(layer.dx.size(), 0), dw(layer.dw.size(), 0);
+    Memory memory(conv_transpose3d_dweight_depthwise_workspace(&g, dtype, 0));
     const int64_t most = std::max({depthwise::shared_bytes(depthwise::tiling_of(Direction::kForward, g, 3)), depthwise::shared_bytes(depthwise::tiling_of(Direction::kDInput, g, 3)), depthwise::make_dweight_plan(g, 3).shared_bytes()});
     if (most > 99 << 10) std::printf("%d bytes of shared memory are more than some GPUs have\n", int(most));
-    const int error = conv_transpose3d_forward_depthwise(&g, kFloat32, 0, nullptr, nullptr, layer.x.data(), layer.w.data(), biased ? layer.bias.data() : nullptr, relu, y.data());
-    const int error_dx = conv_transpose3d_dinput_depthwise(&g, kFloat32, 0, nullptr, nullptr, layer.dout.data(), layer.w.data(), dx.data());
-    const int error_dw = conv_transpose3d_dweight_depthwise(&g, kFloat32, 0, nullptr, memory.data(), layer.x.data(), layer.dout.data(), dw.data());
+    const int error = conv_transpose3d_forward_depthwise(&g, dtype, 0, nullptr, nullptr, x.data(), w.data(), biased ? bias.data() : nullptr, relu, y.data());
+    const int error_dx = conv_transpose3d_dinput_depthwise(&g, dtype, 0, nullptr, nullptr, dout.data(), w.data(), dx.data());
+    const int error_dw = conv_transpose3d_dweight_depthwise(&g, dtype, 0, nullptr, memory.data(), x.data(), dout.data(), dw.data());
     if (error || error_dx || error_dw) std::printf("errors %d, %d, %d\n", error, error_dx, error_dw);
     return most <= 99 << 10 && !error && !error_dx && !error_dw && equal("out", y, layer.y) && equal("dx", dx, layer.dx) && equal("dweight", dw, layer.dw);
 }
@@ -39,7 +39,10 @@ int main(int, char** arguments) {
         if (!exists || products_of(g) * g.groups > 300000) continue;
         if (!conv_transpose3d_supports_depthwise(&g, 0)) continue;
         done++;
-        if (emulate(g, random() % 2, random() % 2, random)) continue;
+        const int dtype = among(0, 3), offset = random() % 3 ? 0 : among(1, 3);
+        const bool biased = random() % 2, relu = random() % 2;
+        if (dtype == kFloat16 ? emulate<__half>(g, dtype, biased, relu, offset, random) : dtype == kBFloat16 ? emulate<__nv_bfloat16>(g, dtype, biased, relu, offset, random) : emulate<float>(g, kFloat32, biased, relu, offset, random)) continue;
+        std::printf("dtype %d\n", dtype);
         print(g);
         return 1;
     }

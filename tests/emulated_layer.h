@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <random>
 
+#include "launch.cuh"
 #include "taps.h"
 
 // Bytes that nobody has written yet (NaN), in front of a page that must not be touched. They begin `offset` floats behind a multiple of 16 bytes.
@@ -40,6 +41,26 @@ inline bool equal(const char* what, Array& ours, const std::vector<float>& truth
     for (size_t i = 0; i < truth.size(); i++)
         if (ours.data()[i] != truth[i]) {
             std::printf("%s: element %zu is %g, not %g\n", what, i, ours.data()[i], truth[i]);
+            return false;
+        }
+    return true;
+}
+
+// An array of T that has the values of one of float.
+template <typename T> struct Converted : Memory {
+    int64_t count;
+    Converted(Array& from, int offset) : Memory(from.count * sizeof(T), offset), count(from.count) {
+        for (int64_t i = 0; i < count; i++) data()[i] = from_acc<T>(from.data()[i]);
+    }
+    Converted(int64_t count, int offset) : Memory(count * sizeof(T), offset), count(count) {}
+    T* data() { return static_cast<T*>(Memory::data()); }
+};
+
+// A small integer is what T makes of it.
+template <typename T> bool equal(const char* what, Converted<T>& ours, const std::vector<float>& truth) {
+    for (size_t i = 0; i < truth.size(); i++)
+        if (!(to_acc(ours.data()[i]) == to_acc(from_acc<T>(truth[i])))) {
+            std::printf("%s: element %zu is %g, not %g\n", what, i, to_acc(ours.data()[i]), truth[i]);
             return false;
         }
     return true;

@@ -19,7 +19,7 @@ def test_every_element_is_written_once_and_right(name, shapes, tmp_path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name, count", [("conv_emulation_sm90", 40), ("conv_emulation_sm80", 40), ("gemm_emulation", 60), ("depthwise_emulation", 40), ("dweight_emulation", 1500), ("group_norm_emulation", 60)])
+@pytest.mark.parametrize("name, count", [("conv_emulation_sm90", 40), ("conv_emulation_sm80", 40), ("gemm_emulation", 60), ("depthwise_emulation", 40), ("dweight_emulation", 1500), ("group_norm_emulation", 60), ("generic_emulation", 100)])
 def test_kernels_run_on_the_host(name, count, tmp_path):
     """The kernels themselves, but for what host_cuda/ has in place of CUDA's headers and of PTX instructions: in random order, copies and products as late as they may be."""
     tests = Path(__file__).parent

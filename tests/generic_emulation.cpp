@@ -1,0 +1,44 @@
+// Runs the generic kernels, any size and dtype, on the host (host_cuda/): random layers, small integers.
+// Usage: generic_emulation LAYERS SEED; exit code 1 where an element is wrong.
+#include <cstdlib>
+
+#include "conv_transpose3d_dweight_generic.cu"
+#include "conv_transpose3d_generic.cu"
+
+#include "emulated_layer.h"
+
+template <typename T> bool emulate(const Geometry& g, int dtype, bool biased, bool relu, int offset, std::mt19937& random) {
+    EmulatedLayer layer(g, biased, relu, offset, random);
+    Converted<T> x(layer.x, offset), w(layer.w, offset), dout(layer.dout, offset), bias(layer.bias, 0), y(layer.y.size(), offset), dx(layer.dx.size(), offset), dw(layer.dw.size(), offset), dbias(g.C_out, 0);
+    std::vector<float> true_dbias(g.C_out, 0);
+    for (size_t i = 0; i < layer.dout.count; i++) true_dbias[i / out_volume(g) % g.C_out] += layer.dout.data()[i];
+    Memory forward(conv_transpose3d_forward_generic_workspace(&g, dtype, 0)), dinput(conv_transpose3d_dinput_generic_workspace(&g, dtype, 0)), dweight(conv_transpose3d_dweight_generic_workspace(&g, dtype, 0)), sums(conv_transpose3d_dbias_generic_workspace(&g, dtype, 0));
+    const int errors[] = {conv_transpose3d_forward_generic(&g, dtype, 0, nullptr, forward.data(), x.data(), w.data(), biased ? bias.data() : nullptr, relu, y.data()),
+                          conv_transpose3d_dinput_generic(&g, dtype, 0, nullptr, dinput.data(), dout.data(), w.data(), dx.data()),
+                          conv_transpose3d_dweight_generic(&g, dtype, 0, nullptr, dweight.data(), x.data(), dout.data(), dw.data()), conv_transpose3d_dbias_generic(&g, dtype, 0, nullptr, sums.data(), dout.data(), dbias.data())};
+    for (int error : errors)
+        if (error) return std::printf("errors %d, %d, %d, %d\n", errors[0], errors[1], errors[2], errors[3]), false;
+    return equal("out", y, layer.y) && equal("dx", dx, layer.dx) && equal("dweight", dw, layer.dw) && equal("dbias", dbias, true_dbias);
+}
+
+int main(int, char** arguments) {
+    const int layers = std::atoi(arguments[1]);
+    std::mt19937 random(std::atoi(arguments[2]));
+    Among among = {random};
+    for (int done = 0; done < layers;) {
+        const int64_t groups = among(1, 3);
+        Geometry g = {among(1, 3), groups * among(1, done % 2 ? 20 : 4), groups * among(1, done % 3 ? 20 : 4), groups, {}};
+        bool exists = true;
+        for (Axis& a : g.axis) a = random_axis(among, &a == g.axis + 2 ? 40 : 8, 5, done % 4 ? 6 : 1, false), exists &= a.out > 0;
+        if (!exists || products_of(g) > 300000) continue;
+        done++;
+        const int dtype = among(0, 3), offset = random() % 2 ? 0 : among(1, 3);
+        const bool biased = random() % 2, relu = random() % 2;
+        const bool right = dtype == kFloat16 ? emulate<__half>(g, dtype, biased, relu, offset, random) : dtype == kBFloat16 ? emulate<__nv_bfloat16>(g, dtype, biased, relu, offset, random)
+                         : dtype == kFloat64 ? emulate<double>(g, dtype, biased, relu, 2 * (offset / 2), random) : emulate<float>(g, dtype, biased, relu, offset, random);
+        if (right) continue;
+        std::printf("dtype %d\n", dtype);
+        print(g);
+        return 1;
+    }
+}
