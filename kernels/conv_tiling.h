@@ -129,10 +129,10 @@ inline bool cut_runs(Tiling& t, const Stencil& s, bool may_share) {
     return t.box_rows <= 256;
 }
 
-// Gives a run of a whole plane as many planes as there are columns for, `warpgroups` such runs a tile. False where that is one, or outputs of planes would not be staged alike.
+// Gives a run of a whole plane as many planes as there are columns for, `warpgroups` such runs a tile. False where that is one.
 inline bool join_planes(Tiling& t, const Stencil& s, int warpgroups) {
-    const StencilAxis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
-    if (t.runs > 1 || t.strips > 1 || t.packed[0] || (h.phases > 1 && !t.packed[1]) || h.out * w.out % 4 != 0) return false;
+    const StencilAxis &d = s.axis[0], &h = s.axis[1];
+    if (t.runs > 1 || t.strips > 1 || t.packed[0] || (h.phases > 1 && !t.packed[1])) return false;
     const int64_t most = (t.block_n - span_of(t, 0, int64_t(h.positions) * t.tile_w)) / (t.box_rows * t.pitch) + 1, tiles = ceil_div(d.positions, (most < kMostRunPlanes ? most : kMostRunPlanes) * warpgroups);
     t.run_planes = int(ceil_div(d.positions, tiles * warpgroups)), t.planes = t.run_planes * warpgroups;
     return t.run_planes > 1;
@@ -155,6 +155,8 @@ inline void lay_out_regions(Tiling& t, const Stencil& s, int64_t channels, bool 
     t.tensor_store = t.run_planes == 1 && t.contiguous && !t.whole_rows && aligned && stride_of(outputs) == t.run;
     t.staging_unit = t.whole_sectors ? kLine : 4;
     t.region_stride = stride_of(outputs + (t.contiguous ? t.staging_unit - (aligned ? 4 : 1) : 0) + (t.whole_sectors ? kSector - 1 : 0));
+    if (t.run_planes > 1)    // a channel's planes are staged as far apart as in memory, modulo 4
+        while ((int64_t(out_h) * out_w * region_plane_step(t, s) - t.region_stride) % 4 != 0) t.region_stride++;
     t.table_bytes = t.dense ? 0 : round_up(phases_h * phases_w * t.block_n * 4, 128);
     t.region_channels = round_up(channels, 8) < t.rows.octets * 8 ? round_up(channels, 8) : t.rows.octets * 8;
     const int regions = t.region_channels * region_planes(t, s);
