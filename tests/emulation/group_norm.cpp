@@ -1,5 +1,5 @@
 // Runs the kernels of relu_group_norm_generic.cu on the host (host_cuda/): random activations and gradients, those of the bias in front of ReLU included.
-// Usage: group_norm_emulation SHAPES SEED; exit code 1 where an element is wrong.
+// Usage: group_norm SHAPES SEED; exit code 1 where an element is wrong.
 #include <cstdlib>
 
 #include "relu_group_norm_generic.cu"

@@ -1,5 +1,5 @@
 // Runs the kernels of conv_transpose3d_gemm.cu on the host (host_cuda/): random layers, small integers.
-// Usage: gemm_emulation LAYERS SEED; exit code 1 where an element is wrong.
+// Usage: gemm LAYERS SEED; exit code 1 where an element is wrong.
 #include <cstdlib>
 
 #include "conv_transpose3d_gemm.cu"

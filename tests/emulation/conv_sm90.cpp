@@ -2,6 +2,6 @@
 #include "conv_transpose3d_gradients_sm90.cu"
 
 #define PATH sm90
-#include "conv_emulation.h"
+#include "conv.h"
 
 static bool all_ran() { return normalized_inside > 0 && with_joined_planes > 0 && ran(parts::add_kernel) && ran(dweight_sm90::packing_dweight_kernel); }

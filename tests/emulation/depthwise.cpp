@@ -1,5 +1,5 @@
 // Runs the kernels of conv_transpose3d_depthwise.cu on the host (host_cuda/): random layers, small integers.
-// Usage: depthwise_emulation LAYERS SEED; exit code 1 where an element is wrong.
+// Usage: depthwise LAYERS SEED; exit code 1 where an element is wrong.
 #include <cstdlib>
 
 #include "conv_transpose3d_depthwise.cu"

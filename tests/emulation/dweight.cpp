@@ -1,5 +1,5 @@
 // Carries out the tensor cores' dweight on the host, with the kernels' own index arithmetic: random shapes, small integers. The kernel that adds the parts runs itself (host_cuda/).
-// Usage: dweight_emulation SHAPES SEED; exit code 1 where an element is wrong.
+// Usage: dweight SHAPES SEED; exit code 1 where an element is wrong.
 #include <cstdio>
 #include <cstdlib>
 #include <random>

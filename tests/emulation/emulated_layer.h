@@ -71,7 +71,7 @@ template <typename F> void for_each_product(const Geometry& g, F f) {
     const int64_t in = in_volume(g), out = out_volume(g), volume = kernel_volume(g), group_in = g.C_in / g.groups, group_out = g.C_out / g.groups;
     const taps::Layer layer = taps::make_layer(g);
     for (int k = 0; k < volume; k++) for (int i = 0; i < in; i++) {
-        const int o = taps::output_of(layer, k, i);    // which taps_emulation.cpp proves
+        const int o = taps::output_of(layer, k, i);    // which taps.cpp proves
         for (int n = 0; n < g.N && o >= 0; n++) for (int ci = 0; ci < g.C_in; ci++) for (int c = 0; c < group_out; c++)
             f((n * g.C_in + ci) * in + i, (ci * group_out + c) * volume + k, (n * g.C_out + ci / group_in * group_out + c) * out + o);
     }

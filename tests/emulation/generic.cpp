@@ -1,5 +1,5 @@
 // Runs the generic kernels, any size and dtype, on the host (host_cuda/): random layers, small integers.
-// Usage: generic_emulation LAYERS SEED; exit code 1 where an element is wrong.
+// Usage: generic LAYERS SEED; exit code 1 where an element is wrong.
 #include <cstdlib>
 
 #include "conv_transpose3d_dweight_generic.cu"

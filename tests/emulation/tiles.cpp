@@ -1,6 +1,6 @@
 // Carries out the tiles of the tensor cores' convolutions on the host, with the kernels' own index arithmetic, forward and for dx:
 // random shapes, small integers, the tilings of sm_90 and of sm_80.
-// Usage: tiles_emulation SHAPES SEED; exit code 1 where an output is wrong, written twice or not at all.
+// Usage: tiles SHAPES SEED; exit code 1 where an output is wrong, written twice or not at all.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,9 +9,9 @@
 #include <set>
 #include <vector>
 
-#include "../kernels/conv_tiles.h"
-#include "../kernels/tiling_sm80.h"
-#include "../kernels/tiling_sm90.h"
+#include "../../kernels/conv_tiles.h"
+#include "../../kernels/tiling_sm80.h"
+#include "../../kernels/tiling_sm90.h"
 
 using namespace conv;
 

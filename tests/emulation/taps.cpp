@@ -1,11 +1,11 @@
 // Carries out the sums of taps and the spread of gradients on the host, with the kernels' own index arithmetic: random layers, small integers.
-// Usage: taps_emulation SHAPES SEED; exit code 1 where an element is wrong.
+// Usage: taps SHAPES SEED; exit code 1 where an element is wrong.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
-#include "../kernels/taps.h"
+#include "../../kernels/taps.h"
 
 static bool emulate(const Geometry& g, std::mt19937& random) {
     const taps::Layer layer = taps::make_layer(g);

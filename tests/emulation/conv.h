@@ -1,5 +1,5 @@
 // Runs the kernels of a tensor cores' path on the host (host_cuda/), as model_new.py calls them: random layers, alone and with ReLU and GroupNorm behind them, forward and backward.
-// Included behind the path's sources, with PATH defined. Usage: conv_emulation_PATH LAYERS SEED; exit code 1 where an element is wrong.
+// Included behind the path's sources, with PATH defined. Usage: conv_PATH LAYERS SEED; exit code 1 where an element is wrong.
 #pragma once
 
 #include <cstdlib>
