@@ -5191,7 +5191,7 @@ HOST_DEVICE int alignment_of_region(const Problem& p, int channel, int plane) {
     return p.t.contiguous ? ((unsigned(channel) * unsigned(p.s.axis[0].out) + unsigned(plane * region_plane_step(p.t, p.s))) * area - region * unsigned(p.t.region_stride)) & (p.t.staging_unit - 1) : 0;
 }
 
-// Outputs of a region (of a run's, where it has several planes), where they are neighbours in memory.
+// Outputs of a region, where they are neighbours in memory.
 HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
 
 // Where position q of a phase is staged in its region, or, of a run of several planes, behind the channel's first one; or -1; from contiguous_count() on: the next run's.
