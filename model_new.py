@@ -652,24 +652,30 @@ def _forward_fake(input, weight, bias, stride, padding, output_padding, groups, 
 
 def _backward(grad, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, needs):
     """Gradients of input, weight and bias; an empty tensor where ``needs`` says that one is not wanted. ``packed``: in place of ``input``, see _packed_input."""
-    geometry, _ = _geometry(tuple(input_shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
-    dx, dweight, dbias = _backward_fake(grad, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, needs)
+    outputs = _backward_fake(grad, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, needs)
     if grad.numel() == 0:
-        return dx.zero_(), dweight.zero_(), dbias.zero_()
-    grad, dtypes, device = grad.contiguous(), (grad.dtype,), grad.device
-    need_dx, need_dweight = needs[:2]
-    together_dx = need_dx and not _has_float32_dinput(geometry, grad.dtype)
-    if (together_dx or need_dweight) and select_path("conv_transpose3d_gradients", geometry, grad.dtype, device, packed) != "composed":
+        return tuple(t.zero_() for t in outputs)
+    geometry, _ = _geometry(tuple(input_shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
+    grad = grad.contiguous()
+    dx, dweight, dbias = (output if need else None for output, need in zip(outputs, needs))
+    _launch_gradients(geometry, grad, input, packed, weight, dx, dweight)
+    if dbias is not None:
+        _launch("conv_transpose3d_dbias", geometry, (grad.dtype,), grad.device, (grad,), (dbias,))
+    return outputs
+
+
+def _launch_gradients(geometry, grad, input, packed, weight, dx, dweight):
+    """Gradients of input and weight from a contiguous ``grad`` into ``dx`` and ``dweight``; None: not wanted."""
+    dtypes, device = (grad.dtype,), grad.device
+    together_dx = None if _has_float32_dinput(geometry, grad.dtype) else dx
+    if (together_dx is not None or dweight is not None) and select_path("conv_transpose3d_gradients", geometry, grad.dtype, device, packed) != "composed":
         _launch("conv_transpose3d_gradients", geometry, dtypes, device,
-                (grad, input.contiguous() if need_dweight and packed is None else None, weight.contiguous() if together_dx else None), (dx if together_dx else None, dweight if need_dweight else None), packed)
-        need_dx, need_dweight = need_dx and not together_dx, False
-    if need_dx:
+                (grad, input.contiguous() if dweight is not None and packed is None else None, weight.contiguous() if together_dx is not None else None), (together_dx, dweight), packed)
+        dx, dweight = dx if together_dx is None else None, None
+    if dx is not None:
         _launch("conv_transpose3d_dinput", geometry, dtypes, device, (grad, weight.contiguous()), (dx,))
-    if need_dweight:
+    if dweight is not None:
         _launch("conv_transpose3d_dweight", geometry, dtypes, device, (input.contiguous(), grad), (dweight,))
-    if needs[2]:
-        _launch("conv_transpose3d_dbias", geometry, dtypes, device, (grad,), (dbias,))
-    return dx, dweight, dbias
 
 
 def _backward_fake(grad, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, needs):
@@ -735,10 +741,9 @@ def _fused_backward(grad, activation, statistics, input, packed, weight, gn_weig
     dz = torch.empty_like(activation) if need_dx or need_dweight else None
     _launch("relu_group_norm_backward", _norm_shape(tuple(activation.shape), num_groups), (activation.dtype, grad.dtype), grad.device,
             (grad, activation, statistics, gamma), (dz, dgamma, dbeta, dbias))
-    if dz is None:
-        return outputs
-    conv_outputs = _backward(dz, input, packed, weight, input_shape, weight_shape, stride, padding, output_padding, groups, dilation, (need_dx, need_dweight, False))
-    return *conv_outputs[:2], *outputs[2:]
+    if dz is not None:
+        _launch_gradients(geometry, dz, input, packed, weight, dx, dweight)
+    return outputs
 
 
 def _fused_backward_fake(grad, activation, statistics, input, packed, weight, gn_weight, input_shape, weight_shape, num_groups,
@@ -1728,13 +1733,6 @@ __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wai
 // Waits until all but kPending of this thread's groups are complete.
 template <int kPending> __device__ __forceinline__ void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
 
-// Rows of a tile in shared memory, 32, 64 or 128 bytes each, are swizzled as the TMA unit does it: by the row's place in 128-byte lines,
-// so that eight neighbouring rows' equal pieces lie in different banks. The offset of a 16-byte piece:
-__device__ __forceinline__ uint32_t swizzled(int row, int piece, int row_bytes) {
-    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
-    return row * row_bytes + ((piece ^ turn) << 4);
-}
-
 // --------------------------------------------------------------------------------------------------- Tensor cores
 
 // Four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 give the rows of matrix i, 16 bytes each. Element (lane / 4, lane % 4 * 2)
@@ -1757,6 +1755,20 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+'''
+
+_SOURCES['swizzle.h'] = r'''
+// Where pieces of rows are in shared memory.
+#pragma once
+
+#include "geometry.h"
+
+// Rows of a tile in shared memory, 32, 64 or 128 bytes each, are swizzled as the TMA unit does it: by the row's place in 128-byte lines,
+// so that eight neighbouring rows' equal pieces lie in different banks. The offset of a 16-byte piece:
+HOST_DEVICE uint32_t swizzled(int row, int piece, int row_bytes) {
+    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
+    return row * row_bytes + ((piece ^ turn) << 4);
 }
 '''
 
@@ -4982,6 +4994,9 @@ struct Run {
     int paired_place;                    // then: where the first row's column 0 has phase 0 in its region, for packed phase 0 of H
 };
 
+// Whether a row of GEMM_M of this packed phase of D has an output plane, or some of several.
+HOST_DEVICE bool has_outputs(const Tiling& t, const Run& run, int packed_d) { return t.run_planes > 1 ? run.live != 0 : run.live >> packed_d & 1; }
+
 struct Place {
     int n, d, w0, columns;       // sample of the outputs, those of part 0 of GEMM_K first; first plane of the grid; or n = -1: no more. First column of the strip, and how many
     int sample, part_k;          // of the source
@@ -5231,15 +5246,22 @@ HOST_DEVICE int paired_row(const Problem& p) { return (p.t.packed[1] ? p.s.axis[
 // Staged regions of a run: (channel, output plane).
 HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.region_channels * region_planes(p.t, p.s) : 0; }
 
+// Which channel of its run a region is of, and which output plane.
+struct RegionPlace { int channel, plane; };
+HOST_DEVICE RegionPlace place_of_region(const Problem& p, int region) {
+    const int planes = region_planes(p.t, p.s), channel = p.t.run_planes > 1 ? region / planes : divide_by_phases(region, planes);
+    return {channel, region - channel * planes};
+}
+
 // Calls f(global index, region, float of the region, count) for the pieces of every `step`-th region from `first` to `end`.
 template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int end, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int planes = region_planes(p.t, p.s), plane_step = region_plane_step(p.t, p.s);
+    const int plane_step = region_plane_step(p.t, p.s);
     const int rows = p.t.contiguous ? 1 : run.rows * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
     const int count = p.t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0;
     const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
-        const int channel = p.t.run_planes > 1 ? region / planes : divide_by_phases(region, planes), plane = region - channel * planes;
+        const auto [channel, plane] = place_of_region(p, region);
         if (run.channel0 + channel >= p.C_out || !(run.live >> plane & 1)) continue;
         const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane * plane_step) * area;
         // A sector that two runs share is the first one's.
@@ -5311,8 +5333,7 @@ __device__ __forceinline__ float quad_sum(float v) {
 // What the table of a run's staged places depends on: runs of the same form, all but those at the edges, have the same one.
 __device__ __forceinline__ int4 table_key(const Problem& p, const Tile& tile, const Run& run) {
     const StencilAxis& ah = p.s.axis[1];
-    const Tiling& t = p.t;
-    return make_int4(run.count, t.run_planes > 1 ? run.live << 16 : run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 4 + (run.oh_end == ah.out) * 2 + (run.h0 == 0));
+    return make_int4(run.count, p.t.run_planes > 1 ? run.live << 16 : run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 4 + (run.oh_end == ah.out) * 2 + (run.h0 == 0));
 }
 __device__ __forceinline__ bool same_key(int4 a, int4 b) { return a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w; }
 
@@ -6420,8 +6441,8 @@ __device__ __forceinline__ void find_row(const Parameters& a, const Run& run, Ep
     const Tiling& t = p.t;
     const int log_d = __ffs(packed_phases(t, p.s, 0)) - 1, log_phases = __ffs(t.rows.packed_phases) - 1, log_hw = log_phases - log_d, granule = threadIdx.x / 8;
     const int phase = granule & (t.rows.packed_phases - 1), packed_d = phase >> log_hw, channel = (granule >> log_phases) * 8 + threadIdx.x % 8, region = (channel << log_d) + packed_d;
-    const bool several = t.run_planes > 1, live = run.channel0 + channel < p.C_out && (several ? run.live != 0 : run.live >> packed_d & 1);
-    const int slot = several ? channel % (t.rows.octets * 4) * t.run_planes : slot_of(p, region);
+    const bool live = run.channel0 + channel < p.C_out && has_outputs(t, run, packed_d);
+    const int slot = t.run_planes > 1 ? channel % (t.rows.octets * 4) * t.run_planes : slot_of(p, region);
     const int alignment = (run.alignment + alignment_of_region(p, channel, packed_d)) & (t.staging_unit - 1);
     shared.rows[threadIdx.x] = {live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[run.channel0 + channel])) : 0.0f, live && a.bias ? load_as_float(a.bias, a.dtype, run.channel0 + channel) : 0.0f,
                               live ? slot * t.region_stride + alignment : -1, phase & ((1 << log_hw) - 1)};
@@ -6502,18 +6523,18 @@ template <typename T> __device__ __forceinline__ void store_half(const Parameter
     const Tiling& t = p.t;
     const Run& run = tile.run[0];
     const int warp = threadIdx.x / 32, phases_d = packed_phases(t, p.s, 0), log_d = __ffs(phases_d) - 1, phases_hw = t.rows.packed_phases >> log_d, out_w = p.s.axis[2].out, regions = regions_of(p, run);
-    const int planes = t.run_planes, plane_step = region_plane_step(t, p.s);
-    const bool turns = halves_are_phases(p);
+    const int plane_step = region_plane_step(t, p.s);
+    const bool turns = halves_are_phases(p), several = t.run_planes > 1;
     const int first = turns ? half + 2 * warp : half * regions / 2 + warp, end = turns ? regions : (half + 1) * regions / 2, step = turns ? 8 : 4;
     const int count = t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0, rows = t.contiguous ? 1 : run.rows * packed_phases(t, p.s, 1);
     const int row_step = t.packed[1] ? 1 : p.s.axis[1].phases, oh_end = t.packed[1] ? run.oh_end : p.s.axis[1].out, row_pitch = staged_row(p), out_d = p.s.axis[0].out;
     const int64_t area = int64_t(p.s.axis[1].out) * out_w, origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0);
 #pragma unroll 1
     for (int region = first; region < end; region += step) {
-        const int channel = planes > 1 ? region / planes : region >> log_d, plane = planes > 1 ? region - channel * planes : region & (phases_d - 1);
-        int place = shared.rows[((channel >> 3 << log_d) + (planes > 1 ? 0 : plane)) * phases_hw * 8 + channel % 8].region;
+        const auto [channel, plane] = place_of_region(p, region);
+        int place = shared.rows[((channel >> 3 << log_d) + (several ? 0 : plane)) * phases_hw * 8 + channel % 8].region;
         if (place < 0 || !(run.live >> plane & 1)) continue;
-        if (planes > 1) place += plane * t.region_stride;
+        if (several) place += plane * t.region_stride;
         const int64_t at = origin + (channel * out_d + plane * plane_step) * area;
 #pragma unroll 1
         for (int row = 0, oh = run.oh0; row < rows; row++, oh += row_step) {
@@ -6542,7 +6563,7 @@ template <int kColumns> __device__ __forceinline__ void finish(const Parameters&
         __syncwarp();
         const int64_t set = (index_of_run(p, tile, 0) * kColumnWarps + warp) * p.s.phases() + run.outer * t.rows.packed_phases;
         const int phases_d = packed_phases(t, p.s, 0);
-        if (lane < t.rows.packed_phases && (t.run_planes > 1 ? run.live != 0 : run.live >> lane * phases_d / t.rows.packed_phases & 1)) a.workspace.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
+        if (lane < t.rows.packed_phases && has_outputs(t, run, lane * phases_d / t.rows.packed_phases)) a.workspace.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
         moments = a.workspace.moments + set * t.channels();
     }
     if (threadIdx.x == 0) shared.table_key = key;
@@ -6574,6 +6595,7 @@ _SOURCES['conv_sm80.cuh'] = r'''
 #pragma once
 
 #include "conv_epilogue_sm80.cuh"
+#include "swizzle.h"
 
 namespace conv_sm80 {
 
@@ -6879,6 +6901,7 @@ _SOURCES['dweight_sm80.cuh'] = r'''
 
 #include "dweight.cuh"
 #include "ptx_sm80.cuh"
+#include "swizzle.h"
 
 namespace dweight_sm80 {
 
@@ -7185,18 +7208,6 @@ __device__ __forceinline__ void make_zero(float& v) { asm volatile("mov.f32 %0, 
 // Says that a register's value is not wanted any more.
 __device__ __forceinline__ void make_undefined(float& v) { asm volatile("" : "=f"(v)); }
 
-// An operand in rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address. K-major: a row
-// is one of GEMM_M or GEMM_N. Transposed: a row is one of GEMM_K, and where it is shorter than GEMM_M or GEMM_N, the next
-// elements are in rows `block_stride` bytes further on.
-// The hardware swizzles absolute addresses, so the address may be any row of a tile, not only a multiple of eight.
-__device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int block_stride = 16) {
-    const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
-    return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
-}
-// vector: the address in units of 16 bytes.
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t vector) { return base >> 32 << 32 | (uint32_t(base) + vector); }
-__device__ __forceinline__ uint32_t shared_vector(const void* p) { return shared_address(p) / 16; }
-
 // d (64, 2 * registers) += a * b, or = without kAccumulate; fp16 operands in shared memory, K-major (0) or both transposed (1), fp32 sums in registers:
 // element i of lane l in warp w is row 16 * w + l / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + l % 4 * 2 + i % 2.
 #define REGS10(t) "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
@@ -7246,7 +7257,7 @@ template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void 
 '''
 
 _SOURCES['pipeline_sm90.cuh'] = r'''
-// What a pipeline through shared memory needs beside the instructions of ptx_sm90.cuh: positions in its rings, and the tensor maps of what the copy engine brings.
+// What a pipeline through shared memory needs beside the instructions of ptx_sm90.cuh: positions in its rings, descriptors of operands, and the tensor maps of what the copy engine brings.
 #pragma once
 
 #include "ptx_sm90.cuh"
@@ -7259,6 +7270,18 @@ struct RingPosition {
         if (++stage == stages) stage = 0, phase ^= 1;
     }
 };
+
+// An operand in rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address. K-major: a row
+// is one of GEMM_M or GEMM_N. Transposed: a row is one of GEMM_K, and where it is shorter than GEMM_M or GEMM_N, the next
+// elements are in rows `block_stride` bytes further on.
+// The hardware swizzles absolute addresses, so the address may be any row of a tile, not only a multiple of eight.
+__device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int block_stride = 16) {
+    const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+    return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
+}
+// vector: the address in units of 16 bytes.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t vector) { return base >> 32 << 32 | (uint32_t(base) + vector); }
+__device__ __forceinline__ uint32_t shared_vector(const void* p) { return shared_address(p) / 16; }
 
 // cuTensorMapEncodeTiled, looked up at run time so that nothing links libcuda.
 using TensorMapEncode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
@@ -7957,7 +7980,7 @@ struct Consumer {
             if (kKeeps) prepare_rows();
         }
 #pragma unroll
-        for (LaneRow& row : rows) row.live = row.exists && (run.live >> row.packed_d & 1 || (a.p.t.run_planes > 1 && run.live));
+        for (LaneRow& row : rows) row.live = row.exists && has_outputs(a.p.t, run, row.packed_d);
     }
     __device__ __forceinline__ void prepare_rows() {
 #pragma unroll
@@ -8677,6 +8700,7 @@ _SOURCES['dout_packer_sm90.cuh'] = r'''
 #include "dweight.cuh"
 #include "dweight_units.h"
 #include "pipeline_sm90.cuh"
+#include "swizzle.h"
 
 namespace dweight_sm90 {
 

@@ -18,6 +18,7 @@ SOURCES = (
     "group_norm.cuh",
     "add_parts.cuh",
     "ptx_sm80.cuh",
+    "swizzle.h",
     "taps.h",
     "taps.cuh",
     "gemm.cuh",

@@ -53,8 +53,7 @@ __device__ __forceinline__ float quad_sum(float v) {
 // What the table of a run's staged places depends on: runs of the same form, all but those at the edges, have the same one.
 __device__ __forceinline__ int4 table_key(const Problem& p, const Tile& tile, const Run& run) {
     const StencilAxis& ah = p.s.axis[1];
-    const Tiling& t = p.t;
-    return make_int4(run.count, t.run_planes > 1 ? run.live << 16 : run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 4 + (run.oh_end == ah.out) * 2 + (run.h0 == 0));
+    return make_int4(run.count, p.t.run_planes > 1 ? run.live << 16 : run.q0, tile.w0, ((run.oh_end - run.h0 * ah.phases) * 8 + run.phase_h) * 4 + (run.oh_end == ah.out) * 2 + (run.h0 == 0));
 }
 __device__ __forceinline__ bool same_key(int4 a, int4 b) { return a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w; }
 

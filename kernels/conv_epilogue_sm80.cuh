@@ -34,8 +34,8 @@ __device__ __forceinline__ void find_row(const Parameters& a, const Run& run, Ep
     const Tiling& t = p.t;
     const int log_d = __ffs(packed_phases(t, p.s, 0)) - 1, log_phases = __ffs(t.rows.packed_phases) - 1, log_hw = log_phases - log_d, granule = threadIdx.x / 8;
     const int phase = granule & (t.rows.packed_phases - 1), packed_d = phase >> log_hw, channel = (granule >> log_phases) * 8 + threadIdx.x % 8, region = (channel << log_d) + packed_d;
-    const bool several = t.run_planes > 1, live = run.channel0 + channel < p.C_out && (several ? run.live != 0 : run.live >> packed_d & 1);
-    const int slot = several ? channel % (t.rows.octets * 4) * t.run_planes : slot_of(p, region);
+    const bool live = run.channel0 + channel < p.C_out && has_outputs(t, run, packed_d);
+    const int slot = t.run_planes > 1 ? channel % (t.rows.octets * 4) * t.run_planes : slot_of(p, region);
     const int alignment = (run.alignment + alignment_of_region(p, channel, packed_d)) & (t.staging_unit - 1);
     shared.rows[threadIdx.x] = {live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[run.channel0 + channel])) : 0.0f, live && a.bias ? load_as_float(a.bias, a.dtype, run.channel0 + channel) : 0.0f,
                               live ? slot * t.region_stride + alignment : -1, phase & ((1 << log_hw) - 1)};
@@ -116,18 +116,18 @@ template <typename T> __device__ __forceinline__ void store_half(const Parameter
     const Tiling& t = p.t;
     const Run& run = tile.run[0];
     const int warp = threadIdx.x / 32, phases_d = packed_phases(t, p.s, 0), log_d = __ffs(phases_d) - 1, phases_hw = t.rows.packed_phases >> log_d, out_w = p.s.axis[2].out, regions = regions_of(p, run);
-    const int planes = t.run_planes, plane_step = region_plane_step(t, p.s);
-    const bool turns = halves_are_phases(p);
+    const int plane_step = region_plane_step(t, p.s);
+    const bool turns = halves_are_phases(p), several = t.run_planes > 1;
     const int first = turns ? half + 2 * warp : half * regions / 2 + warp, end = turns ? regions : (half + 1) * regions / 2, step = turns ? 8 : 4;
     const int count = t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0, rows = t.contiguous ? 1 : run.rows * packed_phases(t, p.s, 1);
     const int row_step = t.packed[1] ? 1 : p.s.axis[1].phases, oh_end = t.packed[1] ? run.oh_end : p.s.axis[1].out, row_pitch = staged_row(p), out_d = p.s.axis[0].out;
     const int64_t area = int64_t(p.s.axis[1].out) * out_w, origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0);
 #pragma unroll 1
     for (int region = first; region < end; region += step) {
-        const int channel = planes > 1 ? region / planes : region >> log_d, plane = planes > 1 ? region - channel * planes : region & (phases_d - 1);
-        int place = shared.rows[((channel >> 3 << log_d) + (planes > 1 ? 0 : plane)) * phases_hw * 8 + channel % 8].region;
+        const auto [channel, plane] = place_of_region(p, region);
+        int place = shared.rows[((channel >> 3 << log_d) + (several ? 0 : plane)) * phases_hw * 8 + channel % 8].region;
         if (place < 0 || !(run.live >> plane & 1)) continue;
-        if (planes > 1) place += plane * t.region_stride;
+        if (several) place += plane * t.region_stride;
         const int64_t at = origin + (channel * out_d + plane * plane_step) * area;
 #pragma unroll 1
         for (int row = 0, oh = run.oh0; row < rows; row++, oh += row_step) {
@@ -156,7 +156,7 @@ template <int kColumns> __device__ __forceinline__ void finish(const Parameters&
         __syncwarp();
         const int64_t set = (index_of_run(p, tile, 0) * kColumnWarps + warp) * p.s.phases() + run.outer * t.rows.packed_phases;
         const int phases_d = packed_phases(t, p.s, 0);
-        if (lane < t.rows.packed_phases && (t.run_planes > 1 ? run.live != 0 : run.live >> lane * phases_d / t.rows.packed_phases & 1)) a.workspace.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
+        if (lane < t.rows.packed_phases && has_outputs(t, run, lane * phases_d / t.rows.packed_phases)) a.workspace.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
         moments = a.workspace.moments + set * t.channels();
     }
     if (threadIdx.x == 0) shared.table_key = key;

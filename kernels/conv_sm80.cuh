@@ -10,6 +10,7 @@
 #pragma once
 
 #include "conv_epilogue_sm80.cuh"
+#include "swizzle.h"
 
 namespace conv_sm80 {
 

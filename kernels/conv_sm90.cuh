@@ -359,7 +359,7 @@ struct Consumer {
             if (kKeeps) prepare_rows();
         }
 #pragma unroll
-        for (LaneRow& row : rows) row.live = row.exists && (run.live >> row.packed_d & 1 || (a.p.t.run_planes > 1 && run.live));
+        for (LaneRow& row : rows) row.live = row.exists && has_outputs(a.p.t, run, row.packed_d);
     }
     __device__ __forceinline__ void prepare_rows() {
 #pragma unroll

@@ -34,6 +34,9 @@ struct Run {
     int paired_place;                    // then: where the first row's column 0 has phase 0 in its region, for packed phase 0 of H
 };
 
+// Whether a row of GEMM_M of this packed phase of D has an output plane, or some of several.
+HOST_DEVICE bool has_outputs(const Tiling& t, const Run& run, int packed_d) { return t.run_planes > 1 ? run.live != 0 : run.live >> packed_d & 1; }
+
 struct Place {
     int n, d, w0, columns;       // sample of the outputs, those of part 0 of GEMM_K first; first plane of the grid; or n = -1: no more. First column of the strip, and how many
     int sample, part_k;          // of the source
@@ -283,15 +286,22 @@ HOST_DEVICE int paired_row(const Problem& p) { return (p.t.packed[1] ? p.s.axis[
 // Staged regions of a run: (channel, output plane).
 HOST_DEVICE int regions_of(const Problem& p, const Run& run) { return run.count > 0 ? p.t.region_channels * region_planes(p.t, p.s) : 0; }
 
+// Which channel of its run a region is of, and which output plane.
+struct RegionPlace { int channel, plane; };
+HOST_DEVICE RegionPlace place_of_region(const Problem& p, int region) {
+    const int planes = region_planes(p.t, p.s), channel = p.t.run_planes > 1 ? region / planes : divide_by_phases(region, planes);
+    return {channel, region - channel * planes};
+}
+
 // Calls f(global index, region, float of the region, count) for the pieces of every `step`-th region from `first` to `end`.
 template <typename F> HOST_DEVICE void for_each_piece(const Problem& p, const Tile& tile, const Run& run, int first, int end, int step, F f) {
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-    const int planes = region_planes(p.t, p.s), plane_step = region_plane_step(p.t, p.s);
+    const int plane_step = region_plane_step(p.t, p.s);
     const int rows = p.t.contiguous ? 1 : run.rows * packed_phases(p.t, p.s, 1), row_step = p.t.packed[1] ? 1 : ah.phases;
     const int count = p.t.contiguous ? contiguous_count(p, run) : run.ow_end - run.ow0;
     const int64_t run_origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0), area = int64_t(ah.out) * aw.out;
     for (int region = first; region < end; region += step) {
-        const int channel = p.t.run_planes > 1 ? region / planes : divide_by_phases(region, planes), plane = region - channel * planes;
+        const auto [channel, plane] = place_of_region(p, region);
         if (run.channel0 + channel >= p.C_out || !(run.live >> plane & 1)) continue;
         const int64_t origin = run_origin + (int64_t(channel) * p.s.axis[0].out + plane * plane_step) * area;
         // A sector that two runs share is the first one's.

@@ -7,6 +7,7 @@
 #include "dweight.cuh"
 #include "dweight_units.h"
 #include "pipeline_sm90.cuh"
+#include "swizzle.h"
 
 namespace dweight_sm90 {
 

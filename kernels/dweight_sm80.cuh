@@ -7,6 +7,7 @@
 
 #include "dweight.cuh"
 #include "ptx_sm80.cuh"
+#include "swizzle.h"
 
 namespace dweight_sm80 {
 

@@ -1,4 +1,4 @@
-// What a pipeline through shared memory needs beside the instructions of ptx_sm90.cuh: positions in its rings, and the tensor maps of what the copy engine brings.
+// What a pipeline through shared memory needs beside the instructions of ptx_sm90.cuh: positions in its rings, descriptors of operands, and the tensor maps of what the copy engine brings.
 #pragma once
 
 #include "ptx_sm90.cuh"
@@ -11,6 +11,18 @@ struct RingPosition {
         if (++stage == stages) stage = 0, phase ^= 1;
     }
 };
+
+// An operand in rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address. K-major: a row
+// is one of GEMM_M or GEMM_N. Transposed: a row is one of GEMM_K, and where it is shorter than GEMM_M or GEMM_N, the next
+// elements are in rows `block_stride` bytes further on.
+// The hardware swizzles absolute addresses, so the address may be any row of a tile, not only a multiple of eight.
+__device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int block_stride = 16) {
+    const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+    return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
+}
+// vector: the address in units of 16 bytes.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t vector) { return base >> 32 << 32 | (uint32_t(base) + vector); }
+__device__ __forceinline__ uint32_t shared_vector(const void* p) { return shared_address(p) / 16; }
 
 // cuTensorMapEncodeTiled, looked up at run time so that nothing links libcuda.
 using TensorMapEncode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,

@@ -48,13 +48,6 @@ __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wai
 // Waits until all but kPending of this thread's groups are complete.
 template <int kPending> __device__ __forceinline__ void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
 
-// Rows of a tile in shared memory, 32, 64 or 128 bytes each, are swizzled as the TMA unit does it: by the row's place in 128-byte lines,
-// so that eight neighbouring rows' equal pieces lie in different banks. The offset of a 16-byte piece:
-__device__ __forceinline__ uint32_t swizzled(int row, int piece, int row_bytes) {
-    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
-    return row * row_bytes + ((piece ^ turn) << 4);
-}
-
 // --------------------------------------------------------------------------------------------------- Tensor cores
 
 // Four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 give the rows of matrix i, 16 bytes each. Element (lane / 4, lane % 4 * 2)

@@ -109,18 +109,6 @@ __device__ __forceinline__ void make_zero(float& v) { asm volatile("mov.f32 %0, 
 // Says that a register's value is not wanted any more.
 __device__ __forceinline__ void make_undefined(float& v) { asm volatile("" : "=f"(v)); }
 
-// An operand in rows of 128, 64 or 32 bytes, swizzled over the row: everything of its descriptor but the address. K-major: a row
-// is one of GEMM_M or GEMM_N. Transposed: a row is one of GEMM_K, and where it is shorter than GEMM_M or GEMM_N, the next
-// elements are in rows `block_stride` bytes further on.
-// The hardware swizzles absolute addresses, so the address may be any row of a tile, not only a multiple of eight.
-__device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int block_stride = 16) {
-    const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
-    return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
-}
-// vector: the address in units of 16 bytes.
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t vector) { return base >> 32 << 32 | (uint32_t(base) + vector); }
-__device__ __forceinline__ uint32_t shared_vector(const void* p) { return shared_address(p) / 16; }
-
 // d (64, 2 * registers) += a * b, or = without kAccumulate; fp16 operands in shared memory, K-major (0) or both transposed (1), fp32 sums in registers:
 // element i of lane l in warp w is row 16 * w + l / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + l % 4 * 2 + i % 2.
 #define REGS10(t) "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"

@@ -31,36 +31,22 @@ private:
     int64_t size_;
 };
 
-struct Array : Memory {
+// An array of T; made from one of float, it has what T makes of its values.
+template <typename T> struct ArrayOf : Memory {
     size_t count;
-    Array(size_t count, int offset) : Memory(count * sizeof(float), offset), count(count) {}
-    float* data() { return static_cast<float*>(Memory::data()); }
-};
-
-inline bool equal(const char* what, Array& ours, const std::vector<float>& truth) {
-    for (size_t i = 0; i < truth.size(); i++)
-        if (ours.data()[i] != truth[i]) {
-            std::printf("%s: element %zu is %g, not %g\n", what, i, ours.data()[i], truth[i]);
-            return false;
-        }
-    return true;
-}
-
-// An array of T that has the values of one of float.
-template <typename T> struct Converted : Memory {
-    int64_t count;
-    Converted(Array& from, int offset) : Memory(from.count * sizeof(T), offset), count(from.count) {
-        for (int64_t i = 0; i < count; i++) data()[i] = from_acc<T>(from.data()[i]);
+    ArrayOf(size_t count, int offset) : Memory(count * sizeof(T), offset), count(count) {}
+    ArrayOf(ArrayOf<float>& from, int offset) : ArrayOf(from.count, offset) {
+        for (size_t i = 0; i < count; i++) data()[i] = from_acc<T>(from.data()[i]);
     }
-    Converted(int64_t count, int offset) : Memory(count * sizeof(T), offset), count(count) {}
     T* data() { return static_cast<T*>(Memory::data()); }
 };
+using Array = ArrayOf<float>;
 
 // A small integer is what T makes of it.
-template <typename T> bool equal(const char* what, Converted<T>& ours, const std::vector<float>& truth) {
+template <typename T> bool equal(const char* what, ArrayOf<T>& ours, const std::vector<float>& truth) {
     for (size_t i = 0; i < truth.size(); i++)
         if (!(to_acc(ours.data()[i]) == to_acc(from_acc<T>(truth[i])))) {
-            std::printf("%s: element %zu is %g, not %g\n", what, i, to_acc(ours.data()[i]), truth[i]);
+            std::printf("%s: element %zu is %g, not %g\n", what, i, double(to_acc(ours.data()[i])), truth[i]);
             return false;
         }
     return true;

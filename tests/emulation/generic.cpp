@@ -9,7 +9,7 @@
 
 template <typename T> bool emulate(const Geometry& g, int dtype, bool biased, bool relu, int offset, std::mt19937& random) {
     EmulatedLayer layer(g, biased, relu, offset, random);
-    Converted<T> x(layer.x, offset), w(layer.w, offset), dout(layer.dout, offset), bias(layer.bias, 0), y(layer.y.size(), offset), dx(layer.dx.size(), offset), dw(layer.dw.size(), offset), dbias(g.C_out, 0);
+    ArrayOf<T> x(layer.x, offset), w(layer.w, offset), dout(layer.dout, offset), bias(layer.bias, 0), y(layer.y.size(), offset), dx(layer.dx.size(), offset), dw(layer.dw.size(), offset), dbias(g.C_out, 0);
     std::vector<float> true_dbias(g.C_out, 0);
     for (size_t i = 0; i < layer.dout.count; i++) true_dbias[i / out_volume(g) % g.C_out] += layer.dout.data()[i];
     Memory forward(conv_transpose3d_forward_generic_workspace(&g, dtype, 0)), dinput(conv_transpose3d_dinput_generic_workspace(&g, dtype, 0)), dweight(conv_transpose3d_dweight_generic_workspace(&g, dtype, 0)), sums(conv_transpose3d_dbias_generic_workspace(&g, dtype, 0));
@@ -32,11 +32,9 @@ int main(int, char** arguments) {
         for (Axis& a : g.axis) a = random_axis(among, &a == g.axis + 2 ? 40 : 8, 5, done % 4 ? 6 : 1, false), exists &= a.out > 0;
         if (!exists || products_of(g) > 300000) continue;
         done++;
-        const int dtype = among(0, 3), offset = random() % 2 ? 0 : among(1, 3);
+        const int dtype = among(0, 3), offset = random() % 2 ? 0 : dtype == kFloat64 ? 2 : among(1, 3);
         const bool biased = random() % 2, relu = random() % 2;
-        const bool right = dtype == kFloat16 ? emulate<__half>(g, dtype, biased, relu, offset, random) : dtype == kBFloat16 ? emulate<__nv_bfloat16>(g, dtype, biased, relu, offset, random)
-                         : dtype == kFloat64 ? emulate<double>(g, dtype, biased, relu, 2 * (offset / 2), random) : emulate<float>(g, dtype, biased, relu, offset, random);
-        if (right) continue;
+        if (with_dtype(dtype, [&](auto element) { return emulate<decltype(element)>(g, dtype, biased, relu, offset, random); })) continue;
         std::printf("dtype %d\n", dtype);
         print(g);
         return 1;

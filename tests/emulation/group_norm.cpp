@@ -5,6 +5,7 @@
 #include "relu_group_norm_generic.cu"
 
 #include "emulated_layer.h"
+#include "norm_truth.h"
 
 // Equal but for float32's rounding of numbers as large as the largest, or as `largest`: what the elements are differences of.
 static bool close(const char* what, Array& ours, const std::vector<double>& truth, double largest = 1e-30) {
@@ -19,7 +20,7 @@ static bool close(const char* what, Array& ours, const std::vector<double>& trut
 
 static bool emulate(const Shape& s, bool weighted, bool poisoned, double shift, std::mt19937& random) {
     std::normal_distribution<float> normal;
-    const int64_t rows = s.N * s.C, count = s.group_count();
+    const int64_t rows = s.N * s.C;
     const int offset = random() % 2;
     Array r(rows * s.S, offset), dy(rows * s.S, offset), gamma(s.C, 0), beta(s.C, 0), y(rows * s.S, offset), dz(rows * s.S, 0), dgamma(s.C, 0), dbeta(s.C, 0), dbias(s.C, 0);
     for (int64_t i = 0; i < rows * s.S; i++) r.data()[i] = std::max(0.0f, float(normal(random) + shift)), dy.data()[i] = normal(random) + 1;
@@ -27,29 +28,7 @@ static bool emulate(const Shape& s, bool weighted, bool poisoned, double shift, 
     for (int64_t i = 0; i < s.S; i++) r.data()[i] = 0;    // a channel whose gradient ReLU stops
     if (poisoned) r.data()[s.S] = NAN;
 
-    double largest_term = 0;    // of dz
-    std::vector<double> true_y(rows * s.S), true_dz(rows * s.S), true_dgamma(s.C), true_dbeta(s.C), true_dbias(s.C);
-    for (int64_t group = 0; group < s.N * s.num_groups; group++) {
-        const int64_t begin = group * count, end = begin + count;
-        const auto mean_of = [&](auto value) {
-            double sum = 0;
-            for (int64_t i = begin; i < end; i++) sum += value(i);
-            return sum / count;
-        };
-        const auto weight = [&](int64_t i) { return double(gamma.data()[i / s.S % s.C]); };
-        const double mean = mean_of([&](int64_t i) { return double(r.data()[i]); }), variance = mean_of([&](int64_t i) { return (r.data()[i] - mean) * (r.data()[i] - mean); });
-        const double rstd = 1 / std::sqrt(variance + 1e-5);
-        const auto xhat = [&](int64_t i) { return (r.data()[i] - mean) * rstd; };
-        const double mean1 = mean_of([&](int64_t i) { return weight(i) * dy.data()[i]; }), mean2 = mean_of([&](int64_t i) { return weight(i) * dy.data()[i] * xhat(i); });
-        for (int64_t i = begin; i < end; i++) {
-            const int64_t c = i / s.S % s.C;
-            true_y[i] = xhat(i) * weight(i) + beta.data()[c];
-            true_dz[i] = r.data()[i] <= 0 ? 0 : rstd * (weight(i) * dy.data()[i] - mean1 - xhat(i) * mean2);
-            if (std::isfinite(rstd)) largest_term = std::max(largest_term, std::abs(rstd * weight(i) * dy.data()[i]));
-            true_dgamma[c] += dy.data()[i] * xhat(i), true_dbeta[c] += dy.data()[i], true_dbias[c] += true_dz[i];
-        }
-    }
-
+    const NormTruth truth(s, r.data(), dy.data(), gamma.data(), beta.data());
     std::vector<double> statistics(2 * s.N * s.num_groups);
     Memory forward_memory(group_norm_forward_generic_workspace(&s, 0, 0)), backward_memory(relu_group_norm_backward_generic_workspace(&s, 0, 0));
     const auto wanted = [&](Array& a) { return random() % 4 ? static_cast<void*>(a.data()) : nullptr; };
@@ -57,8 +36,8 @@ static bool emulate(const Shape& s, bool weighted, bool poisoned, double shift, 
     const int error = group_norm_forward_generic(&s, kFloat32, kFloat32, 0, nullptr, forward_memory.data(), r.data(), weighted ? gamma.data() : nullptr, weighted ? beta.data() : nullptr, 1e-5, y.data(), statistics.data());
     const int error_backward = relu_group_norm_backward_generic(&s, kFloat32, kFloat32, 0, nullptr, backward_memory.data(), dy.data(), r.data(), statistics.data(), weighted ? gamma.data() : nullptr, own_dz, own_dgamma, own_dbeta, own_dbias);
     if (error || error_backward) std::printf("errors %d, %d\n", error, error_backward);
-    return !error && !error_backward && close("y", y, true_y) && (!own_dz || close("dz", dz, true_dz, largest_term)) && (!own_dgamma || close("dgamma", dgamma, true_dgamma))
-           && (!own_dbeta || close("dbeta", dbeta, true_dbeta)) && (!own_dbias || close("dbias", dbias, true_dbias, largest_term));
+    return !error && !error_backward && close("y", y, truth.y) && (!own_dz || close("dz", dz, truth.dz, truth.largest_term)) && (!own_dgamma || close("dgamma", dgamma, truth.dgamma))
+           && (!own_dbeta || close("dbeta", dbeta, truth.dbeta)) && (!own_dbias || close("dbias", dbias, truth.dbias, truth.largest_term));
 }
 
 int main(int, char** arguments) {

@@ -119,7 +119,7 @@ static bool emulate(Direction direction, const Geometry& g, const Problem& p) {
         for (int r = 0; r < kRows; r++) {
             const int granule = r / 8, octet = granule / t.rows.packed_phases, phase = granule % t.rows.packed_phases, channel = octet * 8 + r % 8;
             const int phase_w = phase % aw->phases, packed_h = phase / aw->phases % phases_h, packed_d = phase / aw->phases / phases_h;
-            const bool live = t.run_planes > 1 ? run.live : run.od0 + packed_d >= 0 && run.od0 + packed_d < ad->out;
+            const bool live = t.run_planes > 1 ? has_outputs(t, run, packed_d) : run.od0 + packed_d >= 0 && run.od0 + packed_d < ad->out;
             if (octet >= t.rows.octets || run.outer >= outer_phases(p) || run.channel0 + channel >= p.C_out || !live) continue;
             if (!on_sm80(t) && t.k_parts == 1 && run.count > 0) {
                 const int64_t set = index_of_run(p, tile, warpgroup) * p.s.phases() + run.outer * t.rows.packed_phases + phase;

@@ -34,11 +34,6 @@ inline void cp_async_commit_group() { copies.commit(); }
 inline void cp_async_wait_all() { copies.wait_all(); }
 template <int kPending> void cp_async_wait_group() { copies.wait(kPending); }
 
-inline uint32_t swizzled(int row, int piece, int row_bytes) {
-    const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
-    return row * row_bytes + ((piece ^ turn) << 4);
-}
-
 // Two neighbours of a row of one of four 8 x 8 matrices; transposed: of a column.
 inline void ldmatrix(uint32_t (&v)[4], uint32_t address, bool transposed) {
     const fibers::Exchange<uint32_t> rows(address);

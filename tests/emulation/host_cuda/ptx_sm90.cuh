@@ -128,13 +128,6 @@ inline void keep_after(float&) {}
 inline void make_zero(float& v) { v = 0; }
 inline void make_undefined(float& v) { v = NAN; }
 
-inline uint64_t wgmma_descriptor_base(int row_bytes, int block_stride = 16) {
-    const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
-    return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
-}
-inline uint64_t wgmma_descriptor(uint64_t base, uint32_t vector) { return base >> 32 << 32 | (uint32_t(base) + vector); }
-inline uint32_t shared_vector(const void* p) { return shared_address(p) / 16; }
-
 // An operand as its descriptor tells (PTX ISA, "Shared Memory Matrix Layout"): element `i` of GEMM_M or GEMM_N, `k` of GEMM_K.
 struct WgmmaOperand {
     uint32_t begin, row_bytes, block_stride;
