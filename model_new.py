@@ -373,14 +373,14 @@ def _gemm(geometry, dtype, tf32, device):
 
 
 def _gemm_first(geometry, dtype, tf32, device):
-    """Where that is faster than packed copies (kernels/NOTES.md): on Hopper, few products; where none are stored, short sums and kernels of 1 too."""
+    """Where that is faster than packed copies (kernels/NOTES.md): on Hopper, few products and outputs; where none are stored, short sums and kernels of 1 too."""
     split, products, channels = dtype == torch.float32 and _forward_in_float32(geometry), _products(geometry), geometry.C_in // geometry.groups
     if not _is_hopper(device):
         first = True
     elif _has_single_taps(geometry):
         first = products * channels <= (2**29 if split else 5 * 2**28) or channels <= 32 or all(axis.kernel == 1 for axis in geometry.axis)
     else:
-        first = products <= 2**22 and products * channels <= (2**29 if split else 2**30)
+        first = products + 4 * geometry.N * _outputs(geometry) <= 5e6 and products * channels <= (2**29 if split else 2**30)
     return first and _gemm(geometry, dtype, tf32, device)
 
 
@@ -396,7 +396,8 @@ def _gemm_gradients(geometry, dtype, tf32, device):
 
 def _gemm_gradients_first(geometry, dtype, tf32, device):
     """Where that is faster than packed copies (kernels/NOTES.md): on Hopper, small problems, and weights of more elements than there are products."""
-    few = _products(geometry) <= 1.2e6 or geometry.N * _positions(geometry) <= 0.9 * geometry.C_in / geometry.groups
+    products, terms = _products(geometry), geometry.N * _positions(geometry)
+    few = products <= 1.8e6 or terms <= (1.8 if products <= 3e6 else 0.9) * geometry.C_in / geometry.groups
     return (few or not _is_hopper(device)) and _gemm_gradients(geometry, dtype, tf32, device)
 
 
@@ -1457,13 +1458,23 @@ constexpr int64_t kOverlappedBlocks = 1024;    // more of them start one after a
         if (error_ != 0) return error_;      \
     } while (0)
 
-// Every kernel starts with this. On Hopper and later, a kernel's blocks are brought to the multiprocessors while the last ones of the kernel before it still
-// run ("programmatic dependent launch"); here they wait for it to have ended, its writes included, and let the next kernel's blocks come.
-__device__ __forceinline__ void wait_for_previous_kernel() {
+// On Hopper and later, a kernel's blocks are brought to the multiprocessors while the last ones of the kernel before it still run ("programmatic dependent launch"): as soon as all
+// blocks of that one let them come, or have ended.
+__device__ __forceinline__ void let_next_kernel_come() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ void wait_for_end_of_previous_kernel() {    // its writes included
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Every kernel starts with this, or
+__device__ __forceinline__ void wait_for_previous_kernel() { let_next_kernel_come(), wait_for_end_of_previous_kernel(); }
+// with this, if the next kernel runs beside it: that one needs what this one has waited for, nothing that it writes, and waits at its own end, so that who waits for that has waited for both.
+__device__ __forceinline__ void wait_before_next_kernel() { wait_for_end_of_previous_kernel(), let_next_kernel_come(); }
 
 // Whether that is what the kernels for the current device do; not where they were built for an earlier architecture.
 static bool kernels_wait(const void* kernel) {
@@ -1479,9 +1490,9 @@ static bool kernels_wait(const void* kernel) {
     return known[device] == kYes;
 }
 
-// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args...); an empty grid is a success.
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args...); an empty grid is a success. overlaps: its blocks may come while the kernel before runs.
 template <typename... Params, typename... Args>
-int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, void* stream, Args... args) {
+int launch_kernel(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, bool overlaps, void* stream, Args... args) {
     if (blocks == 0) return cudaSuccess;
     if (blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
     if (shared_bytes > 0) RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
@@ -1491,9 +1502,14 @@ int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, i
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared_bytes), config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &overlap, config.numAttrs = blocks <= kOverlappedBlocks && kernels_wait(reinterpret_cast<const void*>(kernel));
+    config.attrs = &overlap, config.numAttrs = overlaps && kernels_wait(reinterpret_cast<const void*>(kernel));
     cudaLaunchKernelEx(&config, kernel, Params(args)...);
     return cudaGetLastError();    // which then is forgotten
+}
+
+template <typename... Params, typename... Args>
+int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, void* stream, Args... args) {
+    return launch_kernel(kernel, blocks, threads, shared_bytes, blocks <= kOverlappedBlocks, stream, args...);
 }
 
 template <typename... Params, typename... Args> int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {
@@ -4274,7 +4290,7 @@ struct Weight {
 };
 
 constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
-constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 20;
+constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 19;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
 HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split || a.third ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
@@ -4596,6 +4612,13 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
+// That alone, beside the kernel before, which does not start earlier than the look's maxima are there.
+__global__ void __launch_bounds__(kThreads) copy_weight_kernel(Weight p) {
+    let_next_kernel_come();
+    copy_weight_tile<float, false>(p, blockIdx.x);
+    wait_for_end_of_previous_kernel();
+}
+
 // Whether some sample's first copy does not hold: mostly none. Each warp finds out by itself.
 __device__ __forceinline__ bool any_copied_again(const SampleMax* max, int samples) {
     bool again = false;
@@ -4653,12 +4676,10 @@ inline int pack(const Activation& a, const Weight& p, int dtype, int multiproces
     return cudaErrorInvalidValue;
 }
 
-// The same where another kernel copies the activation, float32, one operand, no norm: that is looked at, and the weight copied.
-inline int pack_weight_and_look(const Activation& a, const Weight& p, void* stream) {
-    RETURN_IF_ERROR((look<float, false>(a, p, stream)));
-    const int64_t weight_tiles = tiles_of_weight(p);
-    return launch(copy_kernel<float, 32, Kind::kPlain>, weight_tiles, kThreads, stream, a, p, unsigned(weight_tiles), 1u);
-}
+// Where another kernel copies the activation, float32, one operand, no norm: the look at both, and, beside that kernel, the copy of the weight. Multiprocessors keep as large a shared memory
+// as they had for the kernels before, the convolution's leaves 28 KB to the L1 cache, unless they were idle in between: so no block of the look comes early.
+inline int look(const Activation& a, const Weight& p, void* stream) { return launch_kernel(look_kernel<float, false>, p.look_blocks() + a.N * look_blocks(a), kThreads, 0, false, stream, a, p); }
+inline int copy_weight_beside(const Weight& p, void* stream) { return launch(copy_weight_kernel, tiles_of_weight(p), kThreads, stream, p); }
 
 }  // namespace scaled_half
 '''
@@ -6240,8 +6261,7 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     if constexpr (Path::kPacks) {
         if (packs) {
             RETURN_IF_ERROR(pack_x());
-            RETURN_IF_ERROR(scaled_half::pack_weight_and_look(memory.dout, weight, stream));
-            RETURN_IF_ERROR(Path::pack_and_differentiate(parameters(dweight_plans.packing), memory.x, memory.dout, dx != nullptr, dweight, stream));
+            RETURN_IF_ERROR(Path::pack_and_differentiate(parameters(dweight_plans.packing), memory.x, memory.dout, weight, dweight, stream));
         }
     }
     if (!packs) RETURN_IF_ERROR(scaled_half::pack(memory.dout, weight, dtype, plan.multiprocessors, stream));
@@ -8989,7 +9009,7 @@ packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
     for (int i = threadIdx.x; i < packing.units; i += kPackingThreads) head.units[i] = unit_of(a.p, i);
     fence_proxy_async();
     __syncthreads();
-    wait_for_previous_kernel();
+    wait_before_next_kernel();
     if (threadIdx.x < kPackerThreads) {
         setmaxnreg_dec<kPackerRegisters>();
         pack(a, packing, x_map, head, stages, g, boxes);
@@ -9004,13 +9024,15 @@ packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
-// dweight from packed x and float32 dout, which was looked at, and dout's copy if it is wanted.
-inline int pack_and_differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, bool stores, void* dweight, cudaStream_t stream) {
+// dweight from packed x and float32 dout; and for dx, unless the weight has no channels, the copies of dout and weight.
+inline int pack_and_differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, const scaled_half::Weight& weight, void* dweight, cudaStream_t stream) {
     Maps maps;
     RETURN_IF_ERROR(maps.make(a.p, x, dout));
+    RETURN_IF_ERROR(scaled_half::look(dout, weight, stream));
     const int shared = kPackingHeadBytes + a.p.t.stages * a.p.t.stage_bytes + kPackerBytes;
-    Packing packing = make_packing(a.p, dout, stores);
+    Packing packing = make_packing(a.p, dout, weight.channels > 0);
     RETURN_IF_ERROR(launch_with_shared(packing_dweight_kernel, a.p.t.splits, kPackingThreads, shared, stream, maps.x, maps.dout, a, packing));
+    RETURN_IF_ERROR(scaled_half::copy_weight_beside(weight, stream));
     packing.again = true;
     if (!looks_at_all(dout)) RETURN_IF_ERROR(launch_with_shared(packing_dweight_kernel, a.p.t.splits, kPackingThreads, shared, stream, maps.x, maps.dout, a, packing));
     return add_parts(a.p, a.partial, kFloat32, dweight, stream);
@@ -9034,8 +9056,8 @@ struct Path : conv_sm90::Path {
     static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
         return dweight_sm90::differentiate(a, x, dout, dtype, dweight, stream);
     }
-    static int pack_and_differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, bool stores, void* dweight, cudaStream_t stream) {
-        return dweight_sm90::pack_and_differentiate(a, x, dout, stores, dweight, stream);
+    static int pack_and_differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, const scaled_half::Weight& weight, void* dweight, cudaStream_t stream) {
+        return dweight_sm90::pack_and_differentiate(a, x, dout, weight, dweight, stream);
     }
 };
 

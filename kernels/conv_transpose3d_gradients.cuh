@@ -64,8 +64,7 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     if constexpr (Path::kPacks) {
         if (packs) {
             RETURN_IF_ERROR(pack_x());
-            RETURN_IF_ERROR(scaled_half::pack_weight_and_look(memory.dout, weight, stream));
-            RETURN_IF_ERROR(Path::pack_and_differentiate(parameters(dweight_plans.packing), memory.x, memory.dout, dx != nullptr, dweight, stream));
+            RETURN_IF_ERROR(Path::pack_and_differentiate(parameters(dweight_plans.packing), memory.x, memory.dout, weight, dweight, stream));
         }
     }
     if (!packs) RETURN_IF_ERROR(scaled_half::pack(memory.dout, weight, dtype, plan.multiprocessors, stream));

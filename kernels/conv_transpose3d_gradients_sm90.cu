@@ -12,8 +12,8 @@ struct Path : conv_sm90::Path {
     static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
         return dweight_sm90::differentiate(a, x, dout, dtype, dweight, stream);
     }
-    static int pack_and_differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, bool stores, void* dweight, cudaStream_t stream) {
-        return dweight_sm90::pack_and_differentiate(a, x, dout, stores, dweight, stream);
+    static int pack_and_differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, const scaled_half::Weight& weight, void* dweight, cudaStream_t stream) {
+        return dweight_sm90::pack_and_differentiate(a, x, dout, weight, dweight, stream);
     }
 };
 

@@ -118,7 +118,7 @@ packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
     for (int i = threadIdx.x; i < packing.units; i += kPackingThreads) head.units[i] = unit_of(a.p, i);
     fence_proxy_async();
     __syncthreads();
-    wait_for_previous_kernel();
+    wait_before_next_kernel();
     if (threadIdx.x < kPackerThreads) {
         setmaxnreg_dec<kPackerRegisters>();
         pack(a, packing, x_map, head, stages, g, boxes);
@@ -133,13 +133,15 @@ packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
 
 // ------------------------------------------------------------------------------------------------------- Launcher
 
-// dweight from packed x and float32 dout, which was looked at, and dout's copy if it is wanted.
-inline int pack_and_differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, bool stores, void* dweight, cudaStream_t stream) {
+// dweight from packed x and float32 dout; and for dx, unless the weight has no channels, the copies of dout and weight.
+inline int pack_and_differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, const scaled_half::Weight& weight, void* dweight, cudaStream_t stream) {
     Maps maps;
     RETURN_IF_ERROR(maps.make(a.p, x, dout));
+    RETURN_IF_ERROR(scaled_half::look(dout, weight, stream));
     const int shared = kPackingHeadBytes + a.p.t.stages * a.p.t.stage_bytes + kPackerBytes;
-    Packing packing = make_packing(a.p, dout, stores);
+    Packing packing = make_packing(a.p, dout, weight.channels > 0);
     RETURN_IF_ERROR(launch_with_shared(packing_dweight_kernel, a.p.t.splits, kPackingThreads, shared, stream, maps.x, maps.dout, a, packing));
+    RETURN_IF_ERROR(scaled_half::copy_weight_beside(weight, stream));
     packing.again = true;
     if (!looks_at_all(dout)) RETURN_IF_ERROR(launch_with_shared(packing_dweight_kernel, a.p.t.splits, kPackingThreads, shared, stream, maps.x, maps.dout, a, packing));
     return add_parts(a.p, a.partial, kFloat32, dweight, stream);

@@ -112,13 +112,23 @@ constexpr int64_t kOverlappedBlocks = 1024;    // more of them start one after a
         if (error_ != 0) return error_;      \
     } while (0)
 
-// Every kernel starts with this. On Hopper and later, a kernel's blocks are brought to the multiprocessors while the last ones of the kernel before it still
-// run ("programmatic dependent launch"); here they wait for it to have ended, its writes included, and let the next kernel's blocks come.
-__device__ __forceinline__ void wait_for_previous_kernel() {
+// On Hopper and later, a kernel's blocks are brought to the multiprocessors while the last ones of the kernel before it still run ("programmatic dependent launch"): as soon as all
+// blocks of that one let them come, or have ended.
+__device__ __forceinline__ void let_next_kernel_come() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ void wait_for_end_of_previous_kernel() {    // its writes included
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Every kernel starts with this, or
+__device__ __forceinline__ void wait_for_previous_kernel() { let_next_kernel_come(), wait_for_end_of_previous_kernel(); }
+// with this, if the next kernel runs beside it: that one needs what this one has waited for, nothing that it writes, and waits at its own end, so that who waits for that has waited for both.
+__device__ __forceinline__ void wait_before_next_kernel() { wait_for_end_of_previous_kernel(), let_next_kernel_come(); }
 
 // Whether that is what the kernels for the current device do; not where they were built for an earlier architecture.
 static bool kernels_wait(const void* kernel) {
@@ -134,9 +144,9 @@ static bool kernels_wait(const void* kernel) {
     return known[device] == kYes;
 }
 
-// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args...); an empty grid is a success.
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args...); an empty grid is a success. overlaps: its blocks may come while the kernel before runs.
 template <typename... Params, typename... Args>
-int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, void* stream, Args... args) {
+int launch_kernel(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, bool overlaps, void* stream, Args... args) {
     if (blocks == 0) return cudaSuccess;
     if (blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
     if (shared_bytes > 0) RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
@@ -146,9 +156,14 @@ int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, i
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared_bytes), config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &overlap, config.numAttrs = blocks <= kOverlappedBlocks && kernels_wait(reinterpret_cast<const void*>(kernel));
+    config.attrs = &overlap, config.numAttrs = overlaps && kernels_wait(reinterpret_cast<const void*>(kernel));
     cudaLaunchKernelEx(&config, kernel, Params(args)...);
     return cudaGetLastError();    // which then is forgotten
+}
+
+template <typename... Params, typename... Args>
+int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, void* stream, Args... args) {
+    return launch_kernel(kernel, blocks, threads, shared_bytes, blocks <= kOverlappedBlocks, stream, args...);
 }
 
 template <typename... Params, typename... Args> int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {

@@ -119,7 +119,7 @@ struct Weight {
 };
 
 constexpr int kLookShare = 32;                     // so much of a sample is looked at: all of a small one, kLargeLook elements of a large one
-constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 20;
+constexpr int64_t kSmallSample = 1 << 18, kLargeLook = 1 << 19;
 constexpr int kTileElements = 8192;                // of one block of the copy: 32 or 64 channels
 HOST_DEVICE int tile_channels(const Activation& a) { return a.channels() <= 32 || a.split || a.third ? 32 : 64; }
 HOST_DEVICE int tile_positions(const Activation& a) { return kTileElements / tile_channels(a); }
@@ -441,6 +441,13 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
+// That alone, beside the kernel before, which does not start earlier than the look's maxima are there.
+__global__ void __launch_bounds__(kThreads) copy_weight_kernel(Weight p) {
+    let_next_kernel_come();
+    copy_weight_tile<float, false>(p, blockIdx.x);
+    wait_for_end_of_previous_kernel();
+}
+
 // Whether some sample's first copy does not hold: mostly none. Each warp finds out by itself.
 __device__ __forceinline__ bool any_copied_again(const SampleMax* max, int samples) {
     bool again = false;
@@ -498,11 +505,9 @@ inline int pack(const Activation& a, const Weight& p, int dtype, int multiproces
     return cudaErrorInvalidValue;
 }
 
-// The same where another kernel copies the activation, float32, one operand, no norm: that is looked at, and the weight copied.
-inline int pack_weight_and_look(const Activation& a, const Weight& p, void* stream) {
-    RETURN_IF_ERROR((look<float, false>(a, p, stream)));
-    const int64_t weight_tiles = tiles_of_weight(p);
-    return launch(copy_kernel<float, 32, Kind::kPlain>, weight_tiles, kThreads, stream, a, p, unsigned(weight_tiles), 1u);
-}
+// Where another kernel copies the activation, float32, one operand, no norm: the look at both, and, beside that kernel, the copy of the weight. Multiprocessors keep as large a shared memory
+// as they had for the kernels before, the convolution's leaves 28 KB to the L1 cache, unless they were idle in between: so no block of the look comes early.
+inline int look(const Activation& a, const Weight& p, void* stream) { return launch_kernel(look_kernel<float, false>, p.look_blocks() + a.N * look_blocks(a), kThreads, 0, false, stream, a, p); }
+inline int copy_weight_beside(const Weight& p, void* stream) { return launch(copy_weight_kernel, tiles_of_weight(p), kThreads, stream, p); }
 
 }  // namespace scaled_half

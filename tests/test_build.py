@@ -121,5 +121,6 @@ def test_every_kernel_waits_for_the_one_before_it():
     sources = {name: text for name, text in model_new._SOURCES.items() if name.endswith((".cu", ".cuh"))}
     bodies = [body for text in sources.values() for body in re.findall(r"^(?:template <[^\n]*> )?__global__ [^{]*\{\n(.*?)^\}", text, flags=re.M | re.S)]
     assert len(bodies) == sum(len(re.findall(r"^[^/\n]*__global__ ", text, flags=re.M)) for text in sources.values())
-    assert all("wait_for_previous_kernel();" in body for body in bodies)
+    waits = re.compile(r"wait_(for_previous|before_next)_kernel\(\);|wait_for_end_of_previous_kernel\(\);\n$")    # the last: at its own end
+    assert all(waits.search(body) for body in bodies)
     assert not any("<<<" in re.sub("//.*", "", text) for text in sources.values())

@@ -68,7 +68,7 @@ def test_scales_that_do_not_hold(layer):
     if len(grad) > 2:
         grad[1, 5, 3, 4] = 1e-3
         grad[2] *= 1e-6
-    check(x, w, grad, sizes, 3.3e-4)
+    check(x, w, grad, sizes, 3.6e-4)    # mostly that of one row's products: it differs by a tenth from one draw to the next
 
 
 @pytest.mark.parametrize("layer", LAYERS[:2])
