@@ -441,7 +441,7 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
     if (extremes.any >= kInfinity) a.max[n].non_finite = 1;
 }
 
-// That alone, beside the kernel before, which does not start earlier than the look's maxima are there.
+// The weight alone, beside the kernel before, which started when the look's maxima were there.
 __global__ void __launch_bounds__(kThreads) copy_weight_kernel(Weight p) {
     let_next_kernel_come();
     copy_weight_tile<float, false>(p, blockIdx.x);
@@ -505,8 +505,8 @@ inline int pack(const Activation& a, const Weight& p, int dtype, int multiproces
     return cudaErrorInvalidValue;
 }
 
-// Where another kernel copies the activation, float32, one operand, no norm: the look at both, and, beside that kernel, the copy of the weight. Multiprocessors keep as large a shared memory
-// as they had for the kernels before, the convolution's leaves 28 KB to the L1 cache, unless they were idle in between: so no block of the look comes early.
+// Where another kernel copies the activation, float32, one operand, no norm: the look at both, and, beside that kernel, the copy of the weight. That kernel lives on the L1 cache, of which a
+// multiprocessor has what the kernels before left it (the convolution 28 KB) until it was idle: so no block of the look comes early.
 inline int look(const Activation& a, const Weight& p, void* stream) { return launch_kernel(look_kernel<float, false>, p.look_blocks() + a.N * look_blocks(a), kThreads, 0, false, stream, a, p); }
 inline int copy_weight_beside(const Weight& p, void* stream) { return launch(copy_weight_kernel, tiles_of_weight(p), kThreads, stream, p); }
 
