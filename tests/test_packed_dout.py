@@ -72,6 +72,15 @@ def test_scales_that_do_not_hold(layer):
 
 
 @pytest.mark.parametrize("layer", LAYERS[:2])
+def test_weights_of_other_sizes(layer):
+    """The weight's copy for dx, made beside the kernel that packs dout, has the scales of its own call."""
+    x, w, grad, sizes = tensors(*layer)
+    dx = packs(x, w, grad, sizes)[0]
+    for size in (2.0**30, 2.0**-30, 1.0):
+        assert torch.equal(gradients(model_new.conv_transpose3d, x, w * size, grad, sizes)[0], dx * size)
+
+
+@pytest.mark.parametrize("layer", LAYERS[:2])
 def test_samples_of_other_sizes(layer):
     x, w, grad, sizes = tensors(*layer)
     size = torch.logspace(-6, 6, len(x), device="cuda").view(-1, 1, 1, 1, 1)
