@@ -1490,7 +1490,7 @@ static bool kernels_wait(const void* kernel) {
     return known[device] == kYes;
 }
 
-// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args...); an empty grid is a success. overlaps: its blocks may come while the kernel before runs.
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args...); an empty grid is a success. overlaps: its blocks, unless they are many, come while the kernel before runs.
 template <typename... Params, typename... Args>
 int launch_kernel(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, bool overlaps, void* stream, Args... args) {
     if (blocks == 0) return cudaSuccess;
@@ -1502,14 +1502,14 @@ int launch_kernel(void (*kernel)(Params...), int64_t blocks, int threads, int64_
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared_bytes), config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &overlap, config.numAttrs = overlaps && kernels_wait(reinterpret_cast<const void*>(kernel));
+    config.attrs = &overlap, config.numAttrs = overlaps && blocks <= kOverlappedBlocks && kernels_wait(reinterpret_cast<const void*>(kernel));
     cudaLaunchKernelEx(&config, kernel, Params(args)...);
     return cudaGetLastError();    // which then is forgotten
 }
 
 template <typename... Params, typename... Args>
 int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, void* stream, Args... args) {
-    return launch_kernel(kernel, blocks, threads, shared_bytes, blocks <= kOverlappedBlocks, stream, args...);
+    return launch_kernel(kernel, blocks, threads, shared_bytes, true, stream, args...);
 }
 
 template <typename... Params, typename... Args> int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {
@@ -4643,10 +4643,10 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
-template <typename T, bool kNorm> int look(const Activation& a, const Weight& p, void* stream) { return launch(look_kernel<T, kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p); }
+template <typename T, bool kNorm> int look(const Activation& a, const Weight& p, bool overlaps, void* stream) { return launch_kernel(look_kernel<T, kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, 0, overlaps, stream, a, p); }
 
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR((look<T, kKind == Kind::kNorm>(a, p, stream)));
+    RETURN_IF_ERROR((look<T, kKind == Kind::kNorm>(a, p, true, stream)));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
     RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
     if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
@@ -4678,7 +4678,7 @@ inline int pack(const Activation& a, const Weight& p, int dtype, int multiproces
 
 // Where another kernel copies the activation, float32, one operand, no norm: the look at both, and, beside that kernel, the copy of the weight. That kernel lives on the L1 cache, of which a
 // multiprocessor has what the kernels before left it (the convolution 28 KB) until it was idle: so no block of the look comes early.
-inline int look(const Activation& a, const Weight& p, void* stream) { return launch_kernel(look_kernel<float, false>, p.look_blocks() + a.N * look_blocks(a), kThreads, 0, false, stream, a, p); }
+inline int look_when_idle(const Activation& a, const Weight& p, void* stream) { return look<float, false>(a, p, false, stream); }
 inline int copy_weight_beside(const Weight& p, void* stream) { return launch(copy_weight_kernel, tiles_of_weight(p), kThreads, stream, p); }
 
 }  // namespace scaled_half
@@ -9028,7 +9028,7 @@ packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
 inline int pack_and_differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, const scaled_half::Weight& weight, void* dweight, cudaStream_t stream) {
     Maps maps;
     RETURN_IF_ERROR(maps.make(a.p, x, dout));
-    RETURN_IF_ERROR(scaled_half::look(dout, weight, stream));
+    RETURN_IF_ERROR(scaled_half::look_when_idle(dout, weight, stream));
     const int shared = kPackingHeadBytes + a.p.t.stages * a.p.t.stage_bytes + kPackerBytes;
     Packing packing = make_packing(a.p, dout, weight.channels > 0);
     RETURN_IF_ERROR(launch_with_shared(packing_dweight_kernel, a.p.t.splits, kPackingThreads, shared, stream, maps.x, maps.dout, a, packing));

@@ -137,7 +137,7 @@ packing_dweight_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
 inline int pack_and_differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, const scaled_half::Weight& weight, void* dweight, cudaStream_t stream) {
     Maps maps;
     RETURN_IF_ERROR(maps.make(a.p, x, dout));
-    RETURN_IF_ERROR(scaled_half::look(dout, weight, stream));
+    RETURN_IF_ERROR(scaled_half::look_when_idle(dout, weight, stream));
     const int shared = kPackingHeadBytes + a.p.t.stages * a.p.t.stage_bytes + kPackerBytes;
     Packing packing = make_packing(a.p, dout, weight.channels > 0);
     RETURN_IF_ERROR(launch_with_shared(packing_dweight_kernel, a.p.t.splits, kPackingThreads, shared, stream, maps.x, maps.dout, a, packing));

@@ -144,7 +144,7 @@ static bool kernels_wait(const void* kernel) {
     return known[device] == kYes;
 }
 
-// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args...); an empty grid is a success. overlaps: its blocks may come while the kernel before runs.
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args...); an empty grid is a success. overlaps: its blocks, unless they are many, come while the kernel before runs.
 template <typename... Params, typename... Args>
 int launch_kernel(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, bool overlaps, void* stream, Args... args) {
     if (blocks == 0) return cudaSuccess;
@@ -156,14 +156,14 @@ int launch_kernel(void (*kernel)(Params...), int64_t blocks, int threads, int64_
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared_bytes), config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &overlap, config.numAttrs = overlaps && kernels_wait(reinterpret_cast<const void*>(kernel));
+    config.attrs = &overlap, config.numAttrs = overlaps && blocks <= kOverlappedBlocks && kernels_wait(reinterpret_cast<const void*>(kernel));
     cudaLaunchKernelEx(&config, kernel, Params(args)...);
     return cudaGetLastError();    // which then is forgotten
 }
 
 template <typename... Params, typename... Args>
 int launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, void* stream, Args... args) {
-    return launch_kernel(kernel, blocks, threads, shared_bytes, blocks <= kOverlappedBlocks, stream, args...);
+    return launch_kernel(kernel, blocks, threads, shared_bytes, true, stream, args...);
 }
 
 template <typename... Params, typename... Args> int launch(void (*kernel)(Params...), int64_t blocks, int threads, void* stream, Args... args) {

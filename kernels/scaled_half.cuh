@@ -472,10 +472,10 @@ template <typename T, int kChannels, Kind kKind> __global__ void __launch_bounds
 
 // ---------------------------------------------------------------------------------------------------- Launcher
 
-template <typename T, bool kNorm> int look(const Activation& a, const Weight& p, void* stream) { return launch(look_kernel<T, kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, stream, a, p); }
+template <typename T, bool kNorm> int look(const Activation& a, const Weight& p, bool overlaps, void* stream) { return launch_kernel(look_kernel<T, kNorm>, p.look_blocks() + a.N * look_blocks(a), kThreads, 0, overlaps, stream, a, p); }
 
 template <typename T, int kChannels, Kind kKind> int copy(const Activation& a, const Weight& p, int multiprocessors, void* stream) {
-    RETURN_IF_ERROR((look<T, kKind == Kind::kNorm>(a, p, stream)));
+    RETURN_IF_ERROR((look<T, kKind == Kind::kNorm>(a, p, true, stream)));
     const int64_t weight_tiles = tiles_of_weight(p), sample_tiles = tiles_of_sample(a);
     RETURN_IF_ERROR(launch(copy_kernel<T, kChannels, kKind>, weight_tiles + a.N * sample_tiles, kThreads, stream, a, p, unsigned(weight_tiles), unsigned(sample_tiles)));
     if (looks_at_all(a)) return cudaSuccess;    // then the first copy holds
@@ -507,7 +507,7 @@ inline int pack(const Activation& a, const Weight& p, int dtype, int multiproces
 
 // Where another kernel copies the activation, float32, one operand, no norm: the look at both, and, beside that kernel, the copy of the weight. That kernel lives on the L1 cache, of which a
 // multiprocessor has what the kernels before left it (the convolution 28 KB) until it was idle: so no block of the look comes early.
-inline int look(const Activation& a, const Weight& p, void* stream) { return launch_kernel(look_kernel<float, false>, p.look_blocks() + a.N * look_blocks(a), kThreads, 0, false, stream, a, p); }
+inline int look_when_idle(const Activation& a, const Weight& p, void* stream) { return look<float, false>(a, p, false, stream); }
 inline int copy_weight_beside(const Weight& p, void* stream) { return launch(copy_weight_kernel, tiles_of_weight(p), kThreads, stream, p); }
 
 }  // namespace scaled_half

@@ -1,7 +1,5 @@
 // Runs the kernels of conv_transpose3d_depthwise.cu on the host (host_cuda/): random layers, small integers.
 // Usage: depthwise LAYERS SEED; exit code 1 where an element is wrong.
-#include <cstdlib>
-
 #include "conv_transpose3d_depthwise.cu"
 
 #include "emulated_layer.h"
@@ -19,31 +17,25 @@ template <typename T> bool emulate(const Geometry& g, int dtype, bool biased, bo
     return most <= 99 << 10 && !error && !error_dx && !error_dw && equal("out", y, layer.y) && equal("dx", dx, layer.dx) && equal("dweight", dw, layer.dw);
 }
 
-int main(int, char** arguments) {
-    const int layers = std::atoi(arguments[1]);
-    std::mt19937 random(std::atoi(arguments[2]));
-    Among among = {random};
-    for (int done = 0; done < layers;) {
-        const int64_t groups = among(1, 3);
-        Geometry g = {among(1, 2), groups * among(1, 4), groups * among(1, 4), groups, {}};
-        const bool small = random() % 4 == 0;
-        bool exists = true;
-        for (Axis& a : g.axis) a = random_axis(among, small ? 2 : &a == g.axis + 2 && random() % 4 == 0 ? 140 : 20, 5, 4, random() % 4 == 0);
-        if (random() % 2) {    // kernels that the compiler knows
-            Axis &h = g.axis[1], &w = g.axis[2];
-            w.stride = h.stride = among(1, 2), w.kernel = h.kernel = h.stride == 1 ? among(1, 2) * 2 + 1 : among(2, 5), w.dilation = h.dilation = 1;
-            w.padding = h.padding = (h.kernel - 1) / 2;
-            for (Axis* a : {&h, &w}) a->out = (a->in - 1) * a->stride - 2 * a->padding + a->kernel + among(0, int(a->stride) - 1);
-        }
-        for (const Axis& a : g.axis) exists &= a.out > 0;
-        if (!exists || products_of(g) * g.groups > 300000) continue;
-        if (!conv_transpose3d_supports_depthwise(&g, 0)) continue;
-        done++;
-        const int dtypes[] = {kFloat32, kFloat16, kBFloat16}, dtype = dtypes[among(0, 2)], offset = random() % 3 ? 0 : among(1, 3);
-        const bool biased = random() % 2, relu = random() % 2;
-        if (with_dtype(dtype, [&](auto element) { return emulate<decltype(element)>(g, dtype, biased, relu, offset, random); })) continue;
-        std::printf("dtype %d\n", dtype);
-        print(g);
-        return 1;
+static std::optional<Drawn> draw(Among& among, int) {
+    std::mt19937& random = among.random;
+    const int64_t groups = among(1, 3);
+    Geometry g = {among(1, 2), groups * among(1, 4), groups * among(1, 4), groups, {}};
+    const bool small = random() % 4 == 0;
+    bool exists = true;
+    for (Axis& a : g.axis) a = random_axis(among, small ? 2 : &a == g.axis + 2 && random() % 4 == 0 ? 140 : 20, 5, 4, random() % 4 == 0);
+    if (random() % 2) {    // kernels that the compiler knows
+        Axis &h = g.axis[1], &w = g.axis[2];
+        w.stride = h.stride = among(1, 2), w.kernel = h.kernel = h.stride == 1 ? among(1, 2) * 2 + 1 : among(2, 5), w.dilation = h.dilation = 1;
+        w.padding = h.padding = (h.kernel - 1) / 2;
+        for (Axis* a : {&h, &w}) a->out = (a->in - 1) * a->stride - 2 * a->padding + a->kernel + among(0, int(a->stride) - 1);
     }
+    for (const Axis& a : g.axis) exists &= a.out > 0;
+    if (!exists || products_of(g) * g.groups > 300000 || !conv_transpose3d_supports_depthwise(&g, 0)) return {};
+    const int dtypes[] = {kFloat32, kFloat16, kBFloat16}, dtype = dtypes[among(0, 2)], offset = random() % 3 ? 0 : among(1, 3);
+    return Drawn{g, dtype, offset};
+}
+
+int main(int, char** arguments) {
+    return emulate_layers(arguments, draw, [](auto element, const Drawn& d, bool biased, bool relu, std::mt19937& random) { return emulate<decltype(element)>(d.g, d.dtype, biased, relu, d.offset, random); });
 }

@@ -5,6 +5,8 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
+#include <optional>
 #include <random>
 
 #include "launch.cuh"
@@ -97,4 +99,27 @@ inline Axis random_axis(Among& among, int most_in, int most_kernel, int most_str
 inline void print(const Geometry& g) {
     std::printf("N %d C_in %d C_out %d groups %d\n", int(g.N), int(g.C_in), int(g.C_out), int(g.groups));
     for (const Axis& a : g.axis) std::printf("in %d kernel %d stride %d padding %d dilation %d out %d\n", int(a.in), int(a.kernel), int(a.stride), int(a.padding), int(a.dilation), int(a.out));
+}
+
+// What is drawn for one emulation; offset: of the tensors, in floats.
+struct Drawn {
+    Geometry g;
+    int dtype, offset;
+};
+
+// main(LAYERS SEED): draw(among, done) makes a layer, or none that is wanted; emulate(element, drawn, biased, relu, random), with a value of its dtype, tells whether it is right.
+template <typename Draw, typename Emulate> int emulate_layers(char** arguments, Draw draw, Emulate emulate) {
+    std::mt19937 random(std::atoi(arguments[2]));
+    Among among = {random};
+    for (int done = 0; done < std::atoi(arguments[1]);) {
+        const std::optional<Drawn> drawn = draw(among, done);
+        if (!drawn) continue;
+        done++;
+        const bool biased = random() % 2, relu = random() % 2;
+        if (with_dtype(drawn->dtype, [&](auto element) { return emulate(element, *drawn, biased, relu, random); })) continue;
+        std::printf("dtype %d\n", drawn->dtype);
+        print(drawn->g);
+        return 1;
+    }
+    return 0;
 }

@@ -1,7 +1,5 @@
 // Runs the kernels of conv_transpose3d_gemm.cu on the host (host_cuda/): random layers, small integers.
 // Usage: gemm LAYERS SEED; exit code 1 where an element is wrong.
-#include <cstdlib>
-
 #include "conv_transpose3d_gemm.cu"
 
 #include "emulated_layer.h"
@@ -17,23 +15,18 @@ template <typename T> bool emulate(const Geometry& g, int dtype, bool biased, bo
     return !error && !error_gradients && equal("out", y, layer.y) && (dtype != kFloat32 || (equal("dx", dx, layer.dx) && equal("dweight", dw, layer.dw)));
 }
 
+static std::optional<Drawn> draw(Among& among, int) {
+    std::mt19937& random = among.random;
+    const bool single = random() % 2;
+    const int64_t groups = among(1, 4) == 1 ? 2 : 1;
+    Geometry g = {among(1, 3), groups * among(1, 40), groups * among(1, 24), groups, {}};
+    bool exists = true;
+    for (Axis& a : g.axis) a = random_axis(among, 9, 3, 3, single), exists &= a.out > 0;
+    if (!exists || products_of(g) > 500000) return {};
+    const int dtypes[] = {kFloat32, kFloat16, kBFloat16}, dtype = dtypes[single ? among(0, 2) : 0], offset = random() % 2 ? 0 : among(1, 3);    // with several taps float32 only
+    return Drawn{g, dtype, offset};
+}
+
 int main(int, char** arguments) {
-    const int layers = std::atoi(arguments[1]);
-    std::mt19937 random(std::atoi(arguments[2]));
-    Among among = {random};
-    for (int done = 0; done < layers;) {
-        const bool single = random() % 2;
-        const int64_t groups = among(1, 4) == 1 ? 2 : 1;
-        Geometry g = {among(1, 3), groups * among(1, 40), groups * among(1, 24), groups, {}};
-        bool exists = true;
-        for (Axis& a : g.axis) a = random_axis(among, 9, 3, 3, single), exists &= a.out > 0;
-        if (!exists || products_of(g) > 500000) continue;
-        done++;
-        const int dtypes[] = {kFloat32, kFloat16, kBFloat16}, dtype = dtypes[single ? among(0, 2) : 0], offset = random() % 2 ? 0 : among(1, 3);    // with several taps float32 only
-        const bool biased = random() % 2, relu = random() % 2;
-        if (with_dtype(dtype, [&](auto element) { return emulate<decltype(element)>(g, dtype, biased, relu, offset, random); })) continue;
-        std::printf("dtype %d\n", dtype);
-        print(g);
-        return 1;
-    }
+    return emulate_layers(arguments, draw, [](auto element, const Drawn& d, bool biased, bool relu, std::mt19937& random) { return emulate<decltype(element)>(d.g, d.dtype, biased, relu, d.offset, random); });
 }

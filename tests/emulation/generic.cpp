@@ -1,7 +1,5 @@
 // Runs the generic kernels, any size and dtype, on the host (host_cuda/): random layers, small integers.
 // Usage: generic LAYERS SEED; exit code 1 where an element is wrong.
-#include <cstdlib>
-
 #include "conv_transpose3d_dweight_generic.cu"
 #include "conv_transpose3d_generic.cu"
 
@@ -21,22 +19,16 @@ template <typename T> bool emulate(const Geometry& g, int dtype, bool biased, bo
     return equal("out", y, layer.y) && equal("dx", dx, layer.dx) && equal("dweight", dw, layer.dw) && equal("dbias", dbias, true_dbias);
 }
 
+static std::optional<Drawn> draw(Among& among, int done) {
+    const int64_t groups = among(1, 3);
+    Geometry g = {among(1, 3), groups * among(1, done % 2 ? 20 : 4), groups * among(1, done % 3 ? 20 : 4), groups, {}};
+    bool exists = true;
+    for (Axis& a : g.axis) a = random_axis(among, &a == g.axis + 2 ? 40 : 8, 5, done % 4 ? 6 : 1, false), exists &= a.out > 0;
+    if (!exists || products_of(g) > 300000) return {};
+    const int dtype = among(0, 3), offset = among.random() % 2 ? 0 : dtype == kFloat64 ? 2 : among(1, 3);
+    return Drawn{g, dtype, offset};
+}
+
 int main(int, char** arguments) {
-    const int layers = std::atoi(arguments[1]);
-    std::mt19937 random(std::atoi(arguments[2]));
-    Among among = {random};
-    for (int done = 0; done < layers;) {
-        const int64_t groups = among(1, 3);
-        Geometry g = {among(1, 3), groups * among(1, done % 2 ? 20 : 4), groups * among(1, done % 3 ? 20 : 4), groups, {}};
-        bool exists = true;
-        for (Axis& a : g.axis) a = random_axis(among, &a == g.axis + 2 ? 40 : 8, 5, done % 4 ? 6 : 1, false), exists &= a.out > 0;
-        if (!exists || products_of(g) > 300000) continue;
-        done++;
-        const int dtype = among(0, 3), offset = random() % 2 ? 0 : dtype == kFloat64 ? 2 : among(1, 3);
-        const bool biased = random() % 2, relu = random() % 2;
-        if (with_dtype(dtype, [&](auto element) { return emulate<decltype(element)>(g, dtype, biased, relu, offset, random); })) continue;
-        std::printf("dtype %d\n", dtype);
-        print(g);
-        return 1;
-    }
+    return emulate_layers(arguments, draw, [](auto element, const Drawn& d, bool biased, bool relu, std::mt19937& random) { return emulate<decltype(element)>(d.g, d.dtype, biased, relu, d.offset, random); });
 }
