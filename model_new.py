@@ -406,6 +406,18 @@ def _depthwise(geometry, dtype, tf32, device):
     return dtype != torch.float64 and bool(_library("cuda").conv_transpose3d_supports_depthwise(ctypes.addressof(geometry), device.index))
 
 
+def _sweep(geometry, dtype, tf32, device):
+    """Groups behind strides of 2, float32-accurate in short sums, on every GPU (kernels/sweep_tiles.h)."""
+    return (dtype == torch.float32 and tf32 and geometry.groups > 1 and _terms(geometry) <= _MOST_SPLIT_TERMS
+            and bool(_library("cuda").conv_transpose3d_supports_sweep(ctypes.addressof(geometry), device.index)))
+
+
+def _sweep_first(geometry, dtype, tf32, device):
+    """Where that is faster than packed copies are on Hopper (kernels/NOTES.md): groups of 8 channels, kernels that are not large."""
+    few = geometry.C_in == geometry.C_out == 8 * geometry.groups and geometry.axis[0].kernel * geometry.axis[1].kernel <= 9
+    return few and _sweep(geometry, dtype, tf32, device)
+
+
 def _forward_on(path):
     def condition(geometry, dtype, tf32, device):
         """Where cuDNN's forward is float32-accurate, so are split operands, as long as no sum is too long."""
@@ -441,8 +453,8 @@ def _norm_gradients_on(path):
 
 _PATHS = {
     # operation: ((path, condition), ...)
-    # gemm: products of matrices by mma.sync. depthwise: few channels, of groups or in all, on the CUDA cores. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
-    "conv_transpose3d_forward": (("depthwise", _depthwise), ("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
+    # sweep: groups behind strides of 2, by mma.sync straight from the tensors. gemm: products of matrices by mma.sync. depthwise: few channels, of groups or in all, on the CUDA cores. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
+    "conv_transpose3d_forward": (("depthwise", _depthwise), ("sweep", _sweep_first), ("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sweep", _sweep), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
     "conv_transpose3d_relu_group_norm_forward": (("composed", _depthwise), ("composed", _gemm_norm_first), ("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
     "conv_transpose3d_gradients": (("composed", _depthwise), ("gemm", _gemm_gradients_first), ("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("gemm", _gemm_gradients), ("composed", _always)),
     "conv_transpose3d_relu_group_norm_gradients": (("composed", _depthwise), ("composed", _gemm_gradients_first), ("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
@@ -978,7 +990,7 @@ def _declare(library, backend):
                     size.argtypes, size.restype = [pointer, integer, integer], ctypes.c_int64
     if backend == "cuda":
         library.cuda_error_string.restype = ctypes.c_char_p
-        library.conv_transpose3d_supports_depthwise.argtypes = [pointer, integer]
+        library.conv_transpose3d_supports_depthwise.argtypes = library.conv_transpose3d_supports_sweep.argtypes = [pointer, integer]
         for path in ("sm90", "sm80"):
             for question in ("forward_supports", "gradients_supports"):
                 function = getattr(library, f"conv_transpose3d_{question}_{path}", None)
@@ -1447,6 +1459,17 @@ inline int multiprocessors_of(int device) {
     int count = 0;
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     return count;
+}
+
+// Shared memory that a block can have; a multiprocessor has 1 KB more, and each of its blocks takes that much for itself. SHARED_BYTES: of the architecture that this one is to be taken for.
+inline int block_shared_bytes([[maybe_unused]] int device) {
+#ifdef SHARED_BYTES
+    return SHARED_BYTES;
+#else
+    int bytes = 0;
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+#endif
 }
 
 constexpr int64_t kMaxGrid = 0x7fffffff;    // blocks of a one-dimensional grid
@@ -5614,6 +5637,638 @@ int repair(const Plan& plan, const Geometry& g, int dtype, const scaled_half::Sa
 }  // namespace conv
 '''
 
+_SOURCES['sweep_tiles.h'] = r'''
+// How a strided forward of split operands is cut for blocks that sweep down their planes (sweep.cuh).
+#pragma once
+
+#include <initializer_list>
+
+#include "stencil.h"
+
+namespace sweep {
+
+constexpr int kWarps = 4, kRoleThreads = 32 * kWarps;    // of each role: those that bring and store, those that multiply
+constexpr int kThreads = 2 * kRoleThreads, kBlocks = 2;  // of a multiprocessor
+constexpr int kChannels = 8;          // output channels of a block
+constexpr int kOctets = 4;            // times 8 positions of a row: what a warp has of a step
+constexpr int kMaxItems = 2;          // columns of 8 channels that a thread brings of a batch of rows, in registers
+constexpr int kMaxUnits = 16;         // of GEMM_K at a tap (d, h)
+constexpr int kMaxSlots = 32;
+constexpr int kLine = 32;             // floats of a line of memory: only whole ones are stored, but for the ends of a sweep
+constexpr int kHeadBytes = 2048;
+
+constexpr int kWeightBytes = 2 * 2 * kChannels * 16;    // of a unit of GEMM_K and a tap: (high or low, phase w, channel), 8 channels each
+
+// Which taps of an axis have weights in a phase, as the compiler knows it: bit phase * 2 + tap. Of kernels 2, 3 (where phases begin in two ways) and 4 with stride 2, and of 1 with stride 1.
+constexpr int kKernel2 = 0b0101, kKernel3 = 0b0111, kKernel3Later = 0b1110, kKernel4 = 0b1111, kKernel1 = 0b10001;
+HOST_DEVICE constexpr int live_of(int pattern, int phase) { return pattern >> 2 * phase & 3; }
+HOST_DEVICE constexpr int taps_of(int pattern) { return (pattern & 0b1010) != 0 ? 2 : 1; }
+HOST_DEVICE constexpr int phases_of(int pattern) { return pattern == kKernel1 ? 1 : 2; }
+HOST_DEVICE constexpr int weights_of(int pattern) { return (pattern & 1) + (pattern >> 1 & 1) + (pattern >> 2 & 1) + (pattern >> 3 & 1); }
+
+// 0: another one.
+inline int pattern_of(const StencilAxis& a) {
+    const int pattern = a.phases == 1 ? (kKernel1 & -16) | a.live[0] : a.live[0] | a.live[1] << 2;
+    if (a.phases > 2 || a.taps > 2 || a.taps != taps_of(pattern)) return 0;
+    for (int known : {kKernel1, kKernel2, kKernel3, kKernel3Later, kKernel4})
+        if (pattern == known) return pattern;
+    return 0;
+}
+
+// A block has one plane of positions, some of its rows from the first to the last, and 8 output channels of a group. It brings each row of the source
+// once for each tap d, in batches of as many rows as a step has rows of positions, and keeps those that later steps need.
+struct Plan {
+    Stencil s;
+    int N, groups, group_in, group_out;
+    int octs;                         // channels of a group / 8
+    int units;                        // of GEMM_K at a tap (d, h): (tap w, 8 channels), and zeros if these are odd
+    int octets;                       // times 8 positions: a row, of whole warps
+    int rows, lead;                   // of a step and a batch; batches that a step reads beside its own
+    int batches;                      // that are kept: a step's and the next one's
+    int pitch;                        // columns of a row in shared memory: column c is column c + first_column of the source
+    int first_column, column0, columns;    // those from column0 on are there
+    int row_units;                    // of 16 bytes, of a row in shared memory: (tap d, high or low, 8 channels, column)
+    int items;                        // of a batch: columns of 8 channels
+    int weight_bytes;                 // (tap h, two units of GEMM_K, tap d, phases (d, h) that have weights; high or low, unit, phase w, channel), 8 channels of the unit each
+    int stage_stride;                 // floats of a stream's stage
+    int segment_rows, segments;
+    HOST_DEVICE int slots() const { return batches * rows; }
+    HOST_DEVICE int stage_floats() const { return kChannels * s.axis[0].phases * stage_stride; }    // of a step
+    HOST_DEVICE int shared_bytes() const { return kHeadBytes + weight_bytes + slots() * row_units * 16 + 2 * stage_floats() * 4; }
+    int64_t blocks() const { return int64_t(N) * groups * (group_out / kChannels) * s.axis[0].positions * segments; }
+};
+
+// A plan, or one without segments where the layer does not fit. shared_bytes: of a multiprocessor.
+inline Plan make_plan(const Geometry& g, int64_t shared_bytes, int multiprocessors) {
+    Plan p = {};
+    if (!has_stencil(g)) return p;
+    p.s = make_stencil(Direction::kForward, g);
+    const StencilAxis &d = p.s.axis[0], &h = p.s.axis[1], &w = p.s.axis[2];
+    const int64_t group_in = g.C_in / g.groups, group_out = g.C_out / g.groups;
+    if (group_in % 8 != 0 || group_in > 32 || group_out % kChannels != 0 || w.phases != 2) return p;
+    const int pattern_h = pattern_of(h), pattern_d = pattern_of(d);
+    if (pattern_h == 0 || h.phases != 2 || (pattern_d != pattern_h && pattern_d != kKernel1)) return p;
+    if (group_in * in_volume(g) >= int64_t(1) << 31 || g.N >= 1 << 30 || g.C_out >= 1 << 30) return p;
+    p.N = int(g.N), p.groups = int(g.groups), p.group_in = int(group_in), p.group_out = int(group_out);
+    p.octs = p.group_in / 8;
+    p.units = (w.taps * p.octs + 1) / 2 * 2;
+    p.octets = int(ceil_div(w.positions, 8 * kOctets)) * kOctets;
+    const int per_step = kWarps * kOctets, span = h.shift[h.taps - 1] - h.shift[0];
+    p.pitch = p.octets * 8 + w.shift[w.taps - 1] - w.shift[0];
+    p.first_column = w.first - w.shift[w.taps - 1];
+    p.column0 = p.first_column < 0 ? -p.first_column : 0;
+    const int end = w.sources - p.first_column;
+    p.columns = (end < p.pitch ? end : p.pitch) - p.column0;
+    if (p.columns < 0) p.columns = 0;
+    p.rows = p.octets < per_step ? per_step / p.octets : 1;
+    if (p.rows > h.positions) p.rows = h.positions;
+    for (;; p.rows--) {    // as many as a block's threads can bring
+        p.items = d.taps * p.rows * p.octs * p.columns;
+        if (p.rows == 1 || p.items <= kMaxItems * kRoleThreads) break;
+    }
+    p.lead = int(ceil_div(span, p.rows)), p.batches = p.lead + 2;
+    p.row_units = d.taps * 2 * p.octs * p.pitch, p.weight_bytes = weights_of(pattern_d) * weights_of(pattern_h) * p.units * kWeightBytes;
+    p.stage_stride = (p.rows * h.phases * w.out + 2 * kLine + kLine - 1) / kLine * kLine;
+    if (p.octets > per_step || p.units > kMaxUnits || p.slots() > kMaxSlots || p.items > kMaxItems * kRoleThreads) return p;
+    const int64_t per_multiprocessor = shared_bytes / (p.shared_bytes() + 1024);
+    if (per_multiprocessor < 1) return p;
+    const int64_t resident = multiprocessors * (per_multiprocessor < kBlocks ? per_multiprocessor : kBlocks);
+    double best = 0;
+    for (int segments = 1; segments <= h.positions; segments++) {    // as many as fill all multiprocessors, a block's start being as long as three steps
+        const int rows = int(ceil_div(ceil_div(h.positions, segments), p.rows)) * p.rows;
+        Plan cut = p;
+        cut.segment_rows = rows, cut.segments = int(ceil_div(h.positions, rows));
+        const double time = double(ceil_div(cut.blocks(), resident)) * (rows / p.rows + 3);
+        if (p.segments == 0 || time < best) best = time, p = cut;
+    }
+    return p;
+}
+
+}  // namespace sweep
+'''
+
+_SOURCES['sweep.cuh'] = r'''
+// Strided transposed convolution of groups of few channels, as accurate as float32, straight from the tensors.
+//
+//   out[n, co, o] = bias[co] + sum over ci of the group, k with i * stride - padding + k * dilation == o of x[n, ci, i] * w[ci, co, k]
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out / groups, K_d, K_h, K_w)
+//
+// There is little to multiply and much to write, so memory is the limit: x is read as it lies, and outputs leave as whole lines. A block sweeps down the rows of one
+// plane of positions (stencil.h). It keeps the rows of x that it still needs in shared memory, as fp16 high and low halves scaled by a power of two for each
+// row, (x * 2^shift = high + low with 22 bits); products are high * high, high * low and low * high. GEMM_M is (phase of W, 8 output channels), GEMM_N positions of a row,
+// GEMM_K (tap w, channel); each phase of (D, H) has sums of its own. Four warps multiply a step and stage its outputs; meanwhile four others store the step before and bring
+// the rows that the next one needs. A channel's outputs on a plane are neighbours in memory from row to row: they are staged in
+// the order of memory, and what does not fill a line waits for the next row.
+// Where x or w is not finite, zeros of GEMM_M must not meet it: such a block computes its outputs once more, product by product.
+// Formula: torch.nn.ConvTranspose3d.
+#pragma once
+
+#include <type_traits>
+
+#include "ptx_sm90.cuh"
+#include "scaled_half.cuh"
+#include "sweep_tiles.h"
+
+namespace sweep {
+
+constexpr int kMostShiftAdded = 80;    // to the row's before: sums are scaled from one row's scale to the next one's, and must not overflow
+
+// A step's outputs of a stream, its channel's on an output plane, which are neighbours in memory. They are staged as they are aligned there.
+struct alignas(16) Stage {
+    float* to;                         // the line of memory that they begin in
+    int from;                          // where that line is staged
+    int begin, end;                    // what is stored: floats of that line and those behind it; whole lines, but for the ends of a sweep
+    int first, next;                   // where this step's outputs begin, and the next one's
+};
+
+// A step's first output row and the next one's; whether it stores parts of vectors.
+struct alignas(16) Rows { int begin, end, has_ends; };
+
+struct SharedHead {
+    uint4 row_max[2];                  // bits of the largest magnitudes of a batch of rows, of each warp, by its parity
+    Rows rows[2];                      // by the step's parity
+    int not_finite;
+    int weight_shift[kChannels];
+    int row_shift[kMaxSlots];          // 2^shift is the scale of the row in a slot
+    int unit_offset[kMaxUnits];        // of the high half: from a position's column of the row's first unit on
+    int64_t origin[2 * kChannels];     // of streams: their plane, in floats from address 0 on; or -1: there is none
+    Stage stages[2][2 * kChannels];    // of streams, by the step's parity
+};
+static_assert(sizeof(SharedHead) <= kHeadBytes, "the weights begin behind the head");
+
+// 8 values as high and low halves, at `high` and `low`. Values that are not finite are another code's business.
+__device__ __forceinline__ void split(const float (&v)[8], float scale, uint4* high, uint4* low) {
+    alignas(16) __half2 h[4], l[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float a = v[2 * i] * scale, b = v[2 * i + 1] * scale;
+        h[i] = __floats2half2_rn(a, b);
+        l[i] = __floats2half2_rn(a - __half2float(h[i].x), b - __half2float(h[i].y));
+    }
+    *high = *reinterpret_cast<const uint4*>(h), *low = *reinterpret_cast<const uint4*>(l);
+}
+
+// What a block has. kPatternD, kPatternH: which taps have weights.
+template <int kPatternD, int kPatternH> struct Block {
+    static constexpr int kPhasesD = phases_of(kPatternD), kPhasesH = 2, kPhasesW = 2, kTapsD = taps_of(kPatternD), kTapsH = taps_of(kPatternH), kStreams = kChannels * kPhasesD;
+    using Sums = float[kPhasesD][kPhasesH][kOctets][4];
+    static HOST_DEVICE constexpr bool has_weights(int td, int th, int pd, int ph) { return (live_of(kPatternD, pd) >> td & live_of(kPatternH, ph) >> th & 1) != 0; }
+
+    const Plan& p;
+    const float *x, *w;                // of the group
+    uint8_t* const base;
+    int n, group, channel0, d, q0, q1; // channel of the layer; plane of positions, rows of positions
+    int steps;
+    int own = 0;                       // where the batch is kept that a step has the number of
+    int thread, lane, warp;            // of the role
+    // Of those that bring rows: the thread's items of a batch, columns of 8 channels; where they are in x, from the batch's row 0 of the source on, or -1 where there is no such plane; their rows
+    // of the batch; where they are in the split one, in 16 bytes.
+    float v[kMaxItems][8];
+    int source_at[kMaxItems], row_of[kMaxItems], unit_at[kMaxItems];
+    int shift = scaled_half::kMaxShift;    // of the last batch that was split
+    // Of those that multiply: the warp's positions, 8 * kOctets of a row. A lane has a channel when outputs are staged, and two positions of 8.
+    int row = 0;                       // of the step
+    bool has_positions = false;
+    uint32_t operand_at = 0;           // what the lane reads for the tensor cores, in bytes from the row on
+    int column = 0;                    // of its first output
+    int weight_shift;
+    float added;                       // bias
+
+    __device__ __forceinline__ SharedHead& head() const { return *reinterpret_cast<SharedHead*>(base); }
+    __device__ __forceinline__ uint4* weights() const { return reinterpret_cast<uint4*>(base + kHeadBytes); }
+    __device__ __forceinline__ uint4* slots() const { return reinterpret_cast<uint4*>(base + kHeadBytes + p.weight_bytes); }
+    __device__ __forceinline__ float* stage(int step) const { return reinterpret_cast<float*>(slots() + p.slots() * p.row_units) + step % 2 * p.stage_floats(); }    // (stream, stage_stride)
+    enum Role { kMultiply, kBring };
+    static __device__ __forceinline__ void sync_role(Role role) { named_barrier(1 + role, kRoleThreads); }
+
+    __device__ __forceinline__ Block(const Plan& p, uint8_t* base, const float* x_all, const float* w_all) : p(p), base(base), thread(threadIdx.x % kRoleThreads), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % kWarps) {
+        int i = blockIdx.x;
+        const auto take = [&i](int count) { const int digit = i % count; i /= count; return digit; };
+        d = take(p.s.axis[0].positions), q0 = take(p.segments) * p.segment_rows;
+        const int channel_tile = take(p.group_out / kChannels);
+        group = take(p.groups), n = i;
+        channel0 = group * p.group_out + channel_tile * kChannels;
+        q1 = min(q0 + p.segment_rows, p.s.axis[1].positions), steps = (q1 - q0 + p.rows - 1) / p.rows;
+        x = x_all + (int64_t(n) * p.groups + group) * p.group_in * volume(), w = w_all + (int64_t(group) * p.group_in * p.group_out + channel_tile * kChannels) * kernel_volume(p.s);
+    }
+    __device__ __forceinline__ int64_t volume() const { return int64_t(p.s.axis[0].sources) * p.s.axis[1].sources * p.s.axis[2].sources; }
+
+    // ------------------------------------------------------------------------------------------------ Weights
+
+    __device__ __forceinline__ const float* kernel(int ci, int channel) const { return w + (int64_t(ci) * p.group_out + channel) * kernel_volume(p.s); }
+
+    // Each channel's scale, and all its weights, split; zeros where a phase has none at a tap.
+    __device__ __forceinline__ void prepare_weights() {
+        const int elements = kernel_volume(p.s), lanes = kRoleThreads / kChannels, channel = thread / lanes;
+        unsigned most = 0;
+        for (int i = thread % lanes; i < p.group_in * elements; i += lanes) most = umax(most, scaled_half::magnitude(kernel(i / elements, channel)[i % elements]));
+#pragma unroll
+        for (int distance = lanes / 2; distance > 0; distance /= 2) most = umax(most, __shfl_xor_sync(~0u, most, distance));
+        if (thread % lanes == 0) head().weight_shift[channel] = scaled_half::shift_of(most);
+        if (most >= scaled_half::kInfinity) head().not_finite = 1;
+        sync_role(kMultiply);
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        int done = 0;
+        for (int th = kTapsH - 1; th >= 0; th--) for (int unit = 0; unit < p.units; unit += 2) for (int td = 0; td < kTapsD; td++) for (int pd = 0; pd < kPhasesD; pd++) for (int ph = 0; ph < kPhasesH; ph++) {
+            if (!has_weights(td, th, pd, ph)) continue;
+            if (done % kWarps == warp) {
+                const int own = lane % kChannels, mine = unit + lane / (kPhasesW * kChannels), tw = mine / p.octs, kw = tw < aw.taps ? aw.kernel_of[tw][lane / kChannels % kPhasesW] : -1;
+                const int at = (ad.kernel_of[td][pd] * ah.kernel + ah.kernel_of[th][ph]) * aw.kernel + kw;
+                float values[8];
+#pragma unroll
+                for (int c = 0; c < 8; c++) values[c] = kw >= 0 ? kernel(mine % p.octs * 8 + c, own)[at] : 0.0f;
+                uint4* const to = weights() + done * 2 * 32 + lane;
+                split(values, scaled_half::power_of_two(head().weight_shift[own]), to, to + 32);
+            }
+            done++;
+        }
+    }
+    static_assert(2 * kPhasesW * kChannels == 32, "a lane has the row of a matrix");
+
+    // ------------------------------------------------------------------------------------------- Rows of the source
+
+    __device__ __forceinline__ void locate_items() {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+#pragma unroll
+        for (int k = 0; k < kMaxItems; k++) {
+            int i = thread + k * kRoleThreads;
+            const auto take = [&i](int count) { const int digit = i % count; i /= count; return digit; };
+            const bool exists = i < p.items;
+            const int column = exists ? p.column0 + take(p.columns) : 0, oct = take(p.octs), td = (row_of[k] = take(p.rows), exists ? i : 0), plane = ad.first + d - ad.shift[td];
+            unit_at[k] = row_of[k] * p.row_units + (td * 2 * p.octs + oct) * p.pitch + column;
+            source_at[k] = exists && unsigned(plane) < unsigned(ad.sources) ? int(oct * 8 * volume()) + (plane * ah.sources + row_of[k]) * aw.sources + p.first_column + column : -1;
+        }
+    }
+
+    // Begins to bring a batch. Rows of the source are counted from the first one that the first step reads.
+    __device__ __forceinline__ void load(int batch) {
+        const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int first = ah.first + q0 - ah.shift[ah.taps - 1] + batch * p.rows, channel_step = int(volume());
+#pragma unroll
+        for (int i = 0; i < kMaxItems; i++) {
+            const bool inside = source_at[i] >= 0 && unsigned(first + row_of[i]) < unsigned(ah.sources) && batch < steps + p.lead;    // no step needs later ones
+            const float* from = x + (inside ? source_at[i] + first * aw.sources : 0);
+#pragma unroll
+            for (int c = 0; c < 8; c++, from += channel_step) v[i][c] = inside ? *from : 0.0f;
+        }
+    }
+
+    // Waits for what has been brought.
+    __device__ __forceinline__ void find_max(int batch) {
+        unsigned most = 0;
+#pragma unroll
+        for (int i = 0; i < kMaxItems; i++)
+#pragma unroll
+            for (int c = 0; c < 8; c++) most = umax(most, scaled_half::magnitude(v[i][c]));
+        most = __reduce_max_sync(~0u, most);
+        if (lane == 0) reinterpret_cast<unsigned*>(&head().row_max[batch % 2])[warp] = most;
+    }
+
+    __device__ __forceinline__ void split_rows(int batch, int slot) {
+        static_assert(kWarps == 4, "a vector of maxima");
+        const uint4 all = head().row_max[batch % 2];
+        const unsigned most = umax(umax(all.x, all.y), umax(all.z, all.w));
+        if (most < scaled_half::kInfinity) shift = min(most == 0 ? scaled_half::kMaxShift : scaled_half::shift_of(most), shift + kMostShiftAdded);
+        if (thread < p.rows) head().row_shift[slot + thread] = shift;
+        if (most >= scaled_half::kInfinity) head().not_finite = 1;
+        const float scale = scaled_half::power_of_two(shift);
+        uint4* const to = slots() + slot * p.row_units;
+#pragma unroll
+        for (int i = 0; i < kMaxItems; i++)
+            if (thread + i * kRoleThreads < p.items) split(v[i], scale, to + unit_at[i], to + unit_at[i] + p.octs * p.pitch);
+    }
+
+    // ------------------------------------------------------------------------------------------------- Outputs
+
+    // The first output row of a step.
+    __device__ __forceinline__ int first_row(int step) const {
+        const StencilAxis& ah = p.s.axis[1];
+        return min(max(min(q0 + step * p.rows, q1) * kPhasesH - ah.crop, 0), ah.out);
+    }
+    __device__ __forceinline__ int64_t address(int stream, int row) const { return head().origin[stream] + int64_t(row) * p.s.axis[2].out; }    // in floats
+
+    // The last warp, a lane for each stream or two. Eight channels differ in the bank where their rows are not aligned alike.
+    __device__ __forceinline__ void locate_stages(int step) const {
+        if (warp != kWarps - 1) return;
+        const int stream = lane % kStreams, first = first_row(step), next = first_row(step + 1);
+        const int64_t at = address(stream, first), line = at & -kLine, next_at = address(stream, next);
+        const bool exists = head().origin[stream] >= 0;
+        const int begin = exists ? int(max(address(stream, first_row(0)) - line, int64_t(0))) : 0, end = exists ? int((step == steps - 1 ? next_at : next_at & -kLine) - line) : 0;
+        Stage& s = head().stages[step % 2][stream];
+        s.to = reinterpret_cast<float*>(uintptr_t(line) * sizeof(float)), s.begin = begin, s.end = end, s.first = int(at - line), s.next = int(next_at - line);
+        s.from = stream * p.stage_stride + ((stream % kChannels / 4 * 16 - int(at & (kLine - 4))) & (kLine - 1));
+        const bool has_ends = __any_sync(~0u, begin % 4 != 0 || end % 4 != 0);
+        if (lane == 0) head().rows[step % 2] = {first, next, has_ends};
+    }
+
+    // Stores whole vectors, all of a step's but at the ends of a sweep: by the copy engine, where there is one.
+    __device__ __forceinline__ void store(int step) const {
+        const Stage* const stages = head().stages[step % 2];
+#ifdef HAS_SM90A
+        if (lane < kStreams / kWarps) {
+            const Stage& s = stages[warp * (kStreams / kWarps) + lane];
+            const int begin = (s.begin + 3) & -4, end = s.end & -4;
+            if (begin < end) bulk_store(s.to + begin, stage(step) + s.from + begin, (end - begin) * 4);
+            bulk_commit_group();
+        }
+#else
+        for (int i = thread * 4; i < p.stage_stride; i += kRoleThreads * 4) {
+#pragma unroll 4
+            for (int stream = 0; stream < kStreams; stream++) {
+                const Stage& s = stages[stream];
+                if (i >= s.begin && i + 4 <= s.end) *reinterpret_cast<float4*>(s.to + i) = *reinterpret_cast<const float4*>(stage(step) + s.from + i);
+            }
+        }
+#endif
+        if (!head().rows[step % 2].has_ends) return;
+        for (int i = thread; i < kStreams * 8; i += kRoleThreads) {    // what is in front of them, and behind
+            const Stage& s = stages[i / 8];
+            const int k = (i % 8 < 4 ? s.begin & -4 : max((s.begin + 3) & -4, s.end & -4)) + i % 4;
+            if (k >= s.begin && k < s.end && (i % 8 >= 4 || s.begin % 4 != 0)) s.to[k] = stage(step)[s.from + k];
+        }
+    }
+    // Waits until the stage may be written again.
+    __device__ __forceinline__ void wait_for_store() const {
+#ifdef HAS_SM90A
+        if (lane < kStreams / kWarps) bulk_wait_group_read<0>();
+#endif
+    }
+
+    // What does not fill a line goes to the next step: 8 threads have a stream's.
+    static_assert(kStreams * kLine <= kRoleThreads * 4, "one vector a thread");
+    __device__ __forceinline__ void carry(int step) const {
+        if (thread >= kStreams * kLine / 4) return;
+        const int stream = thread / (kLine / 4), first = thread % (kLine / 4) * 4;
+        const Stage s = head().stages[step % 2][stream], next = head().stages[(step + 1) % 2][stream];
+        const float4 values = *reinterpret_cast<const float4*>(stage(step) + s.from + (s.next & -kLine) + first);
+        const float each[4] = {values.x, values.y, values.z, values.w};
+        float* const to = stage(step + 1) + next.from + first;
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (first + k < next.first) to[k] = each[k];
+    }
+
+    // ------------------------------------------------------------------------------------------------ Products
+
+    __device__ __forceinline__ void locate_positions(const float* bias) {
+        const int first = warp * kOctets, its_row = first / p.octets, octet = first - its_row * p.octets;
+        if (its_row < p.rows) row = its_row, has_positions = true, operand_at = (octet * 8 + lane / 16 * p.octs * p.pitch + lane % 8) * 16;
+        column = (octet * 8 + lane % 4 * 2) * kPhasesW - p.s.axis[2].crop;
+        weight_shift = head().weight_shift[lane / 4];
+        added = bias ? bias[channel0 + lane / 4] : 0.0f;
+    }
+
+    template <typename F> static __device__ __forceinline__ void for_each_sum(Sums& sums, F f) {
+#pragma unroll
+        for (auto& of_phase : sums)
+#pragma unroll
+            for (auto& of_phases : of_phase)
+#pragma unroll
+                for (auto& of_octet : of_phases)
+#pragma unroll
+                    for (float& sum : of_octet) f(sum);
+    }
+
+    // The sums of the warp's positions: returns the shift of what they are sums of. Rows come in their order, from the first on.
+    __device__ __forceinline__ int multiply(Sums& sums) const {
+        const StencilAxis& ah = p.s.axis[1];
+        const int plane = 2 * p.octs * p.pitch * 16;    // of a tap d, in bytes
+        uint32_t weight = shared_address(weights()) + lane * 16;
+        int before = 0;
+#pragma unroll
+        for (int th = kTapsH - 1; th >= 0; th--) {
+            int slot = own * p.rows + row + ah.shift[kTapsH - 1] - ah.shift[th];
+            if (slot >= p.slots()) slot -= p.slots();
+            const int shift = head().row_shift[slot];
+            if (th < kTapsH - 1 && shift != before) {
+                const float factor = scaled_half::power_of_two(max(shift - before, -126));
+                for_each_sum(sums, [&](float& sum) { sum *= factor; });
+            }
+            before = shift;
+            const uint32_t from = shared_address(slots()) + slot * p.row_units * 16 + operand_at;
+#pragma unroll 1
+            for (int unit = 0; unit < p.units; unit += 2) {
+                const uint32_t at = from + head().unit_offset[unit + lane / 8 % 2] * 16;
+                uint32_t high[2][4], low[2][4], b[kOctets][4];    // of the weights, and of the source: high halves of two units, their low ones
+                const auto load_weights = [&](int to) { ldmatrix_x4(high[to], weight), ldmatrix_x4(low[to], weight + 512), weight += 1024; };
+                const auto load_source = [&](int td) {
+#pragma unroll
+                    for (int u = 0; u < kOctets; u++) ldmatrix_x4(b[u], at + td * plane + u * 128);
+                };
+                int done = 0;
+                load_source(0), load_weights(0);
+#pragma unroll
+                for (int td = 0; td < kTapsD; td++) {
+                    if (td > 0) load_source(td);
+#pragma unroll
+                    for (int pd = 0; pd < kPhasesD; pd++)
+#pragma unroll
+                        for (int ph = 0; ph < kPhasesH; ph++) {
+                            if (!has_weights(td, th, pd, ph)) continue;
+                            const int now = done++ % 2;
+                            if (done < weights_of(kPatternD) * ((live_of(kPatternH, 0) >> th & 1) + (live_of(kPatternH, 1) >> th & 1))) load_weights(1 - now);
+#pragma unroll
+                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], high[now], b[u][2], b[u][3]);
+#pragma unroll
+                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], high[now], b[u][0], b[u][1]);
+#pragma unroll
+                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], low[now], b[u][0], b[u][1]);
+                        }
+                }
+            }
+        }
+        return before;
+    }
+
+    // Stages the warp's outputs: a lane has a channel's, four neighbours at a time.
+    __device__ __forceinline__ void stage_outputs(int step, Sums& sums, int shift, bool apply_relu) const {
+        const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int exponent = -shift - weight_shift, normal = max(-126, min(127, exponent)), output_row = (q0 + step * p.rows + row) * kPhasesH - ah.crop;
+        const Rows rows = head().rows[step % 2];
+        const float scale = scaled_half::power_of_two(normal);
+        if (__any_sync(~0u, exponent != normal)) {
+            const float more = scaled_half::power_of_two(max(-126, min(127, exponent - normal)));
+            for_each_sum(sums, [&](float& sum) { sum *= more; });
+        }
+        for_each_sum(sums, [&](float& sum) { sum = fmaf(sum, scale, added); });
+        if (apply_relu) for_each_sum(sums, [&](float& sum) { sum = max_nan(sum, 0.0f); });
+        uint32_t to[kPhasesD][kPhasesH];
+        bool exists[kPhasesH];
+#pragma unroll
+        for (int ph = 0; ph < kPhasesH; ph++) {
+            exists[ph] = output_row + ph >= rows.begin && output_row + ph < rows.end;
+#pragma unroll
+            for (int pd = 0; pd < kPhasesD; pd++) {
+                const Stage& s = head().stages[step % 2][pd * kChannels + lane / 4];
+                to[pd][ph] = shared_address(stage(step) + s.from + s.first + (output_row + ph - rows.begin) * aw.out + column);
+            }
+        }
+        const auto stage_columns = [&](auto whole) {
+#pragma unroll
+            for (int u = 0; u < kOctets; u++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    if (decltype(whole)::value || unsigned(column + u * 16 + k) < unsigned(aw.out))
+#pragma unroll
+                        for (int ph = 0; ph < kPhasesH; ph++)
+                            if (exists[ph])
+#pragma unroll
+                                for (int pd = 0; pd < kPhasesD; pd++) shared_store(to[pd][ph] + (u * 16 + k) * 4, sums[pd][ph][u][k % 2 * 2 + k / 2]);
+        };
+        if (__all_sync(~0u, column >= 0 && column + kOctets * 16 - 12 <= aw.out)) stage_columns(std::true_type());
+        else stage_columns(std::false_type());
+    }
+
+    // ------------------------------------------------------------------------------------------------- Repair
+
+    // All outputs of the block, product by product.
+    __device__ void compute_directly(const float* bias, bool apply_relu) const {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int begin = first_row(0), rows = first_row(steps) - begin, outputs = kStreams * rows * aw.out;
+        for (int i = threadIdx.x; i < outputs; i += kThreads) {
+            const int column = i % aw.out, row = begin + i / aw.out % rows, stream = i / aw.out / rows, channel = stream % kChannels;
+            if (head().origin[stream] < 0) continue;
+            const int uh = row + ah.crop, uw = column + aw.crop;
+            float sum = 0;
+            for (int ci = 0; ci < p.group_in; ci++)
+                for (int td = 0; td < ad.taps; td++) for (int th = 0; th < ah.taps; th++) for (int tw = 0; tw < aw.taps; tw++) {
+                    const int kd = ad.kernel_of[td][stream / kChannels], kh = ah.kernel_of[th][uh % kPhasesH], kw = aw.kernel_of[tw][uw % kPhasesW];
+                    const int sd = ad.first + d - ad.shift[td], sh = ah.first + uh / kPhasesH - ah.shift[th], sw = aw.first + uw / kPhasesW - aw.shift[tw];
+                    if (min(kd, min(kh, kw)) < 0 || unsigned(sd) >= unsigned(ad.sources) || unsigned(sh) >= unsigned(ah.sources) || unsigned(sw) >= unsigned(aw.sources)) continue;
+                    sum = fmaf(x[ci * volume() + (int64_t(sd) * ah.sources + sh) * aw.sources + sw], kernel(ci, channel)[(kd * ah.kernel + kh) * aw.kernel + kw], sum);
+                }
+            if (bias) sum += bias[channel0 + channel];
+            *reinterpret_cast<float*>(uintptr_t(address(stream, row) + column) * sizeof(float)) = apply_relu ? relu(sum) : sum;
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------------- Sweep
+
+    __device__ __forceinline__ void run_multiplying(const float* bias, bool apply_relu) {
+        prepare_weights();
+        locate_positions(bias);
+        __syncthreads();
+        for (int step = 0; step < steps; step++) {
+            if (has_positions) {
+                Sums sums = {};
+                const int shift = multiply(sums);
+                stage_outputs(step, sums, shift, apply_relu);
+            }
+            own = own + 1 == p.batches ? 0 : own + 1;
+#ifdef HAS_SM90A
+            fence_proxy_async();    // of what is staged, for the copy engine
+#endif
+            __syncthreads();
+        }
+    }
+
+    __device__ __forceinline__ void run_bringing() {
+        locate_items();
+        load(0);
+        for (int batch = 0; batch <= p.lead; batch++) {
+            find_max(batch);
+            sync_role(kBring);
+            split_rows(batch, batch * p.rows);
+            load(batch + 1);
+        }
+        locate_stages(0);
+        __syncthreads();
+        for (int step = 0; step < steps; step++) {    // those that multiply are at this one
+            const int next = step + p.lead + 1;       // batch
+            if (step > 0) store(step - 1), carry(step - 1);
+            find_max(next);
+            sync_role(kBring);
+            split_rows(next, (own == 0 ? p.batches - 1 : own - 1) * p.rows);
+            load(next + 1);
+            locate_stages(step + 1);
+            own = own + 1 == p.batches ? 0 : own + 1;
+            wait_for_store();
+            __syncthreads();
+        }
+        store(steps - 1);
+#ifdef HAS_SM90A
+        bulk_wait_group<0>();
+#endif
+    }
+
+    __device__ __forceinline__ void run(const float* bias, bool apply_relu, float* out) {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        SharedHead& h = head();
+        if (threadIdx.x == 0) h.not_finite = 0;
+        if (threadIdx.x < kStreams) {
+            const int plane = d * kPhasesD + thread / kChannels - ad.crop;
+            const int64_t channel = (int64_t(n) * p.groups * p.group_out + channel0 + thread % kChannels) * ad.out;
+            h.origin[thread] = unsigned(plane) < unsigned(ad.out) ? int64_t(reinterpret_cast<uintptr_t>(out) / sizeof(float)) + (channel + plane) * ah.out * aw.out : -1;
+        }
+        if (threadIdx.x < p.units) {
+            const int tw = min(thread / p.octs, aw.taps - 1);    // the last one's weights are zeros where there are no more taps
+            h.unit_offset[thread] = thread % p.octs * p.pitch + aw.shift[aw.taps - 1] - aw.shift[tw];
+        }
+        for (int i = threadIdx.x; i < p.slots() * p.row_units; i += kThreads) slots()[i] = make_uint4(0, 0, 0, 0);
+        __syncthreads();
+        if (threadIdx.x < kRoleThreads) run_multiplying(bias, apply_relu);
+        else run_bringing();
+        if (h.not_finite == 0) return;
+        __syncthreads();
+        compute_directly(bias, apply_relu);
+    }
+};
+
+template <int kPatternD, int kPatternH>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+sweep_kernel(const __grid_constant__ Plan p, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
+    extern __shared__ __align__(128) uint8_t base[];
+    wait_for_previous_kernel();
+    Block<kPatternD, kPatternH> block(p, base, x, w);
+    block.run(bias, apply_relu, out);
+}
+
+inline int forward(const Plan& p, cudaStream_t stream, const float* x, const float* w, const float* bias, bool apply_relu, float* out) {
+    const auto launch = [&](auto pattern) {
+        constexpr int kPattern = decltype(pattern)::value;
+        const auto kernel = p.s.axis[0].phases == 1 ? sweep_kernel<kKernel1, kPattern> : sweep_kernel<kPattern, kPattern>;
+        return launch_with_shared(kernel, p.blocks(), kThreads, p.shared_bytes(), stream, p, x, w, bias, apply_relu, out);
+    };
+    switch (pattern_of(p.s.axis[1])) {
+        case kKernel2: return launch(std::integral_constant<int, kKernel2>{});
+        case kKernel3: return launch(std::integral_constant<int, kKernel3>{});
+        case kKernel3Later: return launch(std::integral_constant<int, kKernel3Later>{});
+        default: return launch(std::integral_constant<int, kKernel4>{});
+    }
+}
+
+}  // namespace sweep
+'''
+
+_SOURCES['conv_transpose3d_sweep.cu'] = r'''
+// Strided transposed convolution of groups of few channels, as accurate as float32: the launchers. For float32.
+
+#include "conv_plan.cuh"
+#include "sweep.cuh"
+
+namespace sweep {
+
+static const Plan& plan_of(const Geometry& g, int device) {
+    static conv::Memo<Plan> plans;
+    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, block_shared_bytes(device) + 1024, multiprocessors_of(device)); });
+}
+
+}  // namespace sweep
+
+extern "C" int conv_transpose3d_supports_sweep(const Geometry* g, int device) { return sweep::plan_of(*g, device).segments > 0; }
+
+extern "C" int64_t conv_transpose3d_forward_sweep_workspace(const Geometry*, int, int) { return 0; }
+
+// bias may be null; apply_relu writes relu(out).
+extern "C" int conv_transpose3d_forward_sweep(const Geometry* g, int, int device, void* stream, void*, const void* x, const void* w, const void* bias, int apply_relu, void* out) {
+    DeviceGuard guard(device);
+    const sweep::Plan& plan = sweep::plan_of(*g, device);
+    if (plan.segments == 0) return cudaErrorNotSupported;
+    return sweep::forward(plan, static_cast<cudaStream_t>(stream), static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu != 0, static_cast<float*>(out));
+}
+'''
+
 _SOURCES['conv_transpose3d_forward.cuh'] = r'''
 // Transposed convolution on the tensor cores, alone or with ReLU and GroupNorm behind it.
 //
@@ -6869,18 +7524,8 @@ template <int kBlockN, int kChunk> int launch_conv(const Operands& o, int most_b
 
 // The launches of the tensor cores from sm_80 up (conv_plan.cuh).
 struct Path {
-    // Shared memory that a block can have. SHARED_BYTES: of the architecture that this one is to be taken for.
-    static int shared_bytes([[maybe_unused]] int device) {
-#ifdef SHARED_BYTES
-        return SHARED_BYTES;
-#else
-        int bytes = 0;
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        return bytes;
-#endif
-    }
     static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int device) {
-        return conv_sm80::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors, shared_bytes(device));
+        return conv_sm80::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors, block_shared_bytes(device));
     }
 
     static int normalizing_blocks(const Plan&, const group_norm::Shape&, int, int, const void*, const void*) { return 0; }
@@ -6890,7 +7535,7 @@ struct Path {
         const Operands o = {a, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
         int device = 0;
         RETURN_IF_ERROR(cudaGetDevice(&device));
-        const int most_blocks = multiprocessors * resident_blocks(p.t, p.s.axis[2], shared_bytes(device));
+        const int most_blocks = multiprocessors * resident_blocks(p.t, p.s.axis[2], block_shared_bytes(device));
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
             return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, most_blocks, stream) : p.t.block_n == 192 ? launch_conv<192, kChunk>(o, most_blocks, stream) : launch_conv<128, kChunk>(o, most_blocks, stream);
@@ -7106,6 +7751,7 @@ namespace gradients_sm80 {
 
 struct Path : conv_sm80::Path {
     static constexpr bool kPacks = false;
+    static int shared_bytes(int device) { return block_shared_bytes(device); }
     static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
         return dweight_sm80::differentiate(a, x, dout, dtype, dweight, stream);
     }

@@ -13,18 +13,8 @@ template <int kBlockN, int kChunk> int launch_conv(const Operands& o, int most_b
 
 // The launches of the tensor cores from sm_80 up (conv_plan.cuh).
 struct Path {
-    // Shared memory that a block can have. SHARED_BYTES: of the architecture that this one is to be taken for.
-    static int shared_bytes([[maybe_unused]] int device) {
-#ifdef SHARED_BYTES
-        return SHARED_BYTES;
-#else
-        int bytes = 0;
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        return bytes;
-#endif
-    }
     static Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int device) {
-        return conv_sm80::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors, shared_bytes(device));
+        return conv_sm80::choose_tiling(s, samples, source_channels, channels, groups, multiprocessors, block_shared_bytes(device));
     }
 
     static int normalizing_blocks(const Plan&, const group_norm::Shape&, int, int, const void*, const void*) { return 0; }
@@ -34,7 +24,7 @@ struct Path {
         const Operands o = {a, source.copy, weight.copy, int(source.phase_channels) * source.phases(), p.t.C_pad * p.t.products};
         int device = 0;
         RETURN_IF_ERROR(cudaGetDevice(&device));
-        const int most_blocks = multiprocessors * resident_blocks(p.t, p.s.axis[2], shared_bytes(device));
+        const int most_blocks = multiprocessors * resident_blocks(p.t, p.s.axis[2], block_shared_bytes(device));
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
             return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, most_blocks, stream) : p.t.block_n == 192 ? launch_conv<192, kChunk>(o, most_blocks, stream) : launch_conv<128, kChunk>(o, most_blocks, stream);

@@ -103,6 +103,17 @@ inline int multiprocessors_of(int device) {
     return count;
 }
 
+// Shared memory that a block can have; a multiprocessor has 1 KB more, and each of its blocks takes that much for itself. SHARED_BYTES: of the architecture that this one is to be taken for.
+inline int block_shared_bytes([[maybe_unused]] int device) {
+#ifdef SHARED_BYTES
+    return SHARED_BYTES;
+#else
+    int bytes = 0;
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+#endif
+}
+
 constexpr int64_t kMaxGrid = 0x7fffffff;    // blocks of a one-dimensional grid
 constexpr int64_t kOverlappedBlocks = 1024;    // more of them start one after another, and waiting costs each a microsecond
 

@@ -27,6 +27,19 @@ def tf32_allowed(allowed):
         torch.backends.cudnn.allow_tf32 = before
 
 
+@contextlib.contextmanager
+def without_paths(*conditions):
+    """Without the rows of the table of paths whose conditions have names that begin like this."""
+    table = dict(model_new._PATHS)
+    try:
+        model_new._PATHS.update({operation: tuple(row for row in rows if not row[1].__name__.startswith(conditions)) for operation, rows in table.items()})
+        forget_paths()
+        yield
+    finally:
+        model_new._PATHS.update(table)
+        forget_paths()
+
+
 def forget_paths():
     """To be called where the table of paths, or what it is asked about, was changed."""
     for choice in (model_new._select, model_new._resolve, model_new._shared_packed_bytes):

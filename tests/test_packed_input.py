@@ -6,9 +6,16 @@ import torch.nn.functional as F
 
 import model_new
 from harness.verify import relative_error
-from layers import forget_paths, gradients, tf32_allowed
+from layers import forget_paths, gradients, tf32_allowed, without_paths
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packed_copies():
+    with without_paths("_sweep"):    # which packs nothing
+        yield
+
 
 PLAIN = model_new.ConvTranspose3dNew(64, 32, 3, stride=2, padding=1, output_padding=1, bias=True)
 FUSED = model_new.ModelNew(64, 128, 3, 8, padding=1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model_new
 from harness.verify import relative_error
-from layers import forget_paths, gradients, tf32_allowed, worst_relative_error
+from layers import gradients, tf32_allowed, without_paths, worst_relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PATH = torch.cuda.is_available() and model_new._tensor_core_path(model_new._capability(0))
@@ -17,17 +17,10 @@ SHARED_BYTES = torch.cuda.is_available() and (model_new._SHARED_BYTES[FORCED] if
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_gemm():
-    """These are the paths of packed copies; tests/test_gemm.py has the other one."""
-    table = dict(model_new._PATHS)
-
-    def use(rows_of):
-        model_new._PATHS.update({operation: rows_of(rows) for operation, rows in table.items()})
-        forget_paths()
-
-    use(lambda rows: tuple(row for row in rows if not row[1].__name__.startswith("_gemm")))
-    yield
-    use(lambda rows: rows)
+def packed_copies():
+    """These are the paths of packed copies; tests/test_gemm.py and tests/test_sweep.py have the others."""
+    with without_paths("_gemm", "_sweep"):
+        yield
 
 
 PLAIN = [

@@ -1,0 +1,491 @@
+// Strided transposed convolution of groups of few channels, as accurate as float32, straight from the tensors.
+//
+//   out[n, co, o] = bias[co] + sum over ci of the group, k with i * stride - padding + k * dilation == o of x[n, ci, i] * w[ci, co, k]
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out / groups, K_d, K_h, K_w)
+//
+// There is little to multiply and much to write, so memory is the limit: x is read as it lies, and outputs leave as whole lines. A block sweeps down the rows of one
+// plane of positions (stencil.h). It keeps the rows of x that it still needs in shared memory, as fp16 high and low halves scaled by a power of two for each
+// row, (x * 2^shift = high + low with 22 bits); products are high * high, high * low and low * high. GEMM_M is (phase of W, 8 output channels), GEMM_N positions of a row,
+// GEMM_K (tap w, channel); each phase of (D, H) has sums of its own. Four warps multiply a step and stage its outputs; meanwhile four others store the step before and bring
+// the rows that the next one needs. A channel's outputs on a plane are neighbours in memory from row to row: they are staged in
+// the order of memory, and what does not fill a line waits for the next row.
+// Where x or w is not finite, zeros of GEMM_M must not meet it: such a block computes its outputs once more, product by product.
+// Formula: torch.nn.ConvTranspose3d.
+#pragma once
+
+#include <type_traits>
+
+#include "ptx_sm90.cuh"
+#include "scaled_half.cuh"
+#include "sweep_tiles.h"
+
+namespace sweep {
+
+constexpr int kMostShiftAdded = 80;    // to the row's before: sums are scaled from one row's scale to the next one's, and must not overflow
+
+// A step's outputs of a stream, its channel's on an output plane, which are neighbours in memory. They are staged as they are aligned there.
+struct alignas(16) Stage {
+    float* to;                         // the line of memory that they begin in
+    int from;                          // where that line is staged
+    int begin, end;                    // what is stored: floats of that line and those behind it; whole lines, but for the ends of a sweep
+    int first, next;                   // where this step's outputs begin, and the next one's
+};
+
+// A step's first output row and the next one's; whether it stores parts of vectors.
+struct alignas(16) Rows { int begin, end, has_ends; };
+
+struct SharedHead {
+    uint4 row_max[2];                  // bits of the largest magnitudes of a batch of rows, of each warp, by its parity
+    Rows rows[2];                      // by the step's parity
+    int not_finite;
+    int weight_shift[kChannels];
+    int row_shift[kMaxSlots];          // 2^shift is the scale of the row in a slot
+    int unit_offset[kMaxUnits];        // of the high half: from a position's column of the row's first unit on
+    int64_t origin[2 * kChannels];     // of streams: their plane, in floats from address 0 on; or -1: there is none
+    Stage stages[2][2 * kChannels];    // of streams, by the step's parity
+};
+static_assert(sizeof(SharedHead) <= kHeadBytes, "the weights begin behind the head");
+
+// 8 values as high and low halves, at `high` and `low`. Values that are not finite are another code's business.
+__device__ __forceinline__ void split(const float (&v)[8], float scale, uint4* high, uint4* low) {
+    alignas(16) __half2 h[4], l[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float a = v[2 * i] * scale, b = v[2 * i + 1] * scale;
+        h[i] = __floats2half2_rn(a, b);
+        l[i] = __floats2half2_rn(a - __half2float(h[i].x), b - __half2float(h[i].y));
+    }
+    *high = *reinterpret_cast<const uint4*>(h), *low = *reinterpret_cast<const uint4*>(l);
+}
+
+// What a block has. kPatternD, kPatternH: which taps have weights.
+template <int kPatternD, int kPatternH> struct Block {
+    static constexpr int kPhasesD = phases_of(kPatternD), kPhasesH = 2, kPhasesW = 2, kTapsD = taps_of(kPatternD), kTapsH = taps_of(kPatternH), kStreams = kChannels * kPhasesD;
+    using Sums = float[kPhasesD][kPhasesH][kOctets][4];
+    static HOST_DEVICE constexpr bool has_weights(int td, int th, int pd, int ph) { return (live_of(kPatternD, pd) >> td & live_of(kPatternH, ph) >> th & 1) != 0; }
+
+    const Plan& p;
+    const float *x, *w;                // of the group
+    uint8_t* const base;
+    int n, group, channel0, d, q0, q1; // channel of the layer; plane of positions, rows of positions
+    int steps;
+    int own = 0;                       // where the batch is kept that a step has the number of
+    int thread, lane, warp;            // of the role
+    // Of those that bring rows: the thread's items of a batch, columns of 8 channels; where they are in x, from the batch's row 0 of the source on, or -1 where there is no such plane; their rows
+    // of the batch; where they are in the split one, in 16 bytes.
+    float v[kMaxItems][8];
+    int source_at[kMaxItems], row_of[kMaxItems], unit_at[kMaxItems];
+    int shift = scaled_half::kMaxShift;    // of the last batch that was split
+    // Of those that multiply: the warp's positions, 8 * kOctets of a row. A lane has a channel when outputs are staged, and two positions of 8.
+    int row = 0;                       // of the step
+    bool has_positions = false;
+    uint32_t operand_at = 0;           // what the lane reads for the tensor cores, in bytes from the row on
+    int column = 0;                    // of its first output
+    int weight_shift;
+    float added;                       // bias
+
+    __device__ __forceinline__ SharedHead& head() const { return *reinterpret_cast<SharedHead*>(base); }
+    __device__ __forceinline__ uint4* weights() const { return reinterpret_cast<uint4*>(base + kHeadBytes); }
+    __device__ __forceinline__ uint4* slots() const { return reinterpret_cast<uint4*>(base + kHeadBytes + p.weight_bytes); }
+    __device__ __forceinline__ float* stage(int step) const { return reinterpret_cast<float*>(slots() + p.slots() * p.row_units) + step % 2 * p.stage_floats(); }    // (stream, stage_stride)
+    enum Role { kMultiply, kBring };
+    static __device__ __forceinline__ void sync_role(Role role) { named_barrier(1 + role, kRoleThreads); }
+
+    __device__ __forceinline__ Block(const Plan& p, uint8_t* base, const float* x_all, const float* w_all) : p(p), base(base), thread(threadIdx.x % kRoleThreads), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % kWarps) {
+        int i = blockIdx.x;
+        const auto take = [&i](int count) { const int digit = i % count; i /= count; return digit; };
+        d = take(p.s.axis[0].positions), q0 = take(p.segments) * p.segment_rows;
+        const int channel_tile = take(p.group_out / kChannels);
+        group = take(p.groups), n = i;
+        channel0 = group * p.group_out + channel_tile * kChannels;
+        q1 = min(q0 + p.segment_rows, p.s.axis[1].positions), steps = (q1 - q0 + p.rows - 1) / p.rows;
+        x = x_all + (int64_t(n) * p.groups + group) * p.group_in * volume(), w = w_all + (int64_t(group) * p.group_in * p.group_out + channel_tile * kChannels) * kernel_volume(p.s);
+    }
+    __device__ __forceinline__ int64_t volume() const { return int64_t(p.s.axis[0].sources) * p.s.axis[1].sources * p.s.axis[2].sources; }
+
+    // ------------------------------------------------------------------------------------------------ Weights
+
+    __device__ __forceinline__ const float* kernel(int ci, int channel) const { return w + (int64_t(ci) * p.group_out + channel) * kernel_volume(p.s); }
+
+    // Each channel's scale, and all its weights, split; zeros where a phase has none at a tap.
+    __device__ __forceinline__ void prepare_weights() {
+        const int elements = kernel_volume(p.s), lanes = kRoleThreads / kChannels, channel = thread / lanes;
+        unsigned most = 0;
+        for (int i = thread % lanes; i < p.group_in * elements; i += lanes) most = umax(most, scaled_half::magnitude(kernel(i / elements, channel)[i % elements]));
+#pragma unroll
+        for (int distance = lanes / 2; distance > 0; distance /= 2) most = umax(most, __shfl_xor_sync(~0u, most, distance));
+        if (thread % lanes == 0) head().weight_shift[channel] = scaled_half::shift_of(most);
+        if (most >= scaled_half::kInfinity) head().not_finite = 1;
+        sync_role(kMultiply);
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        int done = 0;
+        for (int th = kTapsH - 1; th >= 0; th--) for (int unit = 0; unit < p.units; unit += 2) for (int td = 0; td < kTapsD; td++) for (int pd = 0; pd < kPhasesD; pd++) for (int ph = 0; ph < kPhasesH; ph++) {
+            if (!has_weights(td, th, pd, ph)) continue;
+            if (done % kWarps == warp) {
+                const int own = lane % kChannels, mine = unit + lane / (kPhasesW * kChannels), tw = mine / p.octs, kw = tw < aw.taps ? aw.kernel_of[tw][lane / kChannels % kPhasesW] : -1;
+                const int at = (ad.kernel_of[td][pd] * ah.kernel + ah.kernel_of[th][ph]) * aw.kernel + kw;
+                float values[8];
+#pragma unroll
+                for (int c = 0; c < 8; c++) values[c] = kw >= 0 ? kernel(mine % p.octs * 8 + c, own)[at] : 0.0f;
+                uint4* const to = weights() + done * 2 * 32 + lane;
+                split(values, scaled_half::power_of_two(head().weight_shift[own]), to, to + 32);
+            }
+            done++;
+        }
+    }
+    static_assert(2 * kPhasesW * kChannels == 32, "a lane has the row of a matrix");
+
+    // ------------------------------------------------------------------------------------------- Rows of the source
+
+    __device__ __forceinline__ void locate_items() {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+#pragma unroll
+        for (int k = 0; k < kMaxItems; k++) {
+            int i = thread + k * kRoleThreads;
+            const auto take = [&i](int count) { const int digit = i % count; i /= count; return digit; };
+            const bool exists = i < p.items;
+            const int column = exists ? p.column0 + take(p.columns) : 0, oct = take(p.octs), td = (row_of[k] = take(p.rows), exists ? i : 0), plane = ad.first + d - ad.shift[td];
+            unit_at[k] = row_of[k] * p.row_units + (td * 2 * p.octs + oct) * p.pitch + column;
+            source_at[k] = exists && unsigned(plane) < unsigned(ad.sources) ? int(oct * 8 * volume()) + (plane * ah.sources + row_of[k]) * aw.sources + p.first_column + column : -1;
+        }
+    }
+
+    // Begins to bring a batch. Rows of the source are counted from the first one that the first step reads.
+    __device__ __forceinline__ void load(int batch) {
+        const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int first = ah.first + q0 - ah.shift[ah.taps - 1] + batch * p.rows, channel_step = int(volume());
+#pragma unroll
+        for (int i = 0; i < kMaxItems; i++) {
+            const bool inside = source_at[i] >= 0 && unsigned(first + row_of[i]) < unsigned(ah.sources) && batch < steps + p.lead;    // no step needs later ones
+            const float* from = x + (inside ? source_at[i] + first * aw.sources : 0);
+#pragma unroll
+            for (int c = 0; c < 8; c++, from += channel_step) v[i][c] = inside ? *from : 0.0f;
+        }
+    }
+
+    // Waits for what has been brought.
+    __device__ __forceinline__ void find_max(int batch) {
+        unsigned most = 0;
+#pragma unroll
+        for (int i = 0; i < kMaxItems; i++)
+#pragma unroll
+            for (int c = 0; c < 8; c++) most = umax(most, scaled_half::magnitude(v[i][c]));
+        most = __reduce_max_sync(~0u, most);
+        if (lane == 0) reinterpret_cast<unsigned*>(&head().row_max[batch % 2])[warp] = most;
+    }
+
+    __device__ __forceinline__ void split_rows(int batch, int slot) {
+        static_assert(kWarps == 4, "a vector of maxima");
+        const uint4 all = head().row_max[batch % 2];
+        const unsigned most = umax(umax(all.x, all.y), umax(all.z, all.w));
+        if (most < scaled_half::kInfinity) shift = min(most == 0 ? scaled_half::kMaxShift : scaled_half::shift_of(most), shift + kMostShiftAdded);
+        if (thread < p.rows) head().row_shift[slot + thread] = shift;
+        if (most >= scaled_half::kInfinity) head().not_finite = 1;
+        const float scale = scaled_half::power_of_two(shift);
+        uint4* const to = slots() + slot * p.row_units;
+#pragma unroll
+        for (int i = 0; i < kMaxItems; i++)
+            if (thread + i * kRoleThreads < p.items) split(v[i], scale, to + unit_at[i], to + unit_at[i] + p.octs * p.pitch);
+    }
+
+    // ------------------------------------------------------------------------------------------------- Outputs
+
+    // The first output row of a step.
+    __device__ __forceinline__ int first_row(int step) const {
+        const StencilAxis& ah = p.s.axis[1];
+        return min(max(min(q0 + step * p.rows, q1) * kPhasesH - ah.crop, 0), ah.out);
+    }
+    __device__ __forceinline__ int64_t address(int stream, int row) const { return head().origin[stream] + int64_t(row) * p.s.axis[2].out; }    // in floats
+
+    // The last warp, a lane for each stream or two. Eight channels differ in the bank where their rows are not aligned alike.
+    __device__ __forceinline__ void locate_stages(int step) const {
+        if (warp != kWarps - 1) return;
+        const int stream = lane % kStreams, first = first_row(step), next = first_row(step + 1);
+        const int64_t at = address(stream, first), line = at & -kLine, next_at = address(stream, next);
+        const bool exists = head().origin[stream] >= 0;
+        const int begin = exists ? int(max(address(stream, first_row(0)) - line, int64_t(0))) : 0, end = exists ? int((step == steps - 1 ? next_at : next_at & -kLine) - line) : 0;
+        Stage& s = head().stages[step % 2][stream];
+        s.to = reinterpret_cast<float*>(uintptr_t(line) * sizeof(float)), s.begin = begin, s.end = end, s.first = int(at - line), s.next = int(next_at - line);
+        s.from = stream * p.stage_stride + ((stream % kChannels / 4 * 16 - int(at & (kLine - 4))) & (kLine - 1));
+        const bool has_ends = __any_sync(~0u, begin % 4 != 0 || end % 4 != 0);
+        if (lane == 0) head().rows[step % 2] = {first, next, has_ends};
+    }
+
+    // Stores whole vectors, all of a step's but at the ends of a sweep: by the copy engine, where there is one.
+    __device__ __forceinline__ void store(int step) const {
+        const Stage* const stages = head().stages[step % 2];
+#ifdef HAS_SM90A
+        if (lane < kStreams / kWarps) {
+            const Stage& s = stages[warp * (kStreams / kWarps) + lane];
+            const int begin = (s.begin + 3) & -4, end = s.end & -4;
+            if (begin < end) bulk_store(s.to + begin, stage(step) + s.from + begin, (end - begin) * 4);
+            bulk_commit_group();
+        }
+#else
+        for (int i = thread * 4; i < p.stage_stride; i += kRoleThreads * 4) {
+#pragma unroll 4
+            for (int stream = 0; stream < kStreams; stream++) {
+                const Stage& s = stages[stream];
+                if (i >= s.begin && i + 4 <= s.end) *reinterpret_cast<float4*>(s.to + i) = *reinterpret_cast<const float4*>(stage(step) + s.from + i);
+            }
+        }
+#endif
+        if (!head().rows[step % 2].has_ends) return;
+        for (int i = thread; i < kStreams * 8; i += kRoleThreads) {    // what is in front of them, and behind
+            const Stage& s = stages[i / 8];
+            const int k = (i % 8 < 4 ? s.begin & -4 : max((s.begin + 3) & -4, s.end & -4)) + i % 4;
+            if (k >= s.begin && k < s.end && (i % 8 >= 4 || s.begin % 4 != 0)) s.to[k] = stage(step)[s.from + k];
+        }
+    }
+    // Waits until the stage may be written again.
+    __device__ __forceinline__ void wait_for_store() const {
+#ifdef HAS_SM90A
+        if (lane < kStreams / kWarps) bulk_wait_group_read<0>();
+#endif
+    }
+
+    // What does not fill a line goes to the next step: 8 threads have a stream's.
+    static_assert(kStreams * kLine <= kRoleThreads * 4, "one vector a thread");
+    __device__ __forceinline__ void carry(int step) const {
+        if (thread >= kStreams * kLine / 4) return;
+        const int stream = thread / (kLine / 4), first = thread % (kLine / 4) * 4;
+        const Stage s = head().stages[step % 2][stream], next = head().stages[(step + 1) % 2][stream];
+        const float4 values = *reinterpret_cast<const float4*>(stage(step) + s.from + (s.next & -kLine) + first);
+        const float each[4] = {values.x, values.y, values.z, values.w};
+        float* const to = stage(step + 1) + next.from + first;
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (first + k < next.first) to[k] = each[k];
+    }
+
+    // ------------------------------------------------------------------------------------------------ Products
+
+    __device__ __forceinline__ void locate_positions(const float* bias) {
+        const int first = warp * kOctets, its_row = first / p.octets, octet = first - its_row * p.octets;
+        if (its_row < p.rows) row = its_row, has_positions = true, operand_at = (octet * 8 + lane / 16 * p.octs * p.pitch + lane % 8) * 16;
+        column = (octet * 8 + lane % 4 * 2) * kPhasesW - p.s.axis[2].crop;
+        weight_shift = head().weight_shift[lane / 4];
+        added = bias ? bias[channel0 + lane / 4] : 0.0f;
+    }
+
+    template <typename F> static __device__ __forceinline__ void for_each_sum(Sums& sums, F f) {
+#pragma unroll
+        for (auto& of_phase : sums)
+#pragma unroll
+            for (auto& of_phases : of_phase)
+#pragma unroll
+                for (auto& of_octet : of_phases)
+#pragma unroll
+                    for (float& sum : of_octet) f(sum);
+    }
+
+    // The sums of the warp's positions: returns the shift of what they are sums of. Rows come in their order, from the first on.
+    __device__ __forceinline__ int multiply(Sums& sums) const {
+        const StencilAxis& ah = p.s.axis[1];
+        const int plane = 2 * p.octs * p.pitch * 16;    // of a tap d, in bytes
+        uint32_t weight = shared_address(weights()) + lane * 16;
+        int before = 0;
+#pragma unroll
+        for (int th = kTapsH - 1; th >= 0; th--) {
+            int slot = own * p.rows + row + ah.shift[kTapsH - 1] - ah.shift[th];
+            if (slot >= p.slots()) slot -= p.slots();
+            const int shift = head().row_shift[slot];
+            if (th < kTapsH - 1 && shift != before) {
+                const float factor = scaled_half::power_of_two(max(shift - before, -126));
+                for_each_sum(sums, [&](float& sum) { sum *= factor; });
+            }
+            before = shift;
+            const uint32_t from = shared_address(slots()) + slot * p.row_units * 16 + operand_at;
+#pragma unroll 1
+            for (int unit = 0; unit < p.units; unit += 2) {
+                const uint32_t at = from + head().unit_offset[unit + lane / 8 % 2] * 16;
+                uint32_t high[2][4], low[2][4], b[kOctets][4];    // of the weights, and of the source: high halves of two units, their low ones
+                const auto load_weights = [&](int to) { ldmatrix_x4(high[to], weight), ldmatrix_x4(low[to], weight + 512), weight += 1024; };
+                const auto load_source = [&](int td) {
+#pragma unroll
+                    for (int u = 0; u < kOctets; u++) ldmatrix_x4(b[u], at + td * plane + u * 128);
+                };
+                int done = 0;
+                load_source(0), load_weights(0);
+#pragma unroll
+                for (int td = 0; td < kTapsD; td++) {
+                    if (td > 0) load_source(td);
+#pragma unroll
+                    for (int pd = 0; pd < kPhasesD; pd++)
+#pragma unroll
+                        for (int ph = 0; ph < kPhasesH; ph++) {
+                            if (!has_weights(td, th, pd, ph)) continue;
+                            const int now = done++ % 2;
+                            if (done < weights_of(kPatternD) * ((live_of(kPatternH, 0) >> th & 1) + (live_of(kPatternH, 1) >> th & 1))) load_weights(1 - now);
+#pragma unroll
+                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], high[now], b[u][2], b[u][3]);
+#pragma unroll
+                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], high[now], b[u][0], b[u][1]);
+#pragma unroll
+                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], low[now], b[u][0], b[u][1]);
+                        }
+                }
+            }
+        }
+        return before;
+    }
+
+    // Stages the warp's outputs: a lane has a channel's, four neighbours at a time.
+    __device__ __forceinline__ void stage_outputs(int step, Sums& sums, int shift, bool apply_relu) const {
+        const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int exponent = -shift - weight_shift, normal = max(-126, min(127, exponent)), output_row = (q0 + step * p.rows + row) * kPhasesH - ah.crop;
+        const Rows rows = head().rows[step % 2];
+        const float scale = scaled_half::power_of_two(normal);
+        if (__any_sync(~0u, exponent != normal)) {
+            const float more = scaled_half::power_of_two(max(-126, min(127, exponent - normal)));
+            for_each_sum(sums, [&](float& sum) { sum *= more; });
+        }
+        for_each_sum(sums, [&](float& sum) { sum = fmaf(sum, scale, added); });
+        if (apply_relu) for_each_sum(sums, [&](float& sum) { sum = max_nan(sum, 0.0f); });
+        uint32_t to[kPhasesD][kPhasesH];
+        bool exists[kPhasesH];
+#pragma unroll
+        for (int ph = 0; ph < kPhasesH; ph++) {
+            exists[ph] = output_row + ph >= rows.begin && output_row + ph < rows.end;
+#pragma unroll
+            for (int pd = 0; pd < kPhasesD; pd++) {
+                const Stage& s = head().stages[step % 2][pd * kChannels + lane / 4];
+                to[pd][ph] = shared_address(stage(step) + s.from + s.first + (output_row + ph - rows.begin) * aw.out + column);
+            }
+        }
+        const auto stage_columns = [&](auto whole) {
+#pragma unroll
+            for (int u = 0; u < kOctets; u++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    if (decltype(whole)::value || unsigned(column + u * 16 + k) < unsigned(aw.out))
+#pragma unroll
+                        for (int ph = 0; ph < kPhasesH; ph++)
+                            if (exists[ph])
+#pragma unroll
+                                for (int pd = 0; pd < kPhasesD; pd++) shared_store(to[pd][ph] + (u * 16 + k) * 4, sums[pd][ph][u][k % 2 * 2 + k / 2]);
+        };
+        if (__all_sync(~0u, column >= 0 && column + kOctets * 16 - 12 <= aw.out)) stage_columns(std::true_type());
+        else stage_columns(std::false_type());
+    }
+
+    // ------------------------------------------------------------------------------------------------- Repair
+
+    // All outputs of the block, product by product.
+    __device__ void compute_directly(const float* bias, bool apply_relu) const {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int begin = first_row(0), rows = first_row(steps) - begin, outputs = kStreams * rows * aw.out;
+        for (int i = threadIdx.x; i < outputs; i += kThreads) {
+            const int column = i % aw.out, row = begin + i / aw.out % rows, stream = i / aw.out / rows, channel = stream % kChannels;
+            if (head().origin[stream] < 0) continue;
+            const int uh = row + ah.crop, uw = column + aw.crop;
+            float sum = 0;
+            for (int ci = 0; ci < p.group_in; ci++)
+                for (int td = 0; td < ad.taps; td++) for (int th = 0; th < ah.taps; th++) for (int tw = 0; tw < aw.taps; tw++) {
+                    const int kd = ad.kernel_of[td][stream / kChannels], kh = ah.kernel_of[th][uh % kPhasesH], kw = aw.kernel_of[tw][uw % kPhasesW];
+                    const int sd = ad.first + d - ad.shift[td], sh = ah.first + uh / kPhasesH - ah.shift[th], sw = aw.first + uw / kPhasesW - aw.shift[tw];
+                    if (min(kd, min(kh, kw)) < 0 || unsigned(sd) >= unsigned(ad.sources) || unsigned(sh) >= unsigned(ah.sources) || unsigned(sw) >= unsigned(aw.sources)) continue;
+                    sum = fmaf(x[ci * volume() + (int64_t(sd) * ah.sources + sh) * aw.sources + sw], kernel(ci, channel)[(kd * ah.kernel + kh) * aw.kernel + kw], sum);
+                }
+            if (bias) sum += bias[channel0 + channel];
+            *reinterpret_cast<float*>(uintptr_t(address(stream, row) + column) * sizeof(float)) = apply_relu ? relu(sum) : sum;
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------------- Sweep
+
+    __device__ __forceinline__ void run_multiplying(const float* bias, bool apply_relu) {
+        prepare_weights();
+        locate_positions(bias);
+        __syncthreads();
+        for (int step = 0; step < steps; step++) {
+            if (has_positions) {
+                Sums sums = {};
+                const int shift = multiply(sums);
+                stage_outputs(step, sums, shift, apply_relu);
+            }
+            own = own + 1 == p.batches ? 0 : own + 1;
+#ifdef HAS_SM90A
+            fence_proxy_async();    // of what is staged, for the copy engine
+#endif
+            __syncthreads();
+        }
+    }
+
+    __device__ __forceinline__ void run_bringing() {
+        locate_items();
+        load(0);
+        for (int batch = 0; batch <= p.lead; batch++) {
+            find_max(batch);
+            sync_role(kBring);
+            split_rows(batch, batch * p.rows);
+            load(batch + 1);
+        }
+        locate_stages(0);
+        __syncthreads();
+        for (int step = 0; step < steps; step++) {    // those that multiply are at this one
+            const int next = step + p.lead + 1;       // batch
+            if (step > 0) store(step - 1), carry(step - 1);
+            find_max(next);
+            sync_role(kBring);
+            split_rows(next, (own == 0 ? p.batches - 1 : own - 1) * p.rows);
+            load(next + 1);
+            locate_stages(step + 1);
+            own = own + 1 == p.batches ? 0 : own + 1;
+            wait_for_store();
+            __syncthreads();
+        }
+        store(steps - 1);
+#ifdef HAS_SM90A
+        bulk_wait_group<0>();
+#endif
+    }
+
+    __device__ __forceinline__ void run(const float* bias, bool apply_relu, float* out) {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        SharedHead& h = head();
+        if (threadIdx.x == 0) h.not_finite = 0;
+        if (threadIdx.x < kStreams) {
+            const int plane = d * kPhasesD + thread / kChannels - ad.crop;
+            const int64_t channel = (int64_t(n) * p.groups * p.group_out + channel0 + thread % kChannels) * ad.out;
+            h.origin[thread] = unsigned(plane) < unsigned(ad.out) ? int64_t(reinterpret_cast<uintptr_t>(out) / sizeof(float)) + (channel + plane) * ah.out * aw.out : -1;
+        }
+        if (threadIdx.x < p.units) {
+            const int tw = min(thread / p.octs, aw.taps - 1);    // the last one's weights are zeros where there are no more taps
+            h.unit_offset[thread] = thread % p.octs * p.pitch + aw.shift[aw.taps - 1] - aw.shift[tw];
+        }
+        for (int i = threadIdx.x; i < p.slots() * p.row_units; i += kThreads) slots()[i] = make_uint4(0, 0, 0, 0);
+        __syncthreads();
+        if (threadIdx.x < kRoleThreads) run_multiplying(bias, apply_relu);
+        else run_bringing();
+        if (h.not_finite == 0) return;
+        __syncthreads();
+        compute_directly(bias, apply_relu);
+    }
+};
+
+template <int kPatternD, int kPatternH>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+sweep_kernel(const __grid_constant__ Plan p, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
+    extern __shared__ __align__(128) uint8_t base[];
+    wait_for_previous_kernel();
+    Block<kPatternD, kPatternH> block(p, base, x, w);
+    block.run(bias, apply_relu, out);
+}
+
+inline int forward(const Plan& p, cudaStream_t stream, const float* x, const float* w, const float* bias, bool apply_relu, float* out) {
+    const auto launch = [&](auto pattern) {
+        constexpr int kPattern = decltype(pattern)::value;
+        const auto kernel = p.s.axis[0].phases == 1 ? sweep_kernel<kKernel1, kPattern> : sweep_kernel<kPattern, kPattern>;
+        return launch_with_shared(kernel, p.blocks(), kThreads, p.shared_bytes(), stream, p, x, w, bias, apply_relu, out);
+    };
+    switch (pattern_of(p.s.axis[1])) {
+        case kKernel2: return launch(std::integral_constant<int, kKernel2>{});
+        case kKernel3: return launch(std::integral_constant<int, kKernel3>{});
+        case kKernel3Later: return launch(std::integral_constant<int, kKernel3Later>{});
+        default: return launch(std::integral_constant<int, kKernel4>{});
+    }
+}
+
+}  // namespace sweep
