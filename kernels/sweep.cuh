@@ -219,6 +219,7 @@ template <int kPatternD, int kPatternH> struct Block {
         if (lane < kStreams / kWarps) {
             const Stage& s = stages[warp * (kStreams / kWarps) + lane];
             const int begin = (s.begin + 3) & -4, end = s.end & -4;
+            fence_proxy_async();    // of what was carried here
             if (begin < end) bulk_store(s.to + begin, stage(step) + s.from + begin, (end - begin) * 4);
             bulk_commit_group();
         }
