@@ -98,6 +98,7 @@ inline Plan make_plan(const Geometry& g, int64_t shared_bytes, int multiprocesso
         const int rows = int(ceil_div(ceil_div(h.positions, segments), p.rows)) * p.rows;
         Plan cut = p;
         cut.segment_rows = rows, cut.segments = int(ceil_div(h.positions, rows));
+        if (segments > 1 && cut.blocks() > 8 * resident) break;
         const double time = double(ceil_div(cut.blocks(), resident)) * (rows / p.rows + 3);
         if (p.segments == 0 || time < best) best = time, p = cut;
     }

@@ -14,6 +14,7 @@ LAYERS = [
     # input, output channels, groups, kernel, stride, padding, output_padding
     ((2, 32, 8, 16, 16), 32, 4, 3, 2, 1, 0), ((2, 32, 7, 15, 33), 32, 4, 3, 2, 1, 1), ((1, 16, 5, 40, 128), 32, 2, 3, 2, 1, 0), ((1, 16, 4, 9, 100), 16, 2, 3, 2, 0, 1),
     ((2, 24, 6, 11, 20), 48, 3, 4, 2, 1, 0), ((1, 16, 6, 30, 70), 16, 2, (1, 3, 3), (1, 2, 2), (0, 1, 1), (0, 1, 1)), ((1, 16, 5, 12, 31), 16, 2, 3, 2, 2, 1),
+    ((1, 32, 5, 10, 40), 48, 2, 3, 2, 1, 0), ((1, 48, 4, 9, 30), 16, 2, 2, 2, 0, 0),    # groups of 16 and 24 channels
 ]
 
 
@@ -43,7 +44,7 @@ def test_float32_accurate(shape, channels, groups, kernel, stride, padding, outp
     x, w, bias = tensors(shape, channels, groups, kernel)
     sizes = (stride, padding, output_padding, groups)
     y, truth = run(x, w, bias, *sizes), F.conv_transpose3d(x.double(), w.double(), bias.double(), *sizes)
-    assert relative_error(y, truth) < 3e-7
+    assert relative_error(y, truth) < 4.5e-7
     assert torch.equal(y, run(x, w, bias, *sizes))
     shifted = torch.empty(x.numel() + 1, device="cuda")[1:].view_as(x).copy_(x)
     assert torch.equal(y, run(shifted, w, bias, *sizes)) and torch.equal(y, run(x.transpose(0, 1).contiguous().transpose(0, 1), w, bias, *sizes))
@@ -59,7 +60,7 @@ def test_values_that_are_not_finite(shape, channels, groups, kernel, stride, pad
         y, truth = run(x, w, bias, *sizes), F.conv_transpose3d(x.double(), w.double(), bias.double(), *sizes)
         finite = truth.isfinite()
         assert torch.equal(y.isfinite(), finite) and torch.equal(y.isnan(), truth.isnan())
-        assert relative_error(y[finite], truth[finite]) < 3e-7
+        assert relative_error(y[finite], truth[finite]) < 4.5e-7
 
 
 def test_rows_of_other_magnitudes():
