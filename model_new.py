@@ -1083,6 +1083,9 @@ HOST_DEVICE int64_t kernel_volume(const Geometry& g) { return g.axis[0].kernel *
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Blocks of so many bytes that a multiprocessor's shared memory has room for: it has a kilobyte more than a block can have, and keeps one for each block.
+inline int64_t blocks_that_fit(int64_t shared_bytes, int64_t most_shared) { return (most_shared + 1024) / (shared_bytes + 1024); }
+
 constexpr int kAddedOutputs = 1024;    // of a channel, that a block adds the parts of (add_parts.cuh)
 
 // The upper half of the product.
@@ -1461,7 +1464,7 @@ inline int multiprocessors_of(int device) {
     return count;
 }
 
-// Shared memory that a block can have; a multiprocessor has 1 KB more, and each of its blocks takes that much for itself. SHARED_BYTES: of the architecture that this one is to be taken for.
+// Shared memory that a block can have. SHARED_BYTES: of the architecture that this one is to be taken for.
 inline int block_shared_bytes([[maybe_unused]] int device) {
 #ifdef SHARED_BYTES
     return SHARED_BYTES;
@@ -4232,6 +4235,13 @@ __device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
+// 2^exponent = scale * more, where more is 1 unless that is not a normal number; for exponents of two shifts.
+struct ScaleInParts { float scale, more; };
+__device__ __forceinline__ ScaleInParts scale_in_parts(int exponent) {
+    const int normal = max(-126, min(127, exponent));
+    return {power_of_two(normal), power_of_two(max(-126, exponent - normal))};
+}
+
 constexpr unsigned kInfinity = 0x7f800000;    // the bits of an infinite magnitude; those of a NaN are more
 __device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(v) & 0x7fffffff; }
 __device__ __forceinline__ unsigned finite_magnitude(float v) { return magnitude(v) < kInfinity ? magnitude(v) : 0; }
@@ -5679,12 +5689,11 @@ inline int pattern_of(const StencilAxis& a) {
 // once for each tap d, in batches of as many rows as a step has rows of positions, and keeps those that later steps need.
 struct Plan {
     Stencil s;
-    int N, groups, group_in, group_out;
-    int octs;                         // channels of a group / 8
+    int N, groups, group_out;
+    int octs;                         // input channels of a group / 8
     int units;                        // of GEMM_K at a tap (d, h): (tap w, 8 channels), and zeros if these are odd
     int octets;                       // times 8 positions: a row, of whole warps
     int rows, lead;                   // of a step and a batch; batches that a step reads beside its own
-    int batches;                      // that are kept: a step's and the next one's
     int pitch;                        // columns of a row in shared memory: column c is column c + first_column of the source
     int first_column, column0, columns;    // those from column0 on are there
     int row_units;                    // of 16 bytes, of a row in shared memory: (tap d, high or low, 8 channels, column)
@@ -5692,14 +5701,16 @@ struct Plan {
     int weight_bytes;                 // (tap h, two units of GEMM_K, tap d, phases (d, h) that have weights; high or low, unit, phase w, channel), 8 channels of the unit each
     int stage_stride;                 // floats of a stream's stage
     int segment_rows, segments;
-    HOST_DEVICE int slots() const { return batches * rows; }
+    HOST_DEVICE int group_in() const { return octs * 8; }
+    HOST_DEVICE int batches() const { return lead + 2; }    // that are kept: a step's and the next one's
+    HOST_DEVICE int slots() const { return batches() * rows; }
     HOST_DEVICE int stage_floats() const { return kChannels * s.axis[0].phases * stage_stride; }    // of a step
     HOST_DEVICE int shared_bytes() const { return kHeadBytes + weight_bytes + slots() * row_units * 16 + 2 * stage_floats() * 4; }
     int64_t blocks() const { return int64_t(N) * groups * (group_out / kChannels) * s.axis[0].positions * segments; }
 };
 
-// A plan, or one without segments where the layer does not fit. shared_bytes: of a multiprocessor.
-inline Plan make_plan(const Geometry& g, int64_t shared_bytes, int multiprocessors) {
+// A plan, or one without segments where the layer does not fit. most_shared: bytes that a block can have.
+inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessors) {
     Plan p = {};
     if (!has_stencil(g)) return p;
     p.s = make_stencil(Direction::kForward, g);
@@ -5709,8 +5720,8 @@ inline Plan make_plan(const Geometry& g, int64_t shared_bytes, int multiprocesso
     const int pattern_h = pattern_of(h), pattern_d = pattern_of(d);
     if (pattern_h == 0 || h.phases != 2 || (pattern_d != pattern_h && pattern_d != kKernel1)) return p;
     if (group_in * in_volume(g) >= int64_t(1) << 31 || g.N >= 1 << 30 || g.C_out >= 1 << 30) return p;
-    p.N = int(g.N), p.groups = int(g.groups), p.group_in = int(group_in), p.group_out = int(group_out);
-    p.octs = p.group_in / 8;
+    p.N = int(g.N), p.groups = int(g.groups), p.group_out = int(group_out);
+    p.octs = int(group_in / 8);
     p.units = (w.taps * p.octs + 1) / 2 * 2;
     p.octets = int(ceil_div(w.positions, 8 * kOctets)) * kOctets;
     const int per_step = kWarps * kOctets, span = h.shift[h.taps - 1] - h.shift[0];
@@ -5726,13 +5737,12 @@ inline Plan make_plan(const Geometry& g, int64_t shared_bytes, int multiprocesso
         p.items = d.taps * p.rows * p.octs * p.columns;
         if (p.rows == 1 || p.items <= kMaxItems * kRoleThreads) break;
     }
-    p.lead = int(ceil_div(span, p.rows)), p.batches = p.lead + 2;
+    p.lead = int(ceil_div(span, p.rows));
     p.row_units = d.taps * 2 * p.octs * p.pitch, p.weight_bytes = weights_of(pattern_d) * weights_of(pattern_h) * p.units * kWeightBytes;
     p.stage_stride = (p.rows * h.phases * w.out + 2 * kLine + kLine - 1) / kLine * kLine;
     if (p.octets > per_step || p.units > kMaxUnits || p.slots() > kMaxSlots || p.items > kMaxItems * kRoleThreads) return p;
-    const int64_t per_multiprocessor = shared_bytes / (p.shared_bytes() + 1024);
-    if (per_multiprocessor < 1) return p;
-    const int64_t resident = multiprocessors * (per_multiprocessor < kBlocks ? per_multiprocessor : kBlocks);
+    const int64_t fitting = blocks_that_fit(p.shared_bytes(), most_shared), resident = multiprocessors * (fitting < kBlocks ? fitting : kBlocks);
+    if (fitting < 1) return p;
     double best = 0;
     for (int segments = 1; segments <= h.positions; segments++) {    // as many as fill all multiprocessors, a block's start being as long as three steps
         const int rows = int(ceil_div(ceil_div(h.positions, segments), p.rows)) * p.rows;
@@ -5787,7 +5797,7 @@ struct alignas(16) Stage {
 struct alignas(16) Rows { int begin, end, has_ends; };
 
 struct SharedHead {
-    uint4 row_max[2];                  // bits of the largest magnitudes of a batch of rows, of each warp, by its parity
+    alignas(16) unsigned row_max[2][kWarps];    // bits of the largest magnitudes of a batch of rows that its warps have, by its parity
     Rows rows[2];                      // by the step's parity
     int not_finite;
     int weight_shift[kChannels];
@@ -5808,6 +5818,13 @@ __device__ __forceinline__ void split(const float (&v)[8], float scale, uint4* h
         l[i] = __floats2half2_rn(a - __half2float(h[i].x), b - __half2float(h[i].y));
     }
     *high = *reinterpret_cast<const uint4*>(h), *low = *reinterpret_cast<const uint4*>(l);
+}
+
+// The last digit of i, which is below `count`; i becomes what is left.
+__device__ __forceinline__ int take_digit(int& i, int count) {
+    const int digit = i % count;
+    i /= count;
+    return digit;
 }
 
 // What a block has. kPatternD, kPatternH: which taps have weights.
@@ -5845,13 +5862,12 @@ template <int kPatternD, int kPatternH> struct Block {
 
     __device__ __forceinline__ Block(const Plan& p, uint8_t* base, const float* x_all, const float* w_all) : p(p), base(base), thread(threadIdx.x % kRoleThreads), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % kWarps) {
         int i = blockIdx.x;
-        const auto take = [&i](int count) { const int digit = i % count; i /= count; return digit; };
-        d = take(p.s.axis[0].positions), q0 = take(p.segments) * p.segment_rows;
-        const int channel_tile = take(p.group_out / kChannels);
-        group = take(p.groups), n = i;
+        d = take_digit(i, p.s.axis[0].positions), q0 = take_digit(i, p.segments) * p.segment_rows;
+        const int channel_tile = take_digit(i, p.group_out / kChannels);
+        group = take_digit(i, p.groups), n = i;
         channel0 = group * p.group_out + channel_tile * kChannels;
         q1 = min(q0 + p.segment_rows, p.s.axis[1].positions), steps = (q1 - q0 + p.rows - 1) / p.rows;
-        x = x_all + (int64_t(n) * p.groups + group) * p.group_in * volume(), w = w_all + (int64_t(group) * p.group_in * p.group_out + channel_tile * kChannels) * kernel_volume(p.s);
+        x = x_all + (int64_t(n) * p.groups + group) * p.group_in() * volume(), w = w_all + (int64_t(group) * p.group_in() * p.group_out + channel_tile * kChannels) * kernel_volume(p.s);
     }
     __device__ __forceinline__ int64_t volume() const { return int64_t(p.s.axis[0].sources) * p.s.axis[1].sources * p.s.axis[2].sources; }
 
@@ -5863,7 +5879,7 @@ template <int kPatternD, int kPatternH> struct Block {
     __device__ __forceinline__ void prepare_weights() {
         const int elements = kernel_volume(p.s), lanes = kRoleThreads / kChannels, channel = thread / lanes;
         unsigned most = 0;
-        for (int i = thread % lanes; i < p.group_in * elements; i += lanes) most = umax(most, scaled_half::magnitude(kernel(i / elements, channel)[i % elements]));
+        for (int i = thread % lanes; i < p.group_in() * elements; i += lanes) most = umax(most, scaled_half::magnitude(kernel(i / elements, channel)[i % elements]));
 #pragma unroll
         for (int distance = lanes / 2; distance > 0; distance /= 2) most = umax(most, __shfl_xor_sync(~0u, most, distance));
         if (thread % lanes == 0) head().weight_shift[channel] = scaled_half::shift_of(most);
@@ -5894,11 +5910,13 @@ template <int kPatternD, int kPatternH> struct Block {
 #pragma unroll
         for (int k = 0; k < kMaxItems; k++) {
             int i = thread + k * kRoleThreads;
-            const auto take = [&i](int count) { const int digit = i % count; i /= count; return digit; };
-            const bool exists = i < p.items;
-            const int column = exists ? p.column0 + take(p.columns) : 0, oct = take(p.octs), td = (row_of[k] = take(p.rows), exists ? i : 0), plane = ad.first + d - ad.shift[td];
+            source_at[k] = -1, row_of[k] = unit_at[k] = 0;
+            if (i >= p.items) continue;
+            const int column = p.column0 + take_digit(i, p.columns), oct = take_digit(i, p.octs);
+            row_of[k] = take_digit(i, p.rows);
+            const int td = i, plane = ad.first + d - ad.shift[td];
             unit_at[k] = row_of[k] * p.row_units + (td * 2 * p.octs + oct) * p.pitch + column;
-            source_at[k] = exists && unsigned(plane) < unsigned(ad.sources) ? int(oct * 8 * volume()) + (plane * ah.sources + row_of[k]) * aw.sources + p.first_column + column : -1;
+            if (unsigned(plane) < unsigned(ad.sources)) source_at[k] = int(oct * 8 * volume()) + (plane * ah.sources + row_of[k]) * aw.sources + p.first_column + column;
         }
     }
 
@@ -5923,13 +5941,13 @@ template <int kPatternD, int kPatternH> struct Block {
 #pragma unroll
             for (int c = 0; c < 8; c++) most = umax(most, scaled_half::magnitude(v[i][c]));
         most = __reduce_max_sync(~0u, most);
-        if (lane == 0) reinterpret_cast<unsigned*>(&head().row_max[batch % 2])[warp] = most;
+        if (lane == 0) head().row_max[batch % 2][warp] = most;
     }
 
     __device__ __forceinline__ void split_rows(int batch, int slot) {
-        static_assert(kWarps == 4, "a vector of maxima");
-        const uint4 all = head().row_max[batch % 2];
-        const unsigned most = umax(umax(all.x, all.y), umax(all.z, all.w));
+        unsigned most = 0;
+#pragma unroll
+        for (unsigned its : head().row_max[batch % 2]) most = umax(most, its);
         if (most < scaled_half::kInfinity) shift = min(most == 0 ? scaled_half::kMaxShift : scaled_half::shift_of(most), shift + kMostShiftAdded);
         if (thread < p.rows) head().row_shift[slot + thread] = shift;
         if (most >= scaled_half::kInfinity) head().not_finite = 1;
@@ -6086,14 +6104,11 @@ template <int kPatternD, int kPatternH> struct Block {
     // Stages the warp's outputs: a lane has a channel's, four neighbours at a time.
     __device__ __forceinline__ void stage_outputs(int step, Sums& sums, int shift, bool apply_relu) const {
         const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-        const int exponent = -shift - weight_shift, normal = max(-126, min(127, exponent)), output_row = (q0 + step * p.rows + row) * kPhasesH - ah.crop;
+        const int output_row = (q0 + step * p.rows + row) * kPhasesH - ah.crop;
         const Rows rows = head().rows[step % 2];
-        const float scale = scaled_half::power_of_two(normal);
-        if (__any_sync(~0u, exponent != normal)) {
-            const float more = scaled_half::power_of_two(max(-126, min(127, exponent - normal)));
-            for_each_sum(sums, [&](float& sum) { sum *= more; });
-        }
-        for_each_sum(sums, [&](float& sum) { sum = fmaf(sum, scale, added); });
+        const scaled_half::ScaleInParts back = scaled_half::scale_in_parts(-shift - weight_shift);
+        if (__any_sync(~0u, back.more != 1)) for_each_sum(sums, [&](float& sum) { sum *= back.more; });
+        for_each_sum(sums, [&](float& sum) { sum = fmaf(sum, back.scale, added); });
         if (apply_relu) for_each_sum(sums, [&](float& sum) { sum = max_nan(sum, 0.0f); });
         uint32_t to[kPhasesD][kPhasesH];
         bool exists[kPhasesH];
@@ -6133,7 +6148,7 @@ template <int kPatternD, int kPatternH> struct Block {
             if (head().origin[stream] < 0) continue;
             const int uh = row + ah.crop, uw = column + aw.crop;
             float sum = 0;
-            for (int ci = 0; ci < p.group_in; ci++)
+            for (int ci = 0; ci < p.group_in(); ci++)
                 for (int td = 0; td < ad.taps; td++) for (int th = 0; th < ah.taps; th++) for (int tw = 0; tw < aw.taps; tw++) {
                     const int kd = ad.kernel_of[td][stream / kChannels], kh = ah.kernel_of[th][uh % kPhasesH], kw = aw.kernel_of[tw][uw % kPhasesW];
                     const int sd = ad.first + d - ad.shift[td], sh = ah.first + uh / kPhasesH - ah.shift[th], sw = aw.first + uw / kPhasesW - aw.shift[tw];
@@ -6157,7 +6172,7 @@ template <int kPatternD, int kPatternH> struct Block {
                 const int shift = multiply(sums);
                 stage_outputs(step, sums, shift, apply_relu);
             }
-            own = own + 1 == p.batches ? 0 : own + 1;
+            own = own + 1 == p.batches() ? 0 : own + 1;
 #ifdef HAS_SM90A
             fence_proxy_async();    // of what is staged, for the copy engine
 #endif
@@ -6181,10 +6196,10 @@ template <int kPatternD, int kPatternH> struct Block {
             if (step > 0) store(step - 1), carry(step - 1);
             find_max(next);
             sync_role(kBring);
-            split_rows(next, (own == 0 ? p.batches - 1 : own - 1) * p.rows);
+            split_rows(next, (own == 0 ? p.batches() - 1 : own - 1) * p.rows);
             load(next + 1);
             locate_stages(step + 1);
-            own = own + 1 == p.batches ? 0 : own + 1;
+            own = own + 1 == p.batches() ? 0 : own + 1;
             wait_for_store();
             __syncthreads();
         }
@@ -6253,7 +6268,7 @@ namespace sweep {
 
 static const Plan& plan_of(const Geometry& g, int device) {
     static conv::Memo<Plan> plans;
-    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, block_shared_bytes(device) + 1024, multiprocessors_of(device)); });
+    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, block_shared_bytes(device), multiprocessors_of(device)); });
 }
 
 }  // namespace sweep
@@ -7015,10 +7030,8 @@ inline int64_t shared_bytes(const Tiling& t, const StencilAxis& w) {
     return stages_begin(t, w) + (pipeline > staged ? pipeline : staged);
 }
 
-// Blocks that a multiprocessor's shared memory has room for: it has a kilobyte more than a block can have, and keeps one for each block.
-inline int resident_blocks(const Tiling& t, const StencilAxis& w, int64_t most_shared) {
-    return int(std::min<int64_t>(blocks_of(t.block_n), (most_shared + 1024) / (shared_bytes(t, w) + 1024)));
-}
+// Blocks of a multiprocessor.
+inline int resident_blocks(const Tiling& t, const StencilAxis& w, int64_t most_shared) { return int(std::min<int64_t>(blocks_of(t.block_n), blocks_that_fit(shared_bytes(t, w), most_shared))); }
 
 // The tiling of least estimated time, or one of block_n 0 where none fits. groups: of the split, or 1. most_shared: bytes that a block can have.
 inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int64_t most_shared) {
@@ -8653,8 +8666,8 @@ struct Consumer {
     __device__ __forceinline__ void prepare_rows() {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int exponent = -scaled_half::shift_of(activation_max) - scaled_half::shift_of(rows[half].weight_max), normal = max(-126, min(127, exponent));
-            rows[half].scale = scaled_half::power_of_two(normal), rows[half].more = scaled_half::power_of_two(max(-126, exponent - normal));
+            const auto [scale, more] = scaled_half::scale_in_parts(-scaled_half::shift_of(activation_max) - scaled_half::shift_of(rows[half].weight_max));
+            rows[half].scale = scale, rows[half].more = more;
         }
     }
 };

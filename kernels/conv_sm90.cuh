@@ -364,8 +364,8 @@ struct Consumer {
     __device__ __forceinline__ void prepare_rows() {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int exponent = -scaled_half::shift_of(activation_max) - scaled_half::shift_of(rows[half].weight_max), normal = max(-126, min(127, exponent));
-            rows[half].scale = scaled_half::power_of_two(normal), rows[half].more = scaled_half::power_of_two(max(-126, exponent - normal));
+            const auto [scale, more] = scaled_half::scale_in_parts(-scaled_half::shift_of(activation_max) - scaled_half::shift_of(rows[half].weight_max));
+            rows[half].scale = scale, rows[half].more = more;
         }
     }
 };

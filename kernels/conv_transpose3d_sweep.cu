@@ -7,7 +7,7 @@ namespace sweep {
 
 static const Plan& plan_of(const Geometry& g, int device) {
     static conv::Memo<Plan> plans;
-    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, block_shared_bytes(device) + 1024, multiprocessors_of(device)); });
+    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, block_shared_bytes(device), multiprocessors_of(device)); });
 }
 
 }  // namespace sweep

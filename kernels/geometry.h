@@ -35,6 +35,9 @@ HOST_DEVICE int64_t kernel_volume(const Geometry& g) { return g.axis[0].kernel *
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Blocks of so many bytes that a multiprocessor's shared memory has room for: it has a kilobyte more than a block can have, and keeps one for each block.
+inline int64_t blocks_that_fit(int64_t shared_bytes, int64_t most_shared) { return (most_shared + 1024) / (shared_bytes + 1024); }
+
 constexpr int kAddedOutputs = 1024;    // of a channel, that a block adds the parts of (add_parts.cuh)
 
 // The upper half of the product.

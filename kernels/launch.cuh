@@ -103,7 +103,7 @@ inline int multiprocessors_of(int device) {
     return count;
 }
 
-// Shared memory that a block can have; a multiprocessor has 1 KB more, and each of its blocks takes that much for itself. SHARED_BYTES: of the architecture that this one is to be taken for.
+// Shared memory that a block can have. SHARED_BYTES: of the architecture that this one is to be taken for.
 inline int block_shared_bytes([[maybe_unused]] int device) {
 #ifdef SHARED_BYTES
     return SHARED_BYTES;

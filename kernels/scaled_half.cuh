@@ -38,6 +38,13 @@ __device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
+// 2^exponent = scale * more, where more is 1 unless that is not a normal number; for exponents of two shifts.
+struct ScaleInParts { float scale, more; };
+__device__ __forceinline__ ScaleInParts scale_in_parts(int exponent) {
+    const int normal = max(-126, min(127, exponent));
+    return {power_of_two(normal), power_of_two(max(-126, exponent - normal))};
+}
+
 constexpr unsigned kInfinity = 0x7f800000;    // the bits of an infinite magnitude; those of a NaN are more
 __device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(v) & 0x7fffffff; }
 __device__ __forceinline__ unsigned finite_magnitude(float v) { return magnitude(v) < kInfinity ? magnitude(v) : 0; }

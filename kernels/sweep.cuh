@@ -36,7 +36,7 @@ struct alignas(16) Stage {
 struct alignas(16) Rows { int begin, end, has_ends; };
 
 struct SharedHead {
-    uint4 row_max[2];                  // bits of the largest magnitudes of a batch of rows, of each warp, by its parity
+    alignas(16) unsigned row_max[2][kWarps];    // bits of the largest magnitudes of a batch of rows that its warps have, by its parity
     Rows rows[2];                      // by the step's parity
     int not_finite;
     int weight_shift[kChannels];
@@ -57,6 +57,13 @@ __device__ __forceinline__ void split(const float (&v)[8], float scale, uint4* h
         l[i] = __floats2half2_rn(a - __half2float(h[i].x), b - __half2float(h[i].y));
     }
     *high = *reinterpret_cast<const uint4*>(h), *low = *reinterpret_cast<const uint4*>(l);
+}
+
+// The last digit of i, which is below `count`; i becomes what is left.
+__device__ __forceinline__ int take_digit(int& i, int count) {
+    const int digit = i % count;
+    i /= count;
+    return digit;
 }
 
 // What a block has. kPatternD, kPatternH: which taps have weights.
@@ -94,13 +101,12 @@ template <int kPatternD, int kPatternH> struct Block {
 
     __device__ __forceinline__ Block(const Plan& p, uint8_t* base, const float* x_all, const float* w_all) : p(p), base(base), thread(threadIdx.x % kRoleThreads), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % kWarps) {
         int i = blockIdx.x;
-        const auto take = [&i](int count) { const int digit = i % count; i /= count; return digit; };
-        d = take(p.s.axis[0].positions), q0 = take(p.segments) * p.segment_rows;
-        const int channel_tile = take(p.group_out / kChannels);
-        group = take(p.groups), n = i;
+        d = take_digit(i, p.s.axis[0].positions), q0 = take_digit(i, p.segments) * p.segment_rows;
+        const int channel_tile = take_digit(i, p.group_out / kChannels);
+        group = take_digit(i, p.groups), n = i;
         channel0 = group * p.group_out + channel_tile * kChannels;
         q1 = min(q0 + p.segment_rows, p.s.axis[1].positions), steps = (q1 - q0 + p.rows - 1) / p.rows;
-        x = x_all + (int64_t(n) * p.groups + group) * p.group_in * volume(), w = w_all + (int64_t(group) * p.group_in * p.group_out + channel_tile * kChannels) * kernel_volume(p.s);
+        x = x_all + (int64_t(n) * p.groups + group) * p.group_in() * volume(), w = w_all + (int64_t(group) * p.group_in() * p.group_out + channel_tile * kChannels) * kernel_volume(p.s);
     }
     __device__ __forceinline__ int64_t volume() const { return int64_t(p.s.axis[0].sources) * p.s.axis[1].sources * p.s.axis[2].sources; }
 
@@ -112,7 +118,7 @@ template <int kPatternD, int kPatternH> struct Block {
     __device__ __forceinline__ void prepare_weights() {
         const int elements = kernel_volume(p.s), lanes = kRoleThreads / kChannels, channel = thread / lanes;
         unsigned most = 0;
-        for (int i = thread % lanes; i < p.group_in * elements; i += lanes) most = umax(most, scaled_half::magnitude(kernel(i / elements, channel)[i % elements]));
+        for (int i = thread % lanes; i < p.group_in() * elements; i += lanes) most = umax(most, scaled_half::magnitude(kernel(i / elements, channel)[i % elements]));
 #pragma unroll
         for (int distance = lanes / 2; distance > 0; distance /= 2) most = umax(most, __shfl_xor_sync(~0u, most, distance));
         if (thread % lanes == 0) head().weight_shift[channel] = scaled_half::shift_of(most);
@@ -143,11 +149,13 @@ template <int kPatternD, int kPatternH> struct Block {
 #pragma unroll
         for (int k = 0; k < kMaxItems; k++) {
             int i = thread + k * kRoleThreads;
-            const auto take = [&i](int count) { const int digit = i % count; i /= count; return digit; };
-            const bool exists = i < p.items;
-            const int column = exists ? p.column0 + take(p.columns) : 0, oct = take(p.octs), td = (row_of[k] = take(p.rows), exists ? i : 0), plane = ad.first + d - ad.shift[td];
+            source_at[k] = -1, row_of[k] = unit_at[k] = 0;
+            if (i >= p.items) continue;
+            const int column = p.column0 + take_digit(i, p.columns), oct = take_digit(i, p.octs);
+            row_of[k] = take_digit(i, p.rows);
+            const int td = i, plane = ad.first + d - ad.shift[td];
             unit_at[k] = row_of[k] * p.row_units + (td * 2 * p.octs + oct) * p.pitch + column;
-            source_at[k] = exists && unsigned(plane) < unsigned(ad.sources) ? int(oct * 8 * volume()) + (plane * ah.sources + row_of[k]) * aw.sources + p.first_column + column : -1;
+            if (unsigned(plane) < unsigned(ad.sources)) source_at[k] = int(oct * 8 * volume()) + (plane * ah.sources + row_of[k]) * aw.sources + p.first_column + column;
         }
     }
 
@@ -172,13 +180,13 @@ template <int kPatternD, int kPatternH> struct Block {
 #pragma unroll
             for (int c = 0; c < 8; c++) most = umax(most, scaled_half::magnitude(v[i][c]));
         most = __reduce_max_sync(~0u, most);
-        if (lane == 0) reinterpret_cast<unsigned*>(&head().row_max[batch % 2])[warp] = most;
+        if (lane == 0) head().row_max[batch % 2][warp] = most;
     }
 
     __device__ __forceinline__ void split_rows(int batch, int slot) {
-        static_assert(kWarps == 4, "a vector of maxima");
-        const uint4 all = head().row_max[batch % 2];
-        const unsigned most = umax(umax(all.x, all.y), umax(all.z, all.w));
+        unsigned most = 0;
+#pragma unroll
+        for (unsigned its : head().row_max[batch % 2]) most = umax(most, its);
         if (most < scaled_half::kInfinity) shift = min(most == 0 ? scaled_half::kMaxShift : scaled_half::shift_of(most), shift + kMostShiftAdded);
         if (thread < p.rows) head().row_shift[slot + thread] = shift;
         if (most >= scaled_half::kInfinity) head().not_finite = 1;
@@ -335,14 +343,11 @@ template <int kPatternD, int kPatternH> struct Block {
     // Stages the warp's outputs: a lane has a channel's, four neighbours at a time.
     __device__ __forceinline__ void stage_outputs(int step, Sums& sums, int shift, bool apply_relu) const {
         const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-        const int exponent = -shift - weight_shift, normal = max(-126, min(127, exponent)), output_row = (q0 + step * p.rows + row) * kPhasesH - ah.crop;
+        const int output_row = (q0 + step * p.rows + row) * kPhasesH - ah.crop;
         const Rows rows = head().rows[step % 2];
-        const float scale = scaled_half::power_of_two(normal);
-        if (__any_sync(~0u, exponent != normal)) {
-            const float more = scaled_half::power_of_two(max(-126, min(127, exponent - normal)));
-            for_each_sum(sums, [&](float& sum) { sum *= more; });
-        }
-        for_each_sum(sums, [&](float& sum) { sum = fmaf(sum, scale, added); });
+        const scaled_half::ScaleInParts back = scaled_half::scale_in_parts(-shift - weight_shift);
+        if (__any_sync(~0u, back.more != 1)) for_each_sum(sums, [&](float& sum) { sum *= back.more; });
+        for_each_sum(sums, [&](float& sum) { sum = fmaf(sum, back.scale, added); });
         if (apply_relu) for_each_sum(sums, [&](float& sum) { sum = max_nan(sum, 0.0f); });
         uint32_t to[kPhasesD][kPhasesH];
         bool exists[kPhasesH];
@@ -382,7 +387,7 @@ template <int kPatternD, int kPatternH> struct Block {
             if (head().origin[stream] < 0) continue;
             const int uh = row + ah.crop, uw = column + aw.crop;
             float sum = 0;
-            for (int ci = 0; ci < p.group_in; ci++)
+            for (int ci = 0; ci < p.group_in(); ci++)
                 for (int td = 0; td < ad.taps; td++) for (int th = 0; th < ah.taps; th++) for (int tw = 0; tw < aw.taps; tw++) {
                     const int kd = ad.kernel_of[td][stream / kChannels], kh = ah.kernel_of[th][uh % kPhasesH], kw = aw.kernel_of[tw][uw % kPhasesW];
                     const int sd = ad.first + d - ad.shift[td], sh = ah.first + uh / kPhasesH - ah.shift[th], sw = aw.first + uw / kPhasesW - aw.shift[tw];
@@ -406,7 +411,7 @@ template <int kPatternD, int kPatternH> struct Block {
                 const int shift = multiply(sums);
                 stage_outputs(step, sums, shift, apply_relu);
             }
-            own = own + 1 == p.batches ? 0 : own + 1;
+            own = own + 1 == p.batches() ? 0 : own + 1;
 #ifdef HAS_SM90A
             fence_proxy_async();    // of what is staged, for the copy engine
 #endif
@@ -430,10 +435,10 @@ template <int kPatternD, int kPatternH> struct Block {
             if (step > 0) store(step - 1), carry(step - 1);
             find_max(next);
             sync_role(kBring);
-            split_rows(next, (own == 0 ? p.batches - 1 : own - 1) * p.rows);
+            split_rows(next, (own == 0 ? p.batches() - 1 : own - 1) * p.rows);
             load(next + 1);
             locate_stages(step + 1);
-            own = own + 1 == p.batches ? 0 : own + 1;
+            own = own + 1 == p.batches() ? 0 : own + 1;
             wait_for_store();
             __syncthreads();
         }

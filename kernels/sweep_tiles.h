@@ -39,12 +39,11 @@ inline int pattern_of(const StencilAxis& a) {
 // once for each tap d, in batches of as many rows as a step has rows of positions, and keeps those that later steps need.
 struct Plan {
     Stencil s;
-    int N, groups, group_in, group_out;
-    int octs;                         // channels of a group / 8
+    int N, groups, group_out;
+    int octs;                         // input channels of a group / 8
     int units;                        // of GEMM_K at a tap (d, h): (tap w, 8 channels), and zeros if these are odd
     int octets;                       // times 8 positions: a row, of whole warps
     int rows, lead;                   // of a step and a batch; batches that a step reads beside its own
-    int batches;                      // that are kept: a step's and the next one's
     int pitch;                        // columns of a row in shared memory: column c is column c + first_column of the source
     int first_column, column0, columns;    // those from column0 on are there
     int row_units;                    // of 16 bytes, of a row in shared memory: (tap d, high or low, 8 channels, column)
@@ -52,14 +51,16 @@ struct Plan {
     int weight_bytes;                 // (tap h, two units of GEMM_K, tap d, phases (d, h) that have weights; high or low, unit, phase w, channel), 8 channels of the unit each
     int stage_stride;                 // floats of a stream's stage
     int segment_rows, segments;
-    HOST_DEVICE int slots() const { return batches * rows; }
+    HOST_DEVICE int group_in() const { return octs * 8; }
+    HOST_DEVICE int batches() const { return lead + 2; }    // that are kept: a step's and the next one's
+    HOST_DEVICE int slots() const { return batches() * rows; }
     HOST_DEVICE int stage_floats() const { return kChannels * s.axis[0].phases * stage_stride; }    // of a step
     HOST_DEVICE int shared_bytes() const { return kHeadBytes + weight_bytes + slots() * row_units * 16 + 2 * stage_floats() * 4; }
     int64_t blocks() const { return int64_t(N) * groups * (group_out / kChannels) * s.axis[0].positions * segments; }
 };
 
-// A plan, or one without segments where the layer does not fit. shared_bytes: of a multiprocessor.
-inline Plan make_plan(const Geometry& g, int64_t shared_bytes, int multiprocessors) {
+// A plan, or one without segments where the layer does not fit. most_shared: bytes that a block can have.
+inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessors) {
     Plan p = {};
     if (!has_stencil(g)) return p;
     p.s = make_stencil(Direction::kForward, g);
@@ -69,8 +70,8 @@ inline Plan make_plan(const Geometry& g, int64_t shared_bytes, int multiprocesso
     const int pattern_h = pattern_of(h), pattern_d = pattern_of(d);
     if (pattern_h == 0 || h.phases != 2 || (pattern_d != pattern_h && pattern_d != kKernel1)) return p;
     if (group_in * in_volume(g) >= int64_t(1) << 31 || g.N >= 1 << 30 || g.C_out >= 1 << 30) return p;
-    p.N = int(g.N), p.groups = int(g.groups), p.group_in = int(group_in), p.group_out = int(group_out);
-    p.octs = p.group_in / 8;
+    p.N = int(g.N), p.groups = int(g.groups), p.group_out = int(group_out);
+    p.octs = int(group_in / 8);
     p.units = (w.taps * p.octs + 1) / 2 * 2;
     p.octets = int(ceil_div(w.positions, 8 * kOctets)) * kOctets;
     const int per_step = kWarps * kOctets, span = h.shift[h.taps - 1] - h.shift[0];
@@ -86,13 +87,12 @@ inline Plan make_plan(const Geometry& g, int64_t shared_bytes, int multiprocesso
         p.items = d.taps * p.rows * p.octs * p.columns;
         if (p.rows == 1 || p.items <= kMaxItems * kRoleThreads) break;
     }
-    p.lead = int(ceil_div(span, p.rows)), p.batches = p.lead + 2;
+    p.lead = int(ceil_div(span, p.rows));
     p.row_units = d.taps * 2 * p.octs * p.pitch, p.weight_bytes = weights_of(pattern_d) * weights_of(pattern_h) * p.units * kWeightBytes;
     p.stage_stride = (p.rows * h.phases * w.out + 2 * kLine + kLine - 1) / kLine * kLine;
     if (p.octets > per_step || p.units > kMaxUnits || p.slots() > kMaxSlots || p.items > kMaxItems * kRoleThreads) return p;
-    const int64_t per_multiprocessor = shared_bytes / (p.shared_bytes() + 1024);
-    if (per_multiprocessor < 1) return p;
-    const int64_t resident = multiprocessors * (per_multiprocessor < kBlocks ? per_multiprocessor : kBlocks);
+    const int64_t fitting = blocks_that_fit(p.shared_bytes(), most_shared), resident = multiprocessors * (fitting < kBlocks ? fitting : kBlocks);
+    if (fitting < 1) return p;
     double best = 0;
     for (int segments = 1; segments <= h.positions; segments++) {    // as many as fill all multiprocessors, a block's start being as long as three steps
         const int rows = int(ceil_div(ceil_div(h.positions, segments), p.rows)) * p.rows;

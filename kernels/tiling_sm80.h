@@ -35,10 +35,8 @@ inline int64_t shared_bytes(const Tiling& t, const StencilAxis& w) {
     return stages_begin(t, w) + (pipeline > staged ? pipeline : staged);
 }
 
-// Blocks that a multiprocessor's shared memory has room for: it has a kilobyte more than a block can have, and keeps one for each block.
-inline int resident_blocks(const Tiling& t, const StencilAxis& w, int64_t most_shared) {
-    return int(std::min<int64_t>(blocks_of(t.block_n), (most_shared + 1024) / (shared_bytes(t, w) + 1024)));
-}
+// Blocks of a multiprocessor.
+inline int resident_blocks(const Tiling& t, const StencilAxis& w, int64_t most_shared) { return int(std::min<int64_t>(blocks_of(t.block_n), blocks_that_fit(shared_bytes(t, w), most_shared))); }
 
 // The tiling of least estimated time, or one of block_n 0 where none fits. groups: of the split, or 1. most_shared: bytes that a block can have.
 inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int64_t most_shared) {

@@ -7,6 +7,17 @@ import torch
 import model_new
 
 
+def tensors(shape, channels, kernel, groups=1, dtype=torch.float32):
+    """Input, weight and bias, drawn in this order."""
+    kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+    return torch.randn(shape, device="cuda").to(dtype), (0.1 * torch.randn(shape[1], channels // groups, *kernel, device="cuda")).to(dtype), torch.randn(channels, device="cuda").to(dtype)
+
+
+def unaligned(t):
+    """A copy that begins in the middle of a vector."""
+    return torch.cat((t.new_zeros(1), t.flatten()))[1:].view_as(t)
+
+
 def worst_relative_error(y, truth, dims):
     """The largest of the relative errors over ``dims``."""
     return ((y.double() - truth).square().sum(dims) / truth.square().sum(dims)).sqrt().max().item()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model_new
 from harness.verify import relative_error
-from layers import gradients, tf32_allowed, worst_relative_error
+from layers import gradients, tensors, tf32_allowed, unaligned, worst_relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -32,11 +32,6 @@ SEVERAL_TAPS = [
 ]
 
 
-def tensors(shape, channels, kernel, groups=1, dtype=torch.float32):
-    kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
-    return torch.randn(shape, device="cuda").to(dtype), (0.1 * torch.randn(shape[1], channels // groups, *kernel, device="cuda")).to(dtype), torch.randn(channels, device="cuda").to(dtype)
-
-
 def run(*arguments, **keywords):
     with model_new.record_launches() as launched:
         output = model_new.conv_transpose3d(*arguments, **keywords)
@@ -47,11 +42,6 @@ def run(*arguments, **keywords):
 def samples_error(y, truth):
     """The largest of the samples' relative errors."""
     return worst_relative_error(y, truth, (1, 2, 3, 4))
-
-
-def unaligned(t):
-    """A copy that begins in the middle of a vector."""
-    return torch.cat((t.new_zeros(1), t.flatten()))[1:].view_as(t)
 
 
 @pytest.mark.parametrize("shape, channels, kernel", TF32)

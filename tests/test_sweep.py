@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import model_new
 from harness.verify import relative_error
-from layers import forget_paths
+from layers import forget_paths, tensors, unaligned
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -27,11 +27,6 @@ def sweeps_first(monkeypatch):
     forget_paths()
 
 
-def tensors(shape, channels, groups, kernel):
-    kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
-    return torch.randn(shape, device="cuda"), 0.1 * torch.randn(shape[1], channels // groups, *kernel, device="cuda"), torch.randn(channels, device="cuda")
-
-
 def run(x, w, bias, stride, padding, output_padding, groups):
     with model_new.record_launches() as names:
         y = model_new.conv_transpose3d(x, w, bias, stride, padding, output_padding, groups)
@@ -41,13 +36,12 @@ def run(x, w, bias, stride, padding, output_padding, groups):
 
 @pytest.mark.parametrize("shape, channels, groups, kernel, stride, padding, output_padding", LAYERS)
 def test_float32_accurate(shape, channels, groups, kernel, stride, padding, output_padding):
-    x, w, bias = tensors(shape, channels, groups, kernel)
+    x, w, bias = tensors(shape, channels, kernel, groups)
     sizes = (stride, padding, output_padding, groups)
     y, truth = run(x, w, bias, *sizes), F.conv_transpose3d(x.double(), w.double(), bias.double(), *sizes)
     assert relative_error(y, truth) < 4.5e-7
     assert torch.equal(y, run(x, w, bias, *sizes))
-    shifted = torch.empty(x.numel() + 1, device="cuda")[1:].view_as(x).copy_(x)
-    assert torch.equal(y, run(shifted, w, bias, *sizes)) and torch.equal(y, run(x.transpose(0, 1).contiguous().transpose(0, 1), w, bias, *sizes))
+    assert torch.equal(y, run(unaligned(x), unaligned(w), bias, *sizes)) and torch.equal(y, run(x.transpose(0, 1).contiguous().transpose(0, 1), w, bias, *sizes))
 
 
 @pytest.mark.parametrize("shape, channels, groups, kernel, stride, padding, output_padding", LAYERS)
@@ -55,7 +49,7 @@ def test_float32_accurate(shape, channels, groups, kernel, stride, padding, outp
 def test_values_that_are_not_finite(shape, channels, groups, kernel, stride, padding, output_padding, value):
     sizes = (stride, padding, output_padding, groups)
     for which in range(2):
-        x, w, bias = tensors(shape, channels, groups, kernel)
+        x, w, bias = tensors(shape, channels, kernel, groups)
         (x, w)[which].view(-1)[(x, w)[which].numel() // 3] = value
         y, truth = run(x, w, bias, *sizes), F.conv_transpose3d(x.double(), w.double(), bias.double(), *sizes)
         finite = truth.isfinite()
@@ -65,7 +59,8 @@ def test_values_that_are_not_finite(shape, channels, groups, kernel, stride, pad
 
 def test_rows_of_other_magnitudes():
     """Each row of the input has its own scale, from one to the next within what a sum can be scaled by."""
-    x, w, bias = tensors(*LAYERS[2][:4])
+    shape, channels, groups, kernel, *_ = LAYERS[2]
+    x, w, bias = tensors(shape, channels, kernel, groups)
     for magnitudes in (torch.logspace(-30, 30, 40), torch.logspace(30, -30, 40), torch.logspace(-9, 9, 40)[torch.randperm(40)]):
         scaled = x * magnitudes.to(x).view(1, 1, 1, -1, 1)
         y, truth = run(scaled, w, None, *LAYERS[2][4:], 2), F.conv_transpose3d(scaled.double(), w.double(), None, *LAYERS[2][4:], 2)
