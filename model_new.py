@@ -413,9 +413,8 @@ def _sweep(geometry, dtype, tf32, device):
 
 
 def _sweep_first(geometry, dtype, tf32, device):
-    """Where that is faster than packed copies are on Hopper (kernels/NOTES.md): groups of 8 channels, kernels that are not large."""
-    few = geometry.C_in == geometry.C_out == 8 * geometry.groups and geometry.axis[0].kernel * geometry.axis[1].kernel <= 9
-    return few and _sweep(geometry, dtype, tf32, device)
+    """Where that is faster than packed copies are on Hopper (kernels/NOTES.md): kernels that are not large, no more channels than there are of the input."""
+    return geometry.C_out <= geometry.C_in and geometry.axis[0].kernel * geometry.axis[1].kernel <= 9 and _sweep(geometry, dtype, tf32, device)
 
 
 def _forward_on(path):
@@ -5661,10 +5660,11 @@ constexpr int kWarps = 4, kRoleThreads = 32 * kWarps;    // of each role: those 
 constexpr int kThreads = 2 * kRoleThreads, kBlocks = 2;  // of a multiprocessor
 constexpr int kChannels = 8;          // output channels of a block
 constexpr int kOctets = 4;            // times 8 positions of a row: what a warp has of a step
-constexpr int kMaxItems = 2;          // columns of 8 channels that a thread brings of a batch of rows, in registers
+constexpr int kMaxOcts = 3;           // times 8 input channels of a group
 constexpr int kMaxUnits = 16;         // of GEMM_K at a tap (d, h)
 constexpr int kMaxSlots = 32;
 constexpr int kLine = 32;             // floats of a line of memory: only whole ones are stored, but for the ends of a sweep
+constexpr int kSector = 8;            // floats; outputs are staged as they are aligned in memory modulo a sector: bulk copies take 1.65 times as long otherwise (NOTES.md)
 constexpr int kHeadBytes = 2048;
 
 constexpr int kWeightBytes = 2 * 2 * kChannels * 16;    // of a unit of GEMM_K and a tap: (high or low, phase w, channel), 8 channels each
@@ -5686,7 +5686,7 @@ inline int pattern_of(const StencilAxis& a) {
 }
 
 // A block has one plane of positions, some of its rows from the first to the last, and 8 output channels of a group. It brings each row of the source
-// once for each tap d, in batches of as many rows as a step has rows of positions, and keeps those that later steps need.
+// once for each tap d, in batches of as many rows as a step has rows of positions, a thread for each of their columns, and keeps those that later steps need.
 struct Plan {
     Stencil s;
     int N, groups, group_out;
@@ -5697,15 +5697,14 @@ struct Plan {
     int pitch;                        // columns of a row in shared memory: column c is column c + first_column of the source
     int first_column, column0, columns;    // those from column0 on are there
     int row_units;                    // of 16 bytes, of a row in shared memory: (tap d, high or low, 8 channels, column)
-    int items;                        // of a batch: columns of 8 channels
     int weight_bytes;                 // (tap h, two units of GEMM_K, tap d, phases (d, h) that have weights; high or low, unit, phase w, channel), 8 channels of the unit each
-    int stage_stride;                 // floats of a stream's stage
+    int stages, stage_stride;         // a step's outputs: 2, if two blocks fit then; floats of a stream
     int segment_rows, segments;
     HOST_DEVICE int group_in() const { return octs * 8; }
     HOST_DEVICE int batches() const { return lead + 2; }    // that are kept: a step's and the next one's
     HOST_DEVICE int slots() const { return batches() * rows; }
     HOST_DEVICE int stage_floats() const { return kChannels * s.axis[0].phases * stage_stride; }    // of a step
-    HOST_DEVICE int shared_bytes() const { return kHeadBytes + weight_bytes + slots() * row_units * 16 + 2 * stage_floats() * 4; }
+    HOST_DEVICE int shared_bytes() const { return kHeadBytes + weight_bytes + slots() * row_units * 16 + stages * stage_floats() * 4; }
     int64_t blocks() const { return int64_t(N) * groups * (group_out / kChannels) * s.axis[0].positions * segments; }
 };
 
@@ -5716,7 +5715,7 @@ inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessor
     p.s = make_stencil(Direction::kForward, g);
     const StencilAxis &d = p.s.axis[0], &h = p.s.axis[1], &w = p.s.axis[2];
     const int64_t group_in = g.C_in / g.groups, group_out = g.C_out / g.groups;
-    if (group_in % 8 != 0 || group_in > 32 || group_out % kChannels != 0 || w.phases != 2) return p;
+    if (group_in % 8 != 0 || group_in > 8 * kMaxOcts || group_out % kChannels != 0 || w.phases != 2) return p;
     const int pattern_h = pattern_of(h), pattern_d = pattern_of(d);
     if (pattern_h == 0 || h.phases != 2 || (pattern_d != pattern_h && pattern_d != kKernel1)) return p;
     if (group_in * in_volume(g) >= int64_t(1) << 31 || g.N >= 1 << 30 || g.C_out >= 1 << 30) return p;
@@ -5733,14 +5732,13 @@ inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessor
     if (p.columns < 0) p.columns = 0;
     p.rows = p.octets < per_step ? per_step / p.octets : 1;
     if (p.rows > h.positions) p.rows = h.positions;
-    for (;; p.rows--) {    // as many as a block's threads can bring
-        p.items = d.taps * p.rows * p.octs * p.columns;
-        if (p.rows == 1 || p.items <= kMaxItems * kRoleThreads) break;
-    }
+    while (p.rows > 1 && p.rows * p.columns > kRoleThreads) p.rows--;
     p.lead = int(ceil_div(span, p.rows));
     p.row_units = d.taps * 2 * p.octs * p.pitch, p.weight_bytes = weights_of(pattern_d) * weights_of(pattern_h) * p.units * kWeightBytes;
     p.stage_stride = (p.rows * h.phases * w.out + 2 * kLine + kLine - 1) / kLine * kLine;
-    if (p.octets > per_step || p.units > kMaxUnits || p.slots() > kMaxSlots || p.items > kMaxItems * kRoleThreads) return p;
+    if (p.octets > per_step || p.units > kMaxUnits || p.slots() > kMaxSlots || p.rows * p.columns > kRoleThreads) return p;
+    p.stages = 2;
+    if (blocks_that_fit(p.shared_bytes(), most_shared) < kBlocks) p.stages = 1;
     const int64_t fitting = blocks_that_fit(p.shared_bytes(), most_shared), resident = multiprocessors * (fitting < kBlocks ? fitting : kBlocks);
     if (fitting < 1) return p;
     double best = 0;
@@ -5783,6 +5781,7 @@ _SOURCES['sweep.cuh'] = r'''
 
 namespace sweep {
 
+constexpr int kMultiplyRegisters = 144, kBringRegisters = 112;    // of a thread, where roles can have different numbers: 128 on average
 constexpr int kMostShiftAdded = 80;    // to the row's before: sums are scaled from one row's scale to the next one's, and must not overflow
 
 // A step's outputs of a stream, its channel's on an output plane, which are neighbours in memory. They are staged as they are aligned there.
@@ -5796,11 +5795,17 @@ struct alignas(16) Stage {
 // A step's first output row and the next one's; whether it stores parts of vectors.
 struct alignas(16) Rows { int begin, end, has_ends; };
 
+// A warp's positions of a step: 8 * kOctets of one of its rows, from an octet on.
+struct alignas(8) Positions { int row, octet; };
+
 struct SharedHead {
     alignas(16) unsigned row_max[2][kWarps];    // bits of the largest magnitudes of a batch of rows that its warps have, by its parity
     Rows rows[2];                      // by the step's parity
     int not_finite;
+    int q0, q1, steps;                 // rows of positions
     int weight_shift[kChannels];
+    float bias[kChannels];
+    Positions positions[kWarps];
     int row_shift[kMaxSlots];          // 2^shift is the scale of the row in a slot
     int unit_offset[kMaxUnits];        // of the high half: from a position's column of the row's first unit on
     int64_t origin[2 * kChannels];     // of streams: their plane, in floats from address 0 on; or -1: there is none
@@ -5827,46 +5832,38 @@ __device__ __forceinline__ int take_digit(int& i, int count) {
     return digit;
 }
 
-// What a block has. kPatternD, kPatternH: which taps have weights.
-template <int kPatternD, int kPatternH> struct Block {
+// What a block has. kOcts: times 8 input channels; known to the compiler, as loads behind a branch are waited for at once. kPatternD, kPatternH: which taps have weights.
+template <int kOcts, int kPatternD, int kPatternH> struct Block {
     static constexpr int kPhasesD = phases_of(kPatternD), kPhasesH = 2, kPhasesW = 2, kTapsD = taps_of(kPatternD), kTapsH = taps_of(kPatternH), kStreams = kChannels * kPhasesD;
     using Sums = float[kPhasesD][kPhasesH][kOctets][4];
     static HOST_DEVICE constexpr bool has_weights(int td, int th, int pd, int ph) { return (live_of(kPatternD, pd) >> td & live_of(kPatternH, ph) >> th & 1) != 0; }
 
     const Plan& p;
     const float *x, *w;                // of the group
-    uint8_t* const base;
-    int n, group, channel0, d, q0, q1; // channel of the layer; plane of positions, rows of positions
-    int steps;
+    int n, group, channel0, d, segment;    // channel of the layer; plane of positions
     int own = 0;                       // where the batch is kept that a step has the number of
     int thread, lane, warp;            // of the role
-    // Of those that bring rows: the thread's items of a batch, columns of 8 channels; where they are in x, from the batch's row 0 of the source on, or -1 where there is no such plane; their rows
-    // of the batch; where they are in the split one, in 16 bytes.
-    float v[kMaxItems][8];
-    int source_at[kMaxItems], row_of[kMaxItems], unit_at[kMaxItems];
-    int shift = scaled_half::kMaxShift;    // of the last batch that was split
-    // Of those that multiply: the warp's positions, 8 * kOctets of a row. A lane has a channel when outputs are staged, and two positions of 8.
-    int row = 0;                       // of the step
-    bool has_positions = false;
-    uint32_t operand_at = 0;           // what the lane reads for the tensor cores, in bytes from the row on
-    int column = 0;                    // of its first output
-    int weight_shift;
-    float added;                       // bias
+    // Of those that bring rows: the thread's column of a batch, of as many planes as there are taps d; its row of the batch, if any.
+    float v[kTapsD][kOcts][8];
+    int own_row, own_column;
 
-    __device__ __forceinline__ SharedHead& head() const { return *reinterpret_cast<SharedHead*>(base); }
-    __device__ __forceinline__ uint4* weights() const { return reinterpret_cast<uint4*>(base + kHeadBytes); }
-    __device__ __forceinline__ uint4* slots() const { return reinterpret_cast<uint4*>(base + kHeadBytes + p.weight_bytes); }
-    __device__ __forceinline__ float* stage(int step) const { return reinterpret_cast<float*>(slots() + p.slots() * p.row_units) + step % 2 * p.stage_floats(); }    // (stream, stage_stride)
-    enum Role { kMultiply, kBring };
-    static __device__ __forceinline__ void sync_role(Role role) { named_barrier(1 + role, kRoleThreads); }
+    static __device__ __forceinline__ uint8_t* shared() {
+        extern __shared__ __align__(128) uint8_t base[];
+        return base;
+    }
+    static __device__ __forceinline__ SharedHead& head() { return *reinterpret_cast<SharedHead*>(shared()); }
+    static __device__ __forceinline__ uint4* weights() { return reinterpret_cast<uint4*>(shared() + kHeadBytes); }
+    __device__ __forceinline__ uint4* slots() const { return reinterpret_cast<uint4*>(shared() + kHeadBytes + p.weight_bytes); }
+    __device__ __forceinline__ float* stage(int step) const { return reinterpret_cast<float*>(slots() + p.slots() * p.row_units) + (step & (p.stages - 1)) * p.stage_floats(); }    // (stream, stage_stride)
+    enum Barrier { kMultiply = 1, kBring, kStageFree };
+    static __device__ __forceinline__ void sync_role(Barrier role) { named_barrier(role, kRoleThreads); }
 
-    __device__ __forceinline__ Block(const Plan& p, uint8_t* base, const float* x_all, const float* w_all) : p(p), base(base), thread(threadIdx.x % kRoleThreads), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % kWarps) {
+    __device__ __forceinline__ Block(const Plan& p, const float* x_all, const float* w_all) : p(p), thread(threadIdx.x % kRoleThreads), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % kWarps) {
         int i = blockIdx.x;
-        d = take_digit(i, p.s.axis[0].positions), q0 = take_digit(i, p.segments) * p.segment_rows;
+        d = take_digit(i, p.s.axis[0].positions), segment = take_digit(i, p.segments);
         const int channel_tile = take_digit(i, p.group_out / kChannels);
         group = take_digit(i, p.groups), n = i;
         channel0 = group * p.group_out + channel_tile * kChannels;
-        q1 = min(q0 + p.segment_rows, p.s.axis[1].positions), steps = (q1 - q0 + p.rows - 1) / p.rows;
         x = x_all + (int64_t(n) * p.groups + group) * p.group_in() * volume(), w = w_all + (int64_t(group) * p.group_in() * p.group_out + channel_tile * kChannels) * kernel_volume(p.s);
     }
     __device__ __forceinline__ int64_t volume() const { return int64_t(p.s.axis[0].sources) * p.s.axis[1].sources * p.s.axis[2].sources; }
@@ -5875,14 +5872,14 @@ template <int kPatternD, int kPatternH> struct Block {
 
     __device__ __forceinline__ const float* kernel(int ci, int channel) const { return w + (int64_t(ci) * p.group_out + channel) * kernel_volume(p.s); }
 
-    // Each channel's scale, and all its weights, split; zeros where a phase has none at a tap.
-    __device__ __forceinline__ void prepare_weights() {
+    // Each channel's scale and bias, and all its weights, split; zeros where a phase has none at a tap.
+    __device__ __forceinline__ void prepare_weights(const float* bias) {
         const int elements = kernel_volume(p.s), lanes = kRoleThreads / kChannels, channel = thread / lanes;
         unsigned most = 0;
         for (int i = thread % lanes; i < p.group_in() * elements; i += lanes) most = umax(most, scaled_half::magnitude(kernel(i / elements, channel)[i % elements]));
 #pragma unroll
         for (int distance = lanes / 2; distance > 0; distance /= 2) most = umax(most, __shfl_xor_sync(~0u, most, distance));
-        if (thread % lanes == 0) head().weight_shift[channel] = scaled_half::shift_of(most);
+        if (thread % lanes == 0) head().weight_shift[channel] = scaled_half::shift_of(most), head().bias[channel] = bias ? bias[channel0 + channel] : 0.0f;
         if (most >= scaled_half::kInfinity) head().not_finite = 1;
         sync_role(kMultiply);
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
@@ -5890,11 +5887,11 @@ template <int kPatternD, int kPatternH> struct Block {
         for (int th = kTapsH - 1; th >= 0; th--) for (int unit = 0; unit < p.units; unit += 2) for (int td = 0; td < kTapsD; td++) for (int pd = 0; pd < kPhasesD; pd++) for (int ph = 0; ph < kPhasesH; ph++) {
             if (!has_weights(td, th, pd, ph)) continue;
             if (done % kWarps == warp) {
-                const int own = lane % kChannels, mine = unit + lane / (kPhasesW * kChannels), tw = mine / p.octs, kw = tw < aw.taps ? aw.kernel_of[tw][lane / kChannels % kPhasesW] : -1;
+                const int own = lane % kChannels, mine = unit + lane / (kPhasesW * kChannels), tw = mine / kOcts, kw = tw < aw.taps ? aw.kernel_of[tw][lane / kChannels % kPhasesW] : -1;
                 const int at = (ad.kernel_of[td][pd] * ah.kernel + ah.kernel_of[th][ph]) * aw.kernel + kw;
                 float values[8];
 #pragma unroll
-                for (int c = 0; c < 8; c++) values[c] = kw >= 0 ? kernel(mine % p.octs * 8 + c, own)[at] : 0.0f;
+                for (int c = 0; c < 8; c++) values[c] = kw >= 0 ? kernel(mine % kOcts * 8 + c, own)[at] : 0.0f;
                 uint4* const to = weights() + done * 2 * 32 + lane;
                 split(values, scaled_half::power_of_two(head().weight_shift[own]), to, to + 32);
             }
@@ -5905,41 +5902,40 @@ template <int kPatternD, int kPatternH> struct Block {
 
     // ------------------------------------------------------------------------------------------- Rows of the source
 
-    __device__ __forceinline__ void locate_items() {
-        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    __device__ __forceinline__ void locate_column() {
+        const int columns = max(p.columns, 1), row = thread / columns;
+        own_row = thread < p.rows * p.columns ? row : kMaxSlots, own_column = p.column0 + thread - row * columns;
+    }
+
+    // f(8 values, tap d, 8 channels) of all that the thread brings.
+    template <typename F> __device__ __forceinline__ void for_each_item(F f) {
 #pragma unroll
-        for (int k = 0; k < kMaxItems; k++) {
-            int i = thread + k * kRoleThreads;
-            source_at[k] = -1, row_of[k] = unit_at[k] = 0;
-            if (i >= p.items) continue;
-            const int column = p.column0 + take_digit(i, p.columns), oct = take_digit(i, p.octs);
-            row_of[k] = take_digit(i, p.rows);
-            const int td = i, plane = ad.first + d - ad.shift[td];
-            unit_at[k] = row_of[k] * p.row_units + (td * 2 * p.octs + oct) * p.pitch + column;
-            if (unsigned(plane) < unsigned(ad.sources)) source_at[k] = int(oct * 8 * volume()) + (plane * ah.sources + row_of[k]) * aw.sources + p.first_column + column;
-        }
+        for (int td = 0; td < kTapsD; td++)
+#pragma unroll
+            for (int oct = 0; oct < kOcts; oct++) f(v[td][oct], td, oct);
     }
 
     // Begins to bring a batch. Rows of the source are counted from the first one that the first step reads.
     __device__ __forceinline__ void load(int batch) {
-        const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-        const int first = ah.first + q0 - ah.shift[ah.taps - 1] + batch * p.rows, channel_step = int(volume());
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int first = ah.first + head().q0 - ah.shift[ah.taps - 1] + batch * p.rows, channel_step = int(volume());
+        const bool inside = own_row < p.rows && unsigned(first + own_row) < unsigned(ah.sources) && batch < head().steps + p.lead;    // no step needs later ones
+        for_each_item([&](float (&values)[8], int td, int oct) {
+            const int plane = ad.first + d - ad.shift[td];
+            const bool exists = inside && unsigned(plane) < unsigned(ad.sources);
+            const float* from = x + (exists ? oct * 8 * channel_step + (plane * ah.sources + first + own_row) * aw.sources + p.first_column + own_column : 0);
 #pragma unroll
-        for (int i = 0; i < kMaxItems; i++) {
-            const bool inside = source_at[i] >= 0 && unsigned(first + row_of[i]) < unsigned(ah.sources) && batch < steps + p.lead;    // no step needs later ones
-            const float* from = x + (inside ? source_at[i] + first * aw.sources : 0);
-#pragma unroll
-            for (int c = 0; c < 8; c++, from += channel_step) v[i][c] = inside ? *from : 0.0f;
-        }
+            for (int c = 0; c < 8; c++, from += channel_step) values[c] = exists ? *from : 0.0f;
+        });
     }
 
     // Waits for what has been brought.
     __device__ __forceinline__ void find_max(int batch) {
         unsigned most = 0;
+        for_each_item([&](const float (&values)[8], int, int) {
 #pragma unroll
-        for (int i = 0; i < kMaxItems; i++)
-#pragma unroll
-            for (int c = 0; c < 8; c++) most = umax(most, scaled_half::magnitude(v[i][c]));
+            for (float value : values) most = umax(most, scaled_half::magnitude(value));
+        });
         most = __reduce_max_sync(~0u, most);
         if (lane == 0) head().row_max[batch % 2][warp] = most;
     }
@@ -5948,14 +5944,17 @@ template <int kPatternD, int kPatternH> struct Block {
         unsigned most = 0;
 #pragma unroll
         for (unsigned its : head().row_max[batch % 2]) most = umax(most, its);
-        if (most < scaled_half::kInfinity) shift = min(most == 0 ? scaled_half::kMaxShift : scaled_half::shift_of(most), shift + kMostShiftAdded);
+        const int before = head().row_shift[(slot == 0 ? p.slots() : slot) - 1];
+        const int shift = most >= scaled_half::kInfinity ? before : min(most == 0 ? scaled_half::kMaxShift : scaled_half::shift_of(most), before + kMostShiftAdded);
         if (thread < p.rows) head().row_shift[slot + thread] = shift;
         if (most >= scaled_half::kInfinity) head().not_finite = 1;
         const float scale = scaled_half::power_of_two(shift);
-        uint4* const to = slots() + slot * p.row_units;
-#pragma unroll
-        for (int i = 0; i < kMaxItems; i++)
-            if (thread + i * kRoleThreads < p.items) split(v[i], scale, to + unit_at[i], to + unit_at[i] + p.octs * p.pitch);
+        uint4* const to = slots() + (slot + own_row) * p.row_units + own_column;
+        if (own_row < p.rows)
+            for_each_item([&](const float (&values)[8], int td, int oct) {
+                uint4* const high = to + (td * 2 * kOcts + oct) * p.pitch;
+                split(values, scale, high, high + kOcts * p.pitch);
+            });
     }
 
     // ------------------------------------------------------------------------------------------------- Outputs
@@ -5963,7 +5962,7 @@ template <int kPatternD, int kPatternH> struct Block {
     // The first output row of a step.
     __device__ __forceinline__ int first_row(int step) const {
         const StencilAxis& ah = p.s.axis[1];
-        return min(max(min(q0 + step * p.rows, q1) * kPhasesH - ah.crop, 0), ah.out);
+        return min(max(min(head().q0 + step * p.rows, head().q1) * kPhasesH - ah.crop, 0), ah.out);
     }
     __device__ __forceinline__ int64_t address(int stream, int row) const { return head().origin[stream] + int64_t(row) * p.s.axis[2].out; }    // in floats
 
@@ -5973,10 +5972,10 @@ template <int kPatternD, int kPatternH> struct Block {
         const int stream = lane % kStreams, first = first_row(step), next = first_row(step + 1);
         const int64_t at = address(stream, first), line = at & -kLine, next_at = address(stream, next);
         const bool exists = head().origin[stream] >= 0;
-        const int begin = exists ? int(max(address(stream, first_row(0)) - line, int64_t(0))) : 0, end = exists ? int((step == steps - 1 ? next_at : next_at & -kLine) - line) : 0;
+        const int begin = exists ? int(max(address(stream, first_row(0)) - line, int64_t(0))) : 0, end = exists ? int((step == head().steps - 1 ? next_at : next_at & -kLine) - line) : 0;
         Stage& s = head().stages[step % 2][stream];
         s.to = reinterpret_cast<float*>(uintptr_t(line) * sizeof(float)), s.begin = begin, s.end = end, s.first = int(at - line), s.next = int(next_at - line);
-        s.from = stream * p.stage_stride + ((stream % kChannels / 4 * 16 - int(at & (kLine - 4))) & (kLine - 1));
+        s.from = stream * p.stage_stride + ((stream % kChannels / 4 * 16 - int(at & (kLine - kSector))) & (kLine - 1));
         const bool has_ends = __any_sync(~0u, begin % 4 != 0 || end % 4 != 0);
         if (lane == 0) head().rows[step % 2] = {first, next, has_ends};
     }
@@ -6015,13 +6014,19 @@ template <int kPatternD, int kPatternH> struct Block {
 #endif
     }
 
-    // What does not fill a line goes to the next step: 8 threads have a stream's.
+    // What does not fill a line goes to the next step: 8 threads have a stream's, and read it before a stage of both steps is written.
     static_assert(kStreams * kLine <= kRoleThreads * 4, "one vector a thread");
-    __device__ __forceinline__ void carry(int step) const {
+    static __device__ __forceinline__ int carried_of(int thread) { return thread % (kLine / 4) * 4; }    // float of the line
+    __device__ __forceinline__ float4 read_carried(int step) const {
+        if (thread >= kStreams * kLine / 4) return {};
+        const Stage& s = head().stages[step % 2][thread / (kLine / 4)];
+        if (carried_of(thread) >= (s.next & (kLine - 1))) return {};
+        return *reinterpret_cast<const float4*>(stage(step) + s.from + (s.next & -kLine) + carried_of(thread));
+    }
+    __device__ __forceinline__ void write_carried(int step, const float4& values) const {
         if (thread >= kStreams * kLine / 4) return;
-        const int stream = thread / (kLine / 4), first = thread % (kLine / 4) * 4;
-        const Stage s = head().stages[step % 2][stream], next = head().stages[(step + 1) % 2][stream];
-        const float4 values = *reinterpret_cast<const float4*>(stage(step) + s.from + (s.next & -kLine) + first);
+        const int first = carried_of(thread);
+        const Stage& next = head().stages[(step + 1) % 2][thread / (kLine / 4)];
         const float each[4] = {values.x, values.y, values.z, values.w};
         float* const to = stage(step + 1) + next.from + first;
 #pragma unroll
@@ -6030,14 +6035,6 @@ template <int kPatternD, int kPatternH> struct Block {
     }
 
     // ------------------------------------------------------------------------------------------------ Products
-
-    __device__ __forceinline__ void locate_positions(const float* bias) {
-        const int first = warp * kOctets, its_row = first / p.octets, octet = first - its_row * p.octets;
-        if (its_row < p.rows) row = its_row, has_positions = true, operand_at = (octet * 8 + lane / 16 * p.octs * p.pitch + lane % 8) * 16;
-        column = (octet * 8 + lane % 4 * 2) * kPhasesW - p.s.axis[2].crop;
-        weight_shift = head().weight_shift[lane / 4];
-        added = bias ? bias[channel0 + lane / 4] : 0.0f;
-    }
 
     template <typename F> static __device__ __forceinline__ void for_each_sum(Sums& sums, F f) {
 #pragma unroll
@@ -6053,12 +6050,14 @@ template <int kPatternD, int kPatternH> struct Block {
     // The sums of the warp's positions: returns the shift of what they are sums of. Rows come in their order, from the first on.
     __device__ __forceinline__ int multiply(Sums& sums) const {
         const StencilAxis& ah = p.s.axis[1];
-        const int plane = 2 * p.octs * p.pitch * 16;    // of a tap d, in bytes
+        const Positions at = head().positions[warp];
+        const int operand = (at.octet * 8 + lane / 16 * kOcts * p.pitch + lane % 8) * 16;    // what the lane reads for the tensor cores, in bytes from a row on
+        const int plane = 2 * kOcts * p.pitch * 16;    // of a tap d, in bytes
         uint32_t weight = shared_address(weights()) + lane * 16;
         int before = 0;
 #pragma unroll
         for (int th = kTapsH - 1; th >= 0; th--) {
-            int slot = own * p.rows + row + ah.shift[kTapsH - 1] - ah.shift[th];
+            int slot = own * p.rows + at.row + ah.shift[kTapsH - 1] - ah.shift[th];
             if (slot >= p.slots()) slot -= p.slots();
             const int shift = head().row_shift[slot];
             if (th < kTapsH - 1 && shift != before) {
@@ -6066,34 +6065,29 @@ template <int kPatternD, int kPatternH> struct Block {
                 for_each_sum(sums, [&](float& sum) { sum *= factor; });
             }
             before = shift;
-            const uint32_t from = shared_address(slots()) + slot * p.row_units * 16 + operand_at;
+            const uint32_t from = shared_address(slots()) + slot * p.row_units * 16 + operand;
 #pragma unroll 1
             for (int unit = 0; unit < p.units; unit += 2) {
-                const uint32_t at = from + head().unit_offset[unit + lane / 8 % 2] * 16;
-                uint32_t high[2][4], low[2][4], b[kOctets][4];    // of the weights, and of the source: high halves of two units, their low ones
-                const auto load_weights = [&](int to) { ldmatrix_x4(high[to], weight), ldmatrix_x4(low[to], weight + 512), weight += 1024; };
-                const auto load_source = [&](int td) {
-#pragma unroll
-                    for (int u = 0; u < kOctets; u++) ldmatrix_x4(b[u], at + td * plane + u * 128);
-                };
-                int done = 0;
-                load_source(0), load_weights(0);
+                const uint32_t source = from + head().unit_offset[unit + lane / 8 % 2] * 16;
 #pragma unroll
                 for (int td = 0; td < kTapsD; td++) {
-                    if (td > 0) load_source(td);
+                    uint32_t b[kOctets][4];    // high halves of two units of the source, their low ones
+#pragma unroll
+                    for (int u = 0; u < kOctets; u++) ldmatrix_x4(b[u], source + td * plane + u * 128);
 #pragma unroll
                     for (int pd = 0; pd < kPhasesD; pd++)
 #pragma unroll
                         for (int ph = 0; ph < kPhasesH; ph++) {
                             if (!has_weights(td, th, pd, ph)) continue;
-                            const int now = done++ % 2;
-                            if (done < weights_of(kPatternD) * ((live_of(kPatternH, 0) >> th & 1) + (live_of(kPatternH, 1) >> th & 1))) load_weights(1 - now);
+                            uint32_t high[4], low[4];
+                            ldmatrix_x4(high, weight), ldmatrix_x4(low, weight + 512);
+                            weight += 1024;
 #pragma unroll
-                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], high[now], b[u][2], b[u][3]);
+                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], high, b[u][2], b[u][3]);
 #pragma unroll
-                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], high[now], b[u][0], b[u][1]);
+                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], high, b[u][0], b[u][1]);
 #pragma unroll
-                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], low[now], b[u][0], b[u][1]);
+                            for (int u = 0; u < kOctets; u++) mma_m16n8k16_f16(sums[pd][ph][u], low, b[u][0], b[u][1]);
                         }
                 }
             }
@@ -6101,12 +6095,14 @@ template <int kPatternD, int kPatternH> struct Block {
         return before;
     }
 
-    // Stages the warp's outputs: a lane has a channel's, four neighbours at a time.
+    // Stages the warp's outputs: a lane has a channel's, two positions of 8, which are four neighbours.
     __device__ __forceinline__ void stage_outputs(int step, Sums& sums, int shift, bool apply_relu) const {
         const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
-        const int output_row = (q0 + step * p.rows + row) * kPhasesH - ah.crop;
+        const Positions at = head().positions[warp];
+        const int output_row = (head().q0 + step * p.rows + at.row) * kPhasesH - ah.crop, column = (at.octet * 8 + lane % 4 * 2) * kPhasesW - aw.crop;
         const Rows rows = head().rows[step % 2];
-        const scaled_half::ScaleInParts back = scaled_half::scale_in_parts(-shift - weight_shift);
+        const scaled_half::ScaleInParts back = scaled_half::scale_in_parts(-shift - head().weight_shift[lane / 4]);
+        const float added = head().bias[lane / 4];
         if (__any_sync(~0u, back.more != 1)) for_each_sum(sums, [&](float& sum) { sum *= back.more; });
         for_each_sum(sums, [&](float& sum) { sum = fmaf(sum, back.scale, added); });
         if (apply_relu) for_each_sum(sums, [&](float& sum) { sum = max_nan(sum, 0.0f); });
@@ -6142,7 +6138,7 @@ template <int kPatternD, int kPatternH> struct Block {
     // All outputs of the block, product by product.
     __device__ void compute_directly(const float* bias, bool apply_relu) const {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-        const int begin = first_row(0), rows = first_row(steps) - begin, outputs = kStreams * rows * aw.out;
+        const int begin = first_row(0), rows = first_row(head().steps) - begin, outputs = kStreams * rows * aw.out;
         for (int i = threadIdx.x; i < outputs; i += kThreads) {
             const int column = i % aw.out, row = begin + i / aw.out % rows, stream = i / aw.out / rows, channel = stream % kChannels;
             if (head().origin[stream] < 0) continue;
@@ -6163,14 +6159,17 @@ template <int kPatternD, int kPatternH> struct Block {
     // --------------------------------------------------------------------------------------------------- Sweep
 
     __device__ __forceinline__ void run_multiplying(const float* bias, bool apply_relu) {
-        prepare_weights();
-        locate_positions(bias);
+        prepare_weights(bias);
         __syncthreads();
-        for (int step = 0; step < steps; step++) {
-            if (has_positions) {
+        for (int step = 0; step < head().steps; step++) {
+            const auto wait_for_stage = [&] { if (p.stages == 1) named_barrier(kStageFree, kThreads); };
+            if (head().positions[warp].row < p.rows) {
                 Sums sums = {};
                 const int shift = multiply(sums);
+                wait_for_stage();
                 stage_outputs(step, sums, shift, apply_relu);
+            } else {
+                wait_for_stage();
             }
             own = own + 1 == p.batches() ? 0 : own + 1;
 #ifdef HAS_SM90A
@@ -6181,7 +6180,7 @@ template <int kPatternD, int kPatternH> struct Block {
     }
 
     __device__ __forceinline__ void run_bringing() {
-        locate_items();
+        locate_column();
         load(0);
         for (int batch = 0; batch <= p.lead; batch++) {
             find_max(batch);
@@ -6191,19 +6190,28 @@ template <int kPatternD, int kPatternH> struct Block {
         }
         locate_stages(0);
         __syncthreads();
-        for (int step = 0; step < steps; step++) {    // those that multiply are at this one
+        for (int step = 0; step < head().steps; step++) {    // those that multiply are at this one
             const int next = step + p.lead + 1;       // batch
-            if (step > 0) store(step - 1), carry(step - 1);
+            float4 carried = {};
+            if (step > 0) {
+                store(step - 1), carried = read_carried(step - 1);
+                if (p.stages == 2) write_carried(step - 1, carried);
+            }
             find_max(next);
+            if (p.stages == 1) wait_for_store();
             sync_role(kBring);
+            if (p.stages == 1) {
+                if (step > 0) write_carried(step - 1, carried);
+                named_barrier_arrive(kStageFree, kThreads);
+            }
             split_rows(next, (own == 0 ? p.batches() - 1 : own - 1) * p.rows);
             load(next + 1);
             locate_stages(step + 1);
             own = own + 1 == p.batches() ? 0 : own + 1;
-            wait_for_store();
+            if (p.stages == 2) wait_for_store();
             __syncthreads();
         }
-        store(steps - 1);
+        store(head().steps - 1);
 #ifdef HAS_SM90A
         bulk_wait_group<0>();
 #endif
@@ -6212,39 +6220,60 @@ template <int kPatternD, int kPatternH> struct Block {
     __device__ __forceinline__ void run(const float* bias, bool apply_relu, float* out) {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
         SharedHead& h = head();
-        if (threadIdx.x == 0) h.not_finite = 0;
+        if (threadIdx.x == 0) {
+            h.not_finite = 0;
+            h.q0 = segment * p.segment_rows, h.q1 = min(h.q0 + p.segment_rows, ah.positions), h.steps = (h.q1 - h.q0 + p.rows - 1) / p.rows;
+        }
         if (threadIdx.x < kStreams) {
             const int plane = d * kPhasesD + thread / kChannels - ad.crop;
             const int64_t channel = (int64_t(n) * p.groups * p.group_out + channel0 + thread % kChannels) * ad.out;
             h.origin[thread] = unsigned(plane) < unsigned(ad.out) ? int64_t(reinterpret_cast<uintptr_t>(out) / sizeof(float)) + (channel + plane) * ah.out * aw.out : -1;
         }
+        if (threadIdx.x < kMaxSlots) h.row_shift[threadIdx.x] = scaled_half::kMaxShift;
+        if (threadIdx.x < kWarps) {
+            const int first = thread * kOctets, row = first / p.octets;
+            h.positions[thread] = {row, first - row * p.octets};
+        }
         if (threadIdx.x < p.units) {
-            const int tw = min(thread / p.octs, aw.taps - 1);    // the last one's weights are zeros where there are no more taps
-            h.unit_offset[thread] = thread % p.octs * p.pitch + aw.shift[aw.taps - 1] - aw.shift[tw];
+            const int tw = min(thread / kOcts, aw.taps - 1);    // the last one's weights are zeros where there are no more taps
+            h.unit_offset[thread] = thread % kOcts * p.pitch + aw.shift[aw.taps - 1] - aw.shift[tw];
         }
         for (int i = threadIdx.x; i < p.slots() * p.row_units; i += kThreads) slots()[i] = make_uint4(0, 0, 0, 0);
         __syncthreads();
-        if (threadIdx.x < kRoleThreads) run_multiplying(bias, apply_relu);
-        else run_bringing();
-        if (h.not_finite == 0) return;
-        __syncthreads();
-        compute_directly(bias, apply_relu);
+        if (threadIdx.x < kRoleThreads) {
+#ifdef HAS_SM90A
+            setmaxnreg_inc<kMultiplyRegisters>();
+#endif
+            run_multiplying(bias, apply_relu);
+        } else {
+#ifdef HAS_SM90A
+            setmaxnreg_dec<kBringRegisters>();
+#endif
+            run_bringing();
+        }
     }
 };
 
-template <int kPatternD, int kPatternH>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-sweep_kernel(const __grid_constant__ Plan p, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
-    extern __shared__ __align__(128) uint8_t base[];
-    wait_for_previous_kernel();
-    Block<kPatternD, kPatternH> block(p, base, x, w);
-    block.run(bias, apply_relu, out);
+// A function by itself, so that nothing that it needs is kept in registers until then.
+template <int kOcts, int kPatternD, int kPatternH>
+__device__ __noinline__ void compute_directly(const Plan& p, const float* x, const float* w, const float* bias, bool apply_relu) {
+    __syncthreads();
+    Block<kOcts, kPatternD, kPatternH>(p, x, w).compute_directly(bias, apply_relu);
 }
 
-inline int forward(const Plan& p, cudaStream_t stream, const float* x, const float* w, const float* bias, bool apply_relu, float* out) {
+template <int kOcts, int kPatternD, int kPatternH>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+sweep_kernel(const __grid_constant__ Plan p, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
+    using Block = Block<kOcts, kPatternD, kPatternH>;
+    wait_for_previous_kernel();
+    Block(p, x, w).run(bias, apply_relu, out);
+    if (Block::head().not_finite) compute_directly<kOcts, kPatternD, kPatternH>(p, x, w, bias, apply_relu);
+}
+
+template <int kOcts> int forward(const Plan& p, cudaStream_t stream, const float* x, const float* w, const float* bias, bool apply_relu, float* out) {
     const auto launch = [&](auto pattern) {
         constexpr int kPattern = decltype(pattern)::value;
-        const auto kernel = p.s.axis[0].phases == 1 ? sweep_kernel<kKernel1, kPattern> : sweep_kernel<kPattern, kPattern>;
+        const auto kernel = p.s.axis[0].phases == 1 ? sweep_kernel<kOcts, kKernel1, kPattern> : sweep_kernel<kOcts, kPattern, kPattern>;
         return launch_with_shared(kernel, p.blocks(), kThreads, p.shared_bytes(), stream, p, x, w, bias, apply_relu, out);
     };
     switch (pattern_of(p.s.axis[1])) {
@@ -6254,6 +6283,9 @@ inline int forward(const Plan& p, cudaStream_t stream, const float* x, const flo
         default: return launch(std::integral_constant<int, kKernel4>{});
     }
 }
+
+extern template int forward<2>(const Plan&, cudaStream_t, const float*, const float*, const float*, bool, float*);    // conv_transpose3d_sweep_16.cu
+extern template int forward<3>(const Plan&, cudaStream_t, const float*, const float*, const float*, bool, float*);    // conv_transpose3d_sweep_24.cu
 
 }  // namespace sweep
 '''
@@ -6282,8 +6314,25 @@ extern "C" int conv_transpose3d_forward_sweep(const Geometry* g, int, int device
     DeviceGuard guard(device);
     const sweep::Plan& plan = sweep::plan_of(*g, device);
     if (plan.segments == 0) return cudaErrorNotSupported;
-    return sweep::forward(plan, static_cast<cudaStream_t>(stream), static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu != 0, static_cast<float*>(out));
+    constexpr decltype(&sweep::forward<1>) kForwards[sweep::kMaxOcts] = {sweep::forward<1>, sweep::forward<2>, sweep::forward<3>};
+    return kForwards[plan.octs - 1](plan, static_cast<cudaStream_t>(stream), static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu != 0, static_cast<float*>(out));
 }
+'''
+
+_SOURCES['conv_transpose3d_sweep_16.cu'] = r'''
+// Strided transposed convolution of groups of few channels: the kernels for groups of 16 input channels.
+
+#include "sweep.cuh"
+
+template int sweep::forward<2>(const sweep::Plan&, cudaStream_t, const float*, const float*, const float*, bool, float*);
+'''
+
+_SOURCES['conv_transpose3d_sweep_24.cu'] = r'''
+// Strided transposed convolution of groups of few channels: the kernels for groups of 24 input channels.
+
+#include "sweep.cuh"
+
+template int sweep::forward<3>(const sweep::Plan&, cudaStream_t, const float*, const float*, const float*, bool, float*);
 '''
 
 _SOURCES['conv_transpose3d_forward.cuh'] = r'''

@@ -43,6 +43,8 @@ SOURCES = (
     "sweep_tiles.h",
     "sweep.cuh",
     "conv_transpose3d_sweep.cu",
+    "conv_transpose3d_sweep_16.cu",
+    "conv_transpose3d_sweep_24.cu",
     "conv_transpose3d_forward.cuh",
     "dweight_tiles.h",
     "dweight_parts.cuh",

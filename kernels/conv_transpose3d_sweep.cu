@@ -21,5 +21,6 @@ extern "C" int conv_transpose3d_forward_sweep(const Geometry* g, int, int device
     DeviceGuard guard(device);
     const sweep::Plan& plan = sweep::plan_of(*g, device);
     if (plan.segments == 0) return cudaErrorNotSupported;
-    return sweep::forward(plan, static_cast<cudaStream_t>(stream), static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu != 0, static_cast<float*>(out));
+    constexpr decltype(&sweep::forward<1>) kForwards[sweep::kMaxOcts] = {sweep::forward<1>, sweep::forward<2>, sweep::forward<3>};
+    return kForwards[plan.octs - 1](plan, static_cast<cudaStream_t>(stream), static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu != 0, static_cast<float*>(out));
 }

@@ -11,10 +11,11 @@ constexpr int kWarps = 4, kRoleThreads = 32 * kWarps;    // of each role: those 
 constexpr int kThreads = 2 * kRoleThreads, kBlocks = 2;  // of a multiprocessor
 constexpr int kChannels = 8;          // output channels of a block
 constexpr int kOctets = 4;            // times 8 positions of a row: what a warp has of a step
-constexpr int kMaxItems = 2;          // columns of 8 channels that a thread brings of a batch of rows, in registers
+constexpr int kMaxOcts = 3;           // times 8 input channels of a group
 constexpr int kMaxUnits = 16;         // of GEMM_K at a tap (d, h)
 constexpr int kMaxSlots = 32;
 constexpr int kLine = 32;             // floats of a line of memory: only whole ones are stored, but for the ends of a sweep
+constexpr int kSector = 8;            // floats; outputs are staged as they are aligned in memory modulo a sector: bulk copies take 1.65 times as long otherwise (NOTES.md)
 constexpr int kHeadBytes = 2048;
 
 constexpr int kWeightBytes = 2 * 2 * kChannels * 16;    // of a unit of GEMM_K and a tap: (high or low, phase w, channel), 8 channels each
@@ -36,7 +37,7 @@ inline int pattern_of(const StencilAxis& a) {
 }
 
 // A block has one plane of positions, some of its rows from the first to the last, and 8 output channels of a group. It brings each row of the source
-// once for each tap d, in batches of as many rows as a step has rows of positions, and keeps those that later steps need.
+// once for each tap d, in batches of as many rows as a step has rows of positions, a thread for each of their columns, and keeps those that later steps need.
 struct Plan {
     Stencil s;
     int N, groups, group_out;
@@ -47,15 +48,14 @@ struct Plan {
     int pitch;                        // columns of a row in shared memory: column c is column c + first_column of the source
     int first_column, column0, columns;    // those from column0 on are there
     int row_units;                    // of 16 bytes, of a row in shared memory: (tap d, high or low, 8 channels, column)
-    int items;                        // of a batch: columns of 8 channels
     int weight_bytes;                 // (tap h, two units of GEMM_K, tap d, phases (d, h) that have weights; high or low, unit, phase w, channel), 8 channels of the unit each
-    int stage_stride;                 // floats of a stream's stage
+    int stages, stage_stride;         // a step's outputs: 2, if two blocks fit then; floats of a stream
     int segment_rows, segments;
     HOST_DEVICE int group_in() const { return octs * 8; }
     HOST_DEVICE int batches() const { return lead + 2; }    // that are kept: a step's and the next one's
     HOST_DEVICE int slots() const { return batches() * rows; }
     HOST_DEVICE int stage_floats() const { return kChannels * s.axis[0].phases * stage_stride; }    // of a step
-    HOST_DEVICE int shared_bytes() const { return kHeadBytes + weight_bytes + slots() * row_units * 16 + 2 * stage_floats() * 4; }
+    HOST_DEVICE int shared_bytes() const { return kHeadBytes + weight_bytes + slots() * row_units * 16 + stages * stage_floats() * 4; }
     int64_t blocks() const { return int64_t(N) * groups * (group_out / kChannels) * s.axis[0].positions * segments; }
 };
 
@@ -66,7 +66,7 @@ inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessor
     p.s = make_stencil(Direction::kForward, g);
     const StencilAxis &d = p.s.axis[0], &h = p.s.axis[1], &w = p.s.axis[2];
     const int64_t group_in = g.C_in / g.groups, group_out = g.C_out / g.groups;
-    if (group_in % 8 != 0 || group_in > 32 || group_out % kChannels != 0 || w.phases != 2) return p;
+    if (group_in % 8 != 0 || group_in > 8 * kMaxOcts || group_out % kChannels != 0 || w.phases != 2) return p;
     const int pattern_h = pattern_of(h), pattern_d = pattern_of(d);
     if (pattern_h == 0 || h.phases != 2 || (pattern_d != pattern_h && pattern_d != kKernel1)) return p;
     if (group_in * in_volume(g) >= int64_t(1) << 31 || g.N >= 1 << 30 || g.C_out >= 1 << 30) return p;
@@ -83,14 +83,13 @@ inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessor
     if (p.columns < 0) p.columns = 0;
     p.rows = p.octets < per_step ? per_step / p.octets : 1;
     if (p.rows > h.positions) p.rows = h.positions;
-    for (;; p.rows--) {    // as many as a block's threads can bring
-        p.items = d.taps * p.rows * p.octs * p.columns;
-        if (p.rows == 1 || p.items <= kMaxItems * kRoleThreads) break;
-    }
+    while (p.rows > 1 && p.rows * p.columns > kRoleThreads) p.rows--;
     p.lead = int(ceil_div(span, p.rows));
     p.row_units = d.taps * 2 * p.octs * p.pitch, p.weight_bytes = weights_of(pattern_d) * weights_of(pattern_h) * p.units * kWeightBytes;
     p.stage_stride = (p.rows * h.phases * w.out + 2 * kLine + kLine - 1) / kLine * kLine;
-    if (p.octets > per_step || p.units > kMaxUnits || p.slots() > kMaxSlots || p.items > kMaxItems * kRoleThreads) return p;
+    if (p.octets > per_step || p.units > kMaxUnits || p.slots() > kMaxSlots || p.rows * p.columns > kRoleThreads) return p;
+    p.stages = 2;
+    if (blocks_that_fit(p.shared_bytes(), most_shared) < kBlocks) p.stages = 1;
     const int64_t fitting = blocks_that_fit(p.shared_bytes(), most_shared), resident = multiprocessors * (fitting < kBlocks ? fitting : kBlocks);
     if (fitting < 1) return p;
     double best = 0;

@@ -1,6 +1,8 @@
 // Runs the kernels of conv_transpose3d_sweep.cu on the host (host_cuda/): random layers, small integers.
 // Usage: sweep LAYERS SEED; exit code 1 where an element is wrong.
 #include "conv_transpose3d_sweep.cu"
+#include "conv_transpose3d_sweep_16.cu"
+#include "conv_transpose3d_sweep_24.cu"
 
 #include "emulated_layer.h"
 
@@ -22,7 +24,8 @@ template <typename T> bool emulate(const Geometry& g, int, bool biased, bool rel
         layer.x.data()[at] = INFINITY;
     }
     Array y(layer.y.size(), offset);
-    const int error = conv_transpose3d_forward_sweep(&g, kFloat32, 0, nullptr, nullptr, layer.x.data(), layer.w.data(), biased ? layer.bias.data() : nullptr, relu, y.data());
+    const int device = random() % 2 && conv_transpose3d_supports_sweep(&g, 3) ? 3 : 0;    // 3: with one stage or fewer blocks
+    const int error = conv_transpose3d_forward_sweep(&g, kFloat32, device, nullptr, nullptr, layer.x.data(), layer.w.data(), biased ? layer.bias.data() : nullptr, relu, y.data());
     if (error) std::printf("error %d\n", error);
     for (size_t i = 0; i < layer.y.size(); i++)
         if (std::isnan(layer.y[i])) {
