@@ -413,8 +413,10 @@ def _sweep(geometry, dtype, tf32, device):
 
 
 def _sweep_first(geometry, dtype, tf32, device):
-    """Where that is faster than packed copies are on Hopper (kernels/NOTES.md): kernels that are not large, no more channels than there are of the input."""
-    return geometry.C_out <= geometry.C_in and geometry.axis[0].kernel * geometry.axis[1].kernel <= 9 and _sweep(geometry, dtype, tf32, device)
+    """Where that is faster (kernels/NOTES.md): than packed copies on Hopper, where kernels are not large and channels no more than the input's; than products of matrices, unless outputs are few."""
+    faster = geometry.C_out <= geometry.C_in and geometry.axis[0].kernel * geometry.axis[1].kernel <= 9
+    few = geometry.N * _outputs(geometry) < 2**19 and _gemm_first(geometry, dtype, tf32, device)
+    return faster and not few and _sweep(geometry, dtype, tf32, device)
 
 
 def _forward_on(path):
@@ -5664,7 +5666,6 @@ constexpr int kMaxOcts = 3;           // times 8 input channels of a group
 constexpr int kMaxUnits = 16;         // of GEMM_K at a tap (d, h)
 constexpr int kMaxSlots = 32;
 constexpr int kLine = 32;             // floats of a line of memory: only whole ones are stored, but for the ends of a sweep
-constexpr int kSector = 8;            // floats; outputs are staged as they are aligned in memory modulo a sector: bulk copies take 1.65 times as long otherwise (NOTES.md)
 constexpr int kHeadBytes = 2048;
 
 constexpr int kWeightBytes = 2 * 2 * kChannels * 16;    // of a unit of GEMM_K and a tap: (high or low, phase w, channel), 8 channels each
@@ -5781,6 +5782,12 @@ _SOURCES['sweep.cuh'] = r'''
 
 namespace sweep {
 
+// Outputs are staged as they are aligned in memory, modulo so many floats: as vectors, or as sectors of memory, without which bulk copies take 1.65 times as long (NOTES.md).
+#ifdef HAS_SM90A
+constexpr int kAlignment = 8;
+#else
+constexpr int kAlignment = 4;
+#endif
 constexpr int kMultiplyRegisters = 144, kBringRegisters = 112;    // of a thread, where roles can have different numbers: 128 on average
 constexpr int kMostShiftAdded = 80;    // to the row's before: sums are scaled from one row's scale to the next one's, and must not overflow
 
@@ -5975,7 +5982,7 @@ template <int kOcts, int kPatternD, int kPatternH> struct Block {
         const int begin = exists ? int(max(address(stream, first_row(0)) - line, int64_t(0))) : 0, end = exists ? int((step == head().steps - 1 ? next_at : next_at & -kLine) - line) : 0;
         Stage& s = head().stages[step % 2][stream];
         s.to = reinterpret_cast<float*>(uintptr_t(line) * sizeof(float)), s.begin = begin, s.end = end, s.first = int(at - line), s.next = int(next_at - line);
-        s.from = stream * p.stage_stride + ((stream % kChannels / 4 * 16 - int(at & (kLine - kSector))) & (kLine - 1));
+        s.from = stream * p.stage_stride + ((stream % kChannels / 4 * 16 - int(at & (kLine - kAlignment))) & (kLine - 1));
         const bool has_ends = __any_sync(~0u, begin % 4 != 0 || end % 4 != 0);
         if (lane == 0) head().rows[step % 2] = {first, next, has_ends};
     }

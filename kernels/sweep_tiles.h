@@ -15,7 +15,6 @@ constexpr int kMaxOcts = 3;           // times 8 input channels of a group
 constexpr int kMaxUnits = 16;         // of GEMM_K at a tap (d, h)
 constexpr int kMaxSlots = 32;
 constexpr int kLine = 32;             // floats of a line of memory: only whole ones are stored, but for the ends of a sweep
-constexpr int kSector = 8;            // floats; outputs are staged as they are aligned in memory modulo a sector: bulk copies take 1.65 times as long otherwise (NOTES.md)
 constexpr int kHeadBytes = 2048;
 
 constexpr int kWeightBytes = 2 * 2 * kChannels * 16;    // of a unit of GEMM_K and a tap: (high or low, phase w, channel), 8 channels each

@@ -8,9 +8,16 @@ import torch.nn.functional as F
 
 import model_new
 from harness.verify import relative_error
-from layers import gradients, tensors, tf32_allowed, unaligned, worst_relative_error
+from layers import gradients, tensors, tf32_allowed, unaligned, without_paths, worst_relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def products_of_matrices():
+    with without_paths("_sweep"):    # which has groups of few channels before
+        yield
+
 
 TF32 = [
     # input, output channels, kernel and stride
