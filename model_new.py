@@ -5768,7 +5768,7 @@ _SOURCES['sweep.cuh'] = r'''
 // plane of positions (stencil.h). It keeps the rows of x that it still needs in shared memory, as fp16 high and low halves scaled by a power of two for each
 // row, (x * 2^shift = high + low with 22 bits); products are high * high, high * low and low * high. GEMM_M is (phase of W, 8 output channels), GEMM_N positions of a row,
 // GEMM_K (tap w, channel); each phase of (D, H) has sums of its own. Four warps multiply a step and stage its outputs; meanwhile four others store the step before and bring
-// the rows that the next one needs. A channel's outputs on a plane are neighbours in memory from row to row: they are staged in
+// the rows that the next one needs. There are two stages, by the step's parity; one, free when the outputs of the step before have left it, where two leave room for one block only. A channel's outputs on a plane are neighbours in memory from row to row: they are staged in
 // the order of memory, and what does not fill a line waits for the next row.
 // Where x or w is not finite, zeros of GEMM_M must not meet it: such a block computes its outputs once more, product by product.
 // Formula: torch.nn.ConvTranspose3d.
@@ -6014,7 +6014,7 @@ template <int kOcts, int kPatternD, int kPatternH> struct Block {
             if (k >= s.begin && k < s.end && (i % 8 >= 4 || s.begin % 4 != 0)) s.to[k] = stage(step)[s.from + k];
         }
     }
-    // Waits until the stage may be written again.
+    // Waits until what store() reads may be written again.
     __device__ __forceinline__ void wait_for_store() const {
 #ifdef HAS_SM90A
         if (lane < kStreams / kWarps) bulk_wait_group_read<0>();

@@ -55,6 +55,7 @@ struct Fiber {
 inline std::vector<std::unique_ptr<Fiber>> all;
 inline int threads;                  // of the block
 inline int64_t switches;             // since a fiber did more than wait
+inline bool some_are_slow;           // in some blocks some warps seldom run
 inline std::set<const void*> launched;    // kernels
 inline std::mt19937 chance;
 inline std::vector<std::function<void()>> loads;    // that the copy engine has not done yet; they end by themselves
@@ -118,9 +119,11 @@ inline void run_block(int count) {
     }
     static bool left;
     static int first, turn, i;
-    static unsigned waiting;    // warps that do not run this time
+    static unsigned waiting, slow;    // warps that do not run this time; that seldom do
+    slow = some_are_slow && chance() % 16 == 0 ? chance() : 0;
     do {
         left = false, first = int(chance() % count), waiting = chance() & chance();
+        if (chance() % 64 != 0) waiting |= slow;
         if (chance() % 4 == 0) do_some_load();
         for (turn = 0; turn < count; turn++) {
             i = first + turn < count ? first + turn : first + turn - count;
@@ -223,14 +226,14 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorNotSupported, cudaErrorIllegalAddress };
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 
-// Devices differ in their shared memory, as architectures do (the last one has as little as nothing but small layers can live with), and have so few multiprocessors that a block has several tiles.
-inline int current_device;
+// Devices differ in their shared memory, as architectures do (the last one has what a test says), and have so few multiprocessors that a block has several tiles.
+inline int current_device, last_shared_bytes;
 inline cudaError_t cudaGetDevice(int* device) { *device = current_device; return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { current_device = device; return cudaSuccess; }
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    const int kilobytes[] = {227, 163, 99, 32};
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : kilobytes[device] << 10;
+    const int shared_bytes[] = {227 << 10, 163 << 10, 99 << 10, last_shared_bytes};
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : shared_bytes[device];
     return cudaSuccess;
 }
 
