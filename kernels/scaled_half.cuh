@@ -38,6 +38,13 @@ __device__ __forceinline__ int shift_of(SampleMax m) { return first_copy_holds(m
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
+// Two scaled values as high and low halves: value = high + low with 22 bits.
+struct SplitPair { __half2 high, low; };
+__device__ __forceinline__ SplitPair split(float x, float y) {
+    const __half2 high = __floats2half2_rn(x, y);
+    return {high, __floats2half2_rn(x - __low2float(high), y - __high2float(high))};
+}
+
 // 2^exponent = scale * more, where more is 1 unless that is not a normal number; for exponents of two shifts.
 struct ScaleInParts { float scale, more; };
 __device__ __forceinline__ ScaleInParts scale_in_parts(int exponent) {
@@ -404,8 +411,8 @@ template <typename T, int kChannels, Kind kKind> __device__ Extremes copy_tile(c
         for (int k = 0; k < 4; k++) {
             const float x = to_acc(values[k * 2].v[e]), y = to_acc(values[k * 2 + 1].v[e]);
             any = umax(any, umax(magnitude(x), magnitude(y)));
-            high[k] = __floats2half2_rn(x * scale, y * scale);
-            if (kSplit) low[k] = __floats2half2_rn(x * scale - __low2float(high[k]), y * scale - __high2float(high[k]));
+            const SplitPair pair = split(x * scale, y * scale);
+            high[k] = pair.high, low[k] = pair.low;
         }
         const int at = staged_at<kOctets>(first + e * step, octet);
         tile[0][at] = *reinterpret_cast<const uint4*>(high);
