@@ -20,6 +20,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int blo
     const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
     return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
 }
+// An operand in columns of 16 bytes, K-major: a row's 8 elements of GEMM_K, and `rows` further on its next 8. Not swizzled: neighbouring rows are neighbours in memory.
+__device__ __forceinline__ uint64_t wgmma_plain_descriptor_base(int rows) { return uint64_t(8) << 32 | uint64_t(rows) << 16; }
 // vector: the address in units of 16 bytes.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t vector) { return base >> 32 << 32 | (uint32_t(base) + vector); }
 __device__ __forceinline__ uint32_t shared_vector(const void* p) { return shared_address(p) / 16; }

@@ -131,11 +131,13 @@ inline void make_undefined(float& v) { v = NAN; }
 // An operand as its descriptor tells (PTX ISA, "Shared Memory Matrix Layout"): element `i` of GEMM_M or GEMM_N, `k` of GEMM_K.
 struct WgmmaOperand {
     uint32_t begin, row_bytes, block_stride;
-    bool transposed;
-    WgmmaOperand(uint64_t descriptor, bool transposed) : begin((descriptor & 0x3fff) * 16), row_bytes(256 >> (descriptor >> 62)), block_stride((descriptor >> 16 & 0x3fff) * 16), transposed(transposed) {
-        if ((descriptor >> 32 & 0x3fff) * 16 != 8 * row_bytes) std::printf("a descriptor's stride\n"), std::abort();
+    bool transposed, plain;            // plain: not swizzled, in columns of 16 bytes
+    WgmmaOperand(uint64_t descriptor, bool transposed)
+        : begin((descriptor & 0x3fff) * 16), row_bytes(descriptor >> 62 ? 256 >> (descriptor >> 62) : 16), block_stride((descriptor >> 16 & 0x3fff) * 16), transposed(transposed), plain(descriptor >> 62 == 0) {
+        if ((descriptor >> 32 & 0x3fff) * 16 != 8 * row_bytes || (plain && transposed)) std::printf("a descriptor's stride\n"), std::abort();
     }
     float operator()(int i, int k) const {
+        if (plain) return __half2float({*shared_pointer<uint16_t>(begin + i * row_bytes + k / 8 * block_stride + k % 8 * 2)});
         const uint32_t elements = row_bytes / 2, at = begin + (transposed ? k * row_bytes + i % elements * 2 + i / elements * block_stride : i * row_bytes + k * 2);
         const uint32_t swizzled_at = at ^ ((at >> 7 & (row_bytes / 16 - 1)) << 4);
         return __half2float({*shared_pointer<uint16_t>(swizzled_at)});
