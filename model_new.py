@@ -419,6 +419,17 @@ def _sweep_first(geometry, dtype, tf32, device):
     return faster and not few and _sweep(geometry, dtype, tf32, device)
 
 
+def _sweep_sm90(geometry, dtype, tf32, device):
+    """One group of few channels behind strides of 2, in TF32 as cuDNN's, on Hopper (kernels/sweep_sm90_tiles.h)."""
+    return (dtype == torch.float32 and tf32 and geometry.groups == 1 and not _forward_in_float32(geometry) and _is_hopper(device)
+            and bool(_library("cuda").conv_transpose3d_supports_sweep_sm90(ctypes.addressof(geometry), device.index)))
+
+
+def _sweep_sm90_first(geometry, dtype, tf32, device):
+    """Where that is faster than packed copies and products of matrices (kernels/NOTES.md): rows that fill half of its tile, and half of its output channels."""
+    return geometry.axis[2].in_size > 64 and geometry.C_out > 16 and _sweep_sm90(geometry, dtype, tf32, device)
+
+
 def _forward_on(path):
     def condition(geometry, dtype, tf32, device):
         """Where cuDNN's forward is float32-accurate, so are split operands, as long as no sum is too long."""
@@ -454,8 +465,8 @@ def _norm_gradients_on(path):
 
 _PATHS = {
     # operation: ((path, condition), ...)
-    # sweep: groups behind strides of 2, by mma.sync straight from the tensors. gemm: products of matrices by mma.sync. depthwise: few channels, of groups or in all, on the CUDA cores. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
-    "conv_transpose3d_forward": (("depthwise", _depthwise), ("sweep", _sweep_first), ("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sweep", _sweep), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
+    # sweep: groups behind strides of 2, by mma.sync straight from the tensors. sweep_sm90: one group of few channels, likewise, by wgmma, on Hopper. gemm: products of matrices by mma.sync. depthwise: few channels, of groups or in all, on the CUDA cores. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
+    "conv_transpose3d_forward": (("depthwise", _depthwise), ("sweep", _sweep_first), ("sweep_sm90", _sweep_sm90_first), ("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sweep", _sweep), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
     "conv_transpose3d_relu_group_norm_forward": (("composed", _depthwise), ("composed", _gemm_norm_first), ("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
     "conv_transpose3d_gradients": (("composed", _depthwise), ("gemm", _gemm_gradients_first), ("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("gemm", _gemm_gradients), ("composed", _always)),
     "conv_transpose3d_relu_group_norm_gradients": (("composed", _depthwise), ("composed", _gemm_gradients_first), ("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
@@ -992,8 +1003,8 @@ def _declare(library, backend):
     if backend == "cuda":
         library.cuda_error_string.restype = ctypes.c_char_p
         library.conv_transpose3d_supports_depthwise.argtypes = library.conv_transpose3d_supports_sweep.argtypes = [pointer, integer]
-        for path in ("sm90", "sm80"):
-            for question in ("forward_supports", "gradients_supports"):
+        for path in ("sm90", "sm80", "sweep_sm90"):
+            for question in ("forward_supports", "gradients_supports", "supports"):
                 function = getattr(library, f"conv_transpose3d_{question}_{path}", None)
                 if function:
                     function.argtypes = [pointer, integer]
@@ -1096,6 +1107,13 @@ HOST_DEVICE unsigned multiply_high(unsigned a, unsigned b) {
 #else
     return unsigned(uint64_t(a) * b >> 32);
 #endif
+}
+
+// The last digit of i, which is below `count`; i becomes what is left.
+HOST_DEVICE int take_digit(int& i, int count) {
+    const int digit = i % count;
+    i /= count;
+    return digit;
 }
 
 // Division by what is known when a plan is made, of numbers from 0 to 2^31 - 1: n / d = (n + n * magic / 2^32) / 2^shift (Granlund, Montgomery: "Division by Invariant
@@ -5655,6 +5673,48 @@ int repair(const Plan& plan, const Geometry& g, int dtype, const scaled_half::Sa
 }  // namespace conv
 '''
 
+_SOURCES['sweep_direct.cuh'] = r'''
+// What kernels that sweep down their planes do where a value is not finite: all outputs of the block once more, product by product, so that no zero that stands for nothing meets it.
+#pragma once
+
+#include "launch.cuh"
+#include "stencil.h"
+
+namespace sweep_direct {
+
+// The outputs of a block: of `channels` channels, rows [row0, row1) of the planes of position d.
+struct Part {
+    const float *x, *w, *bias;         // of the group's input channels; of the first output channel; or null
+    float* out;                        // of the first output channel
+    int group_in, group_out, channels, d, row0, row1;
+};
+
+// A function by itself, so that nothing that it needs is kept in registers until then.
+__device__ __noinline__ void compute(const Stencil& s, const Part& part, bool apply_relu) {
+    const StencilAxis &ad = s.axis[0], &ah = s.axis[1], &aw = s.axis[2];
+    const int rows = part.row1 - part.row0, volume = ad.sources * ah.sources * aw.sources, outputs = ad.phases * part.channels * rows * aw.out;
+    __syncthreads();
+    for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
+        const int column = i % aw.out, row = part.row0 + i / aw.out % rows, stream = i / aw.out / rows, channel = stream % part.channels, pd = stream / part.channels, plane = part.d * ad.phases + pd - ad.crop;
+        if (unsigned(plane) >= unsigned(ad.out)) continue;
+        const int uh = row + ah.crop, uw = column + aw.crop;
+        float sum = 0;
+        for (int ci = 0; ci < part.group_in; ci++)
+            for (int td = 0; td < ad.taps; td++) for (int th = 0; th < ah.taps; th++) for (int tw = 0; tw < aw.taps; tw++) {
+                const int kd = ad.kernel_of[td][pd], kh = ah.kernel_of[th][uh % ah.phases], kw = aw.kernel_of[tw][uw % aw.phases];
+                const int sd = ad.first + part.d - ad.shift[td], sh = ah.first + uh / ah.phases - ah.shift[th], sw = aw.first + uw / aw.phases - aw.shift[tw];
+                if (min(kd, min(kh, kw)) < 0 || unsigned(sd) >= unsigned(ad.sources) || unsigned(sh) >= unsigned(ah.sources) || unsigned(sw) >= unsigned(aw.sources)) continue;
+                const int64_t kernel = (int64_t(ci) * part.group_out + channel) * kernel_volume(s);
+                sum = fmaf(part.x[ci * int64_t(volume) + (sd * ah.sources + sh) * aw.sources + sw], part.w[kernel + (kd * ah.kernel + kh) * aw.kernel + kw], sum);
+            }
+        if (part.bias) sum += part.bias[channel];
+        part.out[((int64_t(channel) * ad.out + plane) * ah.out + row) * aw.out + column] = apply_relu ? relu(sum) : sum;
+    }
+}
+
+}  // namespace sweep_direct
+'''
+
 _SOURCES['sweep_tiles.h'] = r'''
 // How a strided forward of split operands is cut for blocks that sweep down their planes (sweep.cuh).
 #pragma once
@@ -5785,6 +5845,7 @@ _SOURCES['sweep.cuh'] = r'''
 
 #include "ptx_sm90.cuh"
 #include "scaled_half.cuh"
+#include "sweep_direct.cuh"
 #include "sweep_tiles.h"
 
 namespace sweep {
@@ -5836,13 +5897,6 @@ __device__ __forceinline__ void split(const float (&v)[8], float scale, uint4* h
         h[i] = pair.high, l[i] = pair.low;
     }
     *high = *reinterpret_cast<const uint4*>(h), *low = *reinterpret_cast<const uint4*>(l);
-}
-
-// The last digit of i, which is below `count`; i becomes what is left.
-__device__ __forceinline__ int take_digit(int& i, int count) {
-    const int digit = i % count;
-    i /= count;
-    return digit;
 }
 
 // What a block has. kOcts: times 8 input channels; known to the compiler, as loads behind a branch are waited for at once. kPatternD, kPatternH: which taps have weights.
@@ -6146,29 +6200,6 @@ template <int kOcts, int kPatternD, int kPatternH> struct Block {
         else stage_columns(std::false_type());
     }
 
-    // ------------------------------------------------------------------------------------------------- Repair
-
-    // All outputs of the block, product by product.
-    __device__ void compute_directly(const float* bias, bool apply_relu) const {
-        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-        const int begin = first_row(0), rows = first_row(head().steps) - begin, outputs = kStreams * rows * aw.out;
-        for (int i = threadIdx.x; i < outputs; i += kThreads) {
-            const int column = i % aw.out, row = begin + i / aw.out % rows, stream = i / aw.out / rows, channel = stream % kChannels;
-            if (head().origin[stream] < 0) continue;
-            const int uh = row + ah.crop, uw = column + aw.crop;
-            float sum = 0;
-            for (int ci = 0; ci < p.group_in(); ci++)
-                for (int td = 0; td < ad.taps; td++) for (int th = 0; th < ah.taps; th++) for (int tw = 0; tw < aw.taps; tw++) {
-                    const int kd = ad.kernel_of[td][stream / kChannels], kh = ah.kernel_of[th][uh % kPhasesH], kw = aw.kernel_of[tw][uw % kPhasesW];
-                    const int sd = ad.first + d - ad.shift[td], sh = ah.first + uh / kPhasesH - ah.shift[th], sw = aw.first + uw / kPhasesW - aw.shift[tw];
-                    if (min(kd, min(kh, kw)) < 0 || unsigned(sd) >= unsigned(ad.sources) || unsigned(sh) >= unsigned(ah.sources) || unsigned(sw) >= unsigned(aw.sources)) continue;
-                    sum = fmaf(x[ci * volume() + (int64_t(sd) * ah.sources + sh) * aw.sources + sw], kernel(ci, channel)[(kd * ah.kernel + kh) * aw.kernel + kw], sum);
-                }
-            if (bias) sum += bias[channel0 + channel];
-            *reinterpret_cast<float*>(uintptr_t(address(stream, row) + column) * sizeof(float)) = apply_relu ? relu(sum) : sum;
-        }
-    }
-
     // --------------------------------------------------------------------------------------------------- Sweep
 
     __device__ __forceinline__ void run_multiplying(const float* bias, bool apply_relu) {
@@ -6230,6 +6261,13 @@ template <int kOcts, int kPatternD, int kPatternH> struct Block {
 #endif
     }
 
+    // The block's outputs.
+    __device__ __forceinline__ sweep_direct::Part part(const float* bias, float* out) const {
+        const int64_t volume = int64_t(p.s.axis[0].out) * p.s.axis[1].out * p.s.axis[2].out;
+        float* const first = out + (int64_t(n) * p.groups * p.group_out + channel0) * volume;
+        return {x, w, bias ? bias + channel0 : nullptr, first, p.group_in(), p.group_out, kChannels, d, first_row(0), first_row(head().steps)};
+    }
+
     __device__ __forceinline__ void run(const float* bias, bool apply_relu, float* out) {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
         SharedHead& h = head();
@@ -6269,9 +6307,8 @@ template <int kOcts, int kPatternD, int kPatternH> struct Block {
 
 // A function by itself, so that nothing that it needs is kept in registers until then.
 template <int kOcts, int kPatternD, int kPatternH>
-__device__ __noinline__ void compute_directly(const Plan& p, const float* x, const float* w, const float* bias, bool apply_relu) {
-    __syncthreads();
-    Block<kOcts, kPatternD, kPatternH>(p, x, w).compute_directly(bias, apply_relu);
+__device__ __noinline__ void compute_directly(const Plan& p, const float* x, const float* w, const float* bias, bool apply_relu, float* out) {
+    sweep_direct::compute(p.s, Block<kOcts, kPatternD, kPatternH>(p, x, w).part(bias, out), apply_relu);
 }
 
 template <int kOcts, int kPatternD, int kPatternH>
@@ -6280,7 +6317,7 @@ sweep_kernel(const __grid_constant__ Plan p, const float* __restrict__ x, const 
     using Block = Block<kOcts, kPatternD, kPatternH>;
     wait_for_previous_kernel();
     Block(p, x, w).run(bias, apply_relu, out);
-    if (Block::head().not_finite) compute_directly<kOcts, kPatternD, kPatternH>(p, x, w, bias, apply_relu);
+    if (Block::head().not_finite) compute_directly<kOcts, kPatternD, kPatternH>(p, x, w, bias, apply_relu, out);
 }
 
 template <int kOcts> int forward(const Plan& p, cudaStream_t stream, const float* x, const float* w, const float* bias, bool apply_relu, float* out) {
@@ -8022,6 +8059,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_base(int row_bytes, int blo
     const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
     return layout << 62 | uint64_t(8 * row_bytes / 16) << 32 | uint64_t(block_stride / 16) << 16;
 }
+// An operand in columns of 16 bytes, K-major: a row's 8 elements of GEMM_K, and `rows` further on its next 8. Not swizzled: neighbouring rows are neighbours in memory.
+__device__ __forceinline__ uint64_t wgmma_plain_descriptor_base(int rows) { return uint64_t(8) << 32 | uint64_t(rows) << 16; }
 // vector: the address in units of 16 bytes.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint64_t base, uint32_t vector) { return base >> 32 << 32 | (uint32_t(base) + vector); }
 __device__ __forceinline__ uint32_t shared_vector(const void* p) { return shared_address(p) / 16; }
@@ -9188,6 +9227,564 @@ _SOURCES['conv_transpose3d_sm90.cu'] = r'''
 #include "conv_transpose3d_forward.cuh"
 
 FORWARD_LAUNCHERS(sm90, conv_sm90::Path)
+'''
+
+_SOURCES['sweep_sm90_tiles.h'] = r'''
+// How a strided forward of one group and few channels is cut for blocks that sweep down their planes on Hopper (sweep_sm90.cuh).
+#pragma once
+
+#include "stencil.h"
+
+namespace sweep_sm90 {
+
+constexpr int kRoleThreads = 128;     // of those that multiply for one output plane, of those that store, of those that bring rows
+constexpr int kMaxPhases = 2, kMaxTaps = 2;    // of an axis
+constexpr int kThreads = (kMaxPhases + 2) * kRoleThreads;
+constexpr int kPhasesW = 2, kChannels = 32;    // output channels of a block: with the phases of W they are GEMM_M
+constexpr int kWarpChannels = 8;      // of them, that a warp stages
+constexpr int kColumns = 128;         // positions of a row, and what is added to them: GEMM_N
+constexpr int kMaxSlots = 3;
+constexpr int kMaxKernel = 64;        // elements of a channel's kernel
+constexpr int kLine = 32;             // floats of a line of memory: only whole ones are stored, but for the ends of a sweep
+constexpr int kStageFloats = kColumns * kPhasesW + 2 * kLine;    // of an output row, behind a sector's place in a line and what waits for a line to be whole
+constexpr int kHeadBytes = 2048;
+
+// A block has one plane of positions, some of its rows from the first to the last, and 32 output channels. It brings each row of the source
+// once for each tap d, a thread for each column, and keeps those that later rows of positions need.
+struct Plan {
+    Stencil s;
+    int N, C_in, C_out, channel_tiles;
+    int octs;                         // input channels / 8
+    int span;                         // rows of the source that a row of positions reads behind its first one
+    int pitch;                        // columns of a row in shared memory: column c is column c + first_column of the source
+    int first_column, column0, columns;    // those from column0 on are there
+    int segment_rows, segments;
+    HOST_DEVICE int slots() const { return span + 2; }    // of rows that are kept: a row of positions' and the next one's
+    HOST_DEVICE int row_units() const { return s.axis[0].taps * octs * pitch; }    // of 16 bytes: (tap d, 8 channels, column)
+    HOST_DEVICE int tile_units() const { return octs * kPhasesW * kChannels; }    // of 16 bytes, of the weights of kernel elements (d, h) and a tap w: (8 channels, 8 output channels, phase w, output channel)
+    HOST_DEVICE int weight_units() const { return s.axis[0].kernel * s.axis[1].kernel * s.axis[2].taps * tile_units(); }
+    HOST_DEVICE int shared_bytes() const { return kHeadBytes + (weight_units() + slots() * row_units()) * 16 + kMaxPhases * kChannels * kStageFloats * 4; }
+    int64_t blocks() const { return int64_t(N) * channel_tiles * s.axis[0].positions * segments; }
+};
+
+// A plan, or one without segments where the layer does not fit. most_shared: bytes that a block can have.
+inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessors) {
+    Plan p = {};
+    if (!has_stencil(g) || g.groups > 1) return p;
+    p.s = make_stencil(Direction::kForward, g);
+    const StencilAxis &h = p.s.axis[1], &w = p.s.axis[2];
+    for (const StencilAxis& a : p.s.axis) {
+        if (a.phases > kMaxPhases || a.taps > a.phases) return p;
+        for (int phase = 0; phase < a.phases; phase++)
+            if (a.live[phase] == 0) return p;    // its outputs have no products
+    }
+    if ((g.C_in != 16 && g.C_in != 32) || g.C_out % kWarpChannels != 0 || w.phases != kPhasesW || w.positions > kColumns || kernel_volume(g) > kMaxKernel) return p;
+    if (g.C_in * in_volume(g) >= int64_t(1) << 31 || g.N >= 1 << 30 || g.C_out >= 1 << 30) return p;
+    p.N = int(g.N), p.C_in = int(g.C_in), p.C_out = int(g.C_out), p.channel_tiles = int(ceil_div(g.C_out, kChannels));
+    p.octs = int(g.C_in / 8);
+    p.span = h.shift[h.taps - 1] - h.shift[0];
+    p.pitch = kColumns + w.shift[w.taps - 1] - w.shift[0];
+    p.first_column = w.first - w.shift[w.taps - 1];
+    p.column0 = p.first_column < 0 ? -p.first_column : 0;
+    const int end = w.sources - p.first_column;
+    p.columns = (end < p.pitch ? end : p.pitch) - p.column0;
+    if (p.columns > kRoleThreads || p.slots() > kMaxSlots || p.shared_bytes() > most_shared) return p;
+    double best = 0;
+    for (int segments = 1; segments <= h.positions; segments++) {    // as many as fill all multiprocessors, a block's start being as long as three rows
+        Plan cut = p;
+        cut.segment_rows = int(ceil_div(h.positions, segments)), cut.segments = int(ceil_div(h.positions, cut.segment_rows));
+        if (segments > 1 && cut.blocks() > 8 * multiprocessors) break;
+        const double time = double(ceil_div(cut.blocks(), multiprocessors)) * (cut.segment_rows + 3);
+        if (p.segments == 0 || time < best) best = time, p = cut;
+    }
+    return p;
+}
+
+}  // namespace sweep_sm90
+'''
+
+_SOURCES['sweep_sm90.cuh'] = r'''
+// Strided transposed convolution of one group of few channels, TF32-equivalent, straight from the tensors: wgmma for sm_90a.
+//
+//   out[n, co, o] = bias[co] + sum over ci, k with i * stride - padding + k * dilation == o of x[n, ci, i] * w[ci, co, k]
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
+//
+// There is little to multiply and much to write, so memory is the limit: x is read as it lies, and outputs leave as whole lines. A block sweeps down the rows of one
+// plane of positions (stencil.h), with all weights of its 32 output channels in shared memory. A warpgroup brings the rows of x as fp16, and they stay as long as later rows of
+// positions need them; all that are there have one power of two for their scale. GEMM_M is (phase of W, output channel), GEMM_N the positions of a row, GEMM_K the channels of a tap;
+// a tap of W is a shift of the operand's first column. Each output plane has a warpgroup that multiplies for one output row after the other. A warp of it has the outputs of 8 channels:
+// a channel's are neighbours in memory from row to row, so it stages them in the order of memory, a storing warp has whole lines copied, and what does not fill a line waits for the next row.
+// Where x or w is not finite, zeros of GEMM_M must not meet it: such a block computes its outputs once more, product by product.
+// Formula: torch.nn.ConvTranspose3d.
+#pragma once
+
+#include "pipeline_sm90.cuh"
+#include "scaled_half.cuh"
+#include "sweep_direct.cuh"
+#include "sweep_sm90_tiles.h"
+
+namespace sweep_sm90 {
+
+constexpr int kMultiplyRegisters = 168, kBringRegisters = 120, kStoreRegisters = 56;    // of a thread: no more than all have at first, 128 each
+constexpr int kLowestExponent = 8, kExponent = 11, kHighestExponent = 14;    // of the scaled maximum of the rows that are there: where the scale stays as it was, what a new one is for
+
+// A tap: where its weights begin, and its columns in a row of the source, in units of 16 bytes; rows of the source behind the row of positions' first one.
+struct alignas(16) Product { int weight, source, row; };
+struct Products { int count; Product of[kMaxTaps * kMaxTaps * kMaxTaps]; };
+
+struct SharedHead {
+    alignas(16) uint64_t full[kMaxSlots], free[kMaxSlots];    // rows of the source
+    uint64_t staged[kMaxPhases][4], stored[kMaxPhases][4];    // what the warps of an output plane stage
+    Products products[kMaxPhases][kMaxPhases];    // of phases (d, h)
+    unsigned warp_max[2][4];           // bits of the largest magnitudes of a row that warps have, by its parity
+    int weight_shift[kChannels];       // 2^shift is the scale of an output channel's weights
+    int shift[kMaxSlots];              // and of all rows that are there when this slot's has come
+    int not_finite;
+    uint16_t place[kMaxKernel];        // of the weights at an element of the kernel, for the first channels: in units of 16 bytes
+};
+static_assert(sizeof(SharedHead) <= kHeadBytes, "the weights begin behind the head");
+
+// 8 values, scaled.
+__device__ __forceinline__ uint4 as_halves(const float* values, float scale) {
+    alignas(16) __half2 h[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) h[i] = __floats2half2_rn(values[2 * i] * scale, values[2 * i + 1] * scale);
+    return *reinterpret_cast<const uint4*>(h);
+}
+
+#ifdef HAS_SM90A
+
+// What a block has. kOcts: times 8 input channels; kTapsD: of D; known to the compiler, as a row is brought in registers.
+template <int kOcts, int kTapsD> struct Block {
+    const Plan& p;
+    const float *x, *w;                // of the sample; of the first output channel
+    int n, channel0, channels, d, q0, q1;    // output channels that there are; plane of positions, its rows
+    int thread, lane, warp;            // of the role
+
+    static __device__ __forceinline__ uint8_t* shared() {
+        extern __shared__ __align__(128) uint8_t base[];
+        return base;
+    }
+    static __device__ __forceinline__ SharedHead& head() { return *reinterpret_cast<SharedHead*>(shared()); }
+    static __device__ __forceinline__ uint4* weights() { return reinterpret_cast<uint4*>(shared() + kHeadBytes); }
+    __device__ __forceinline__ uint4* slots() const { return weights() + p.weight_units(); }
+    __device__ __forceinline__ float* stages() const { return reinterpret_cast<float*>(slots() + p.slots() * p.row_units()); }    // (phase d, channel, kStageFloats)
+    enum Barrier { kPrepare = 1, kBring };
+
+    __device__ __forceinline__ Block(const Plan& p, const float* x_all, const float* w_all) : p(p), thread(threadIdx.x % kRoleThreads), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % 4) {
+        int i = blockIdx.x;
+        d = take_digit(i, p.s.axis[0].positions);
+        q0 = take_digit(i, p.segments) * p.segment_rows, q1 = min(q0 + p.segment_rows, p.s.axis[1].positions);
+        channel0 = take_digit(i, p.channel_tiles) * kChannels, channels = min(kChannels, p.C_out - channel0), n = i;
+        x = x_all + int64_t(n) * p.C_in * volume(), w = w_all + int64_t(channel0) * kernel_volume(p.s);
+    }
+    __device__ __forceinline__ int volume() const { return p.s.axis[0].sources * p.s.axis[1].sources * p.s.axis[2].sources; }
+    __device__ __forceinline__ int source_rows() const { return q1 - q0 + p.span; }
+    __device__ __forceinline__ int output_row0() const { return max(q0 * p.s.axis[1].phases - p.s.axis[1].crop, 0); }
+    __device__ __forceinline__ int output_row1() const { return min(q1 * p.s.axis[1].phases - p.s.axis[1].crop, p.s.axis[1].out); }
+    __device__ __forceinline__ bool has_plane(int pd) const { return pd < p.s.axis[0].phases && unsigned(d * p.s.axis[0].phases + pd - p.s.axis[0].crop) < unsigned(p.s.axis[0].out); }
+
+    // ------------------------------------------------------------------------------------------------ Weights
+
+    static constexpr int kPreparing = (kMaxPhases + 1) * kRoleThreads;    // threads that prepare the weights: all but those that bring rows
+
+    // f(place of an element of a kernel among those of all output channels, its weights for all input channels). Elements are neighbours in memory.
+    template <typename F> __device__ __forceinline__ void for_each_element(F f) const {
+        const int elements = channels * kernel_volume(p.s);
+        const int64_t step = int64_t(p.C_out) * kernel_volume(p.s);
+        for (int i = threadIdx.x; i < elements; i += kPreparing) {
+            float values[kOcts * 8];
+#pragma unroll
+            for (int ci = 0; ci < kOcts * 8; ci++) values[ci] = w[ci * step + i];
+            f(i, values);
+        }
+    }
+
+    // The weights, scaled by a power of two for each output channel; zeros where a phase has none at a tap. The products of all phases.
+    __device__ __forceinline__ void prepare_weights() const {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int volume = kernel_volume(p.s);
+        SharedHead& h = head();
+        for (int i = threadIdx.x; i < p.weight_units(); i += kPreparing) weights()[i] = make_uint4(0, 0, 0, 0);
+        if (threadIdx.x < volume) {
+            int rest = threadIdx.x;
+            const int kw = take_digit(rest, aw.kernel);
+            h.place[threadIdx.x] = (rest * aw.taps + aw.tap_of[kw]) * p.tile_units() + aw.phase_of[kw] * kWarpChannels;
+        }
+        if (threadIdx.x < ad.phases * ah.phases) {
+            const int pd = threadIdx.x / ah.phases, ph = threadIdx.x % ah.phases;
+            Products& products = h.products[pd][ph];
+            products.count = 0;
+            for (int th = 0; th < ah.taps; th++) for (int td = 0; td < ad.taps; td++) for (int tw = 0; tw < aw.taps; tw++) {
+                const int kd = ad.kernel_of[td][pd], kh = ah.kernel_of[th][ph];
+                if (kd < 0 || kh < 0) continue;
+                products.of[products.count++] = {((kd * ah.kernel + kh) * aw.taps + tw) * p.tile_units(), td * kOcts * p.pitch + aw.shift[aw.taps - 1] - aw.shift[tw], ah.shift[ah.taps - 1] - ah.shift[th]};
+            }
+        }
+        unsigned* const element_max = reinterpret_cast<unsigned*>(stages());
+        for_each_element([&](int i, const float (&values)[kOcts * 8]) {
+            unsigned most = 0;
+#pragma unroll
+            for (float value : values) most = umax(most, scaled_half::magnitude(value));
+            element_max[i] = most;
+        });
+        named_barrier(kPrepare, kPreparing);
+        if (threadIdx.x < kChannels * 4) {    // 4 lanes have a channel
+            const int channel = threadIdx.x / 4;
+            unsigned most = 0;
+            for (int i = threadIdx.x % 4; i < volume && channel < channels; i += 4) most = umax(most, element_max[channel * volume + i]);
+            most = umax(most, __shfl_xor_sync(~0u, most, 1));
+            most = umax(most, __shfl_xor_sync(~0u, most, 2));
+            h.weight_shift[channel] = scaled_half::shift_of(most);
+            if (most >= scaled_half::kInfinity) h.not_finite = 1;
+        }
+        named_barrier(kPrepare, kPreparing);
+        for_each_element([&](int i, const float (&values)[kOcts * 8]) {
+            const int channel = i / volume, unit = h.place[i - channel * volume] + channel / kWarpChannels * kPhasesW * kWarpChannels + channel % kWarpChannels;
+            const float scale = scaled_half::power_of_two(h.weight_shift[channel]);
+#pragma unroll
+            for (int oct = 0; oct < kOcts; oct++) weights()[unit + oct * kPhasesW * kChannels] = as_halves(values + oct * 8, scale);
+        });
+        fence_proxy_async();
+        named_barrier(kPrepare, kPreparing);
+    }
+
+    // ------------------------------------------------------------------------------------------- Rows of the source
+
+    using Column = float[kTapsD][kOcts][8];    // the thread's, of a row
+
+    __device__ __forceinline__ bool has_column() const { return thread < p.columns; }
+
+    // Begins to bring a row. They are counted from the first one that the first row of positions reads.
+    __device__ __forceinline__ void load(Column& v, int i) const {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int row = ah.first + q0 - ah.shift[ah.taps - 1] + i, channel_step = volume();
+        const bool inside = has_column() && unsigned(row) < unsigned(ah.sources) && i < source_rows();
+#pragma unroll
+        for (int td = 0; td < kTapsD; td++) {
+            const int plane = ad.first + d - ad.shift[td];
+            const bool exists = inside && unsigned(plane) < unsigned(ad.sources);
+            const float* from = x + (exists ? (plane * ah.sources + row) * aw.sources + p.first_column + p.column0 + thread : 0);
+#pragma unroll
+            for (int oct = 0; oct < kOcts; oct++)
+#pragma unroll
+                for (int c = 0; c < 8; c++, from += channel_step) v[td][oct][c] = exists ? *from : 0.0f;
+        }
+    }
+
+    // Waits for what has been brought; the bits of the row's largest magnitude.
+    __device__ __forceinline__ unsigned find_max(const Column& v, int i) const {
+        unsigned most = 0;
+#pragma unroll
+        for (int td = 0; td < kTapsD; td++)
+#pragma unroll
+            for (int oct = 0; oct < kOcts; oct++)
+#pragma unroll
+                for (float value : v[td][oct]) most = umax(most, scaled_half::magnitude(value));
+        most = __reduce_max_sync(~0u, most);
+        unsigned(&all)[4] = head().warp_max[i % 2];
+        if (lane == 0) all[warp] = most;
+        named_barrier(kBring, kRoleThreads);
+        return umax(umax(all[0], all[1]), umax(all[2], all[3]));
+    }
+
+    // The scale of all rows that are there: the one that there was, if it does. most: the bits of their largest magnitude.
+    static __device__ __forceinline__ int next_shift(int before, unsigned most) {
+        const int exponent = scaled_half::exponent_of(most) + before;
+        const bool does = most == 0 || most >= scaled_half::kInfinity || (exponent >= kLowestExponent && exponent <= kHighestExponent);
+        return does ? before : scaled_half::clamp_shift(kExponent - scaled_half::exponent_of(most));
+    }
+
+    __device__ __forceinline__ uint4* column_in(int slot) const { return slots() + slot * p.row_units() + p.column0 + thread; }
+
+    // The thread's column of a row that is there, at another scale.
+    __device__ __forceinline__ void scale_again(int slot, int shift_added) const {
+        const float factor = scaled_half::power_of_two(max(min(shift_added, 127), -126));
+        for (int i = 0; i < kTapsD * kOcts; i++) {
+            uint4* const unit = column_in(slot) + i * p.pitch;
+            alignas(16) __half2 h[4];
+            *reinterpret_cast<uint4*>(h) = *unit;
+#pragma unroll
+            for (__half2& two : h) two = __floats2half2_rn(__low2float(two) * factor, __high2float(two) * factor);
+            *unit = *reinterpret_cast<const uint4*>(h);
+        }
+    }
+
+    __device__ __forceinline__ void bring() const {
+        SharedHead& h = head();
+        Column v;
+        load(v, 0);
+        int shift = scaled_half::kMaxShift, slot_before = 0;
+        unsigned most_before = 0;      // of the row that is needed beside this one
+        RingPosition at;
+        for (int i = 0; i < source_rows(); i++) {
+            const unsigned most = find_max(v, i);
+            if (most >= scaled_half::kInfinity) h.not_finite = 1;
+            const int before = shift;
+            shift = next_shift(before, umax(most, most_before));
+            most_before = p.span > 0 ? most : 0;
+            if (i >= p.slots()) mbarrier_wait(&h.free[at.stage], at.phase ^ 1);
+            if (shift != before && i > 0 && p.span > 0) {    // the row before must not be in use by the row of positions before
+                if (i > 1) mbarrier_wait(&h.free[(i - 2) % p.slots()], (i - 2) / p.slots() & 1);
+                if (has_column()) scale_again(slot_before, shift - before);
+            }
+            const float scale = scaled_half::power_of_two(shift);
+            uint4* const to = column_in(at.stage);
+            if (has_column())
+#pragma unroll
+                for (int td = 0; td < kTapsD; td++)
+#pragma unroll
+                    for (int oct = 0; oct < kOcts; oct++) to[(td * kOcts + oct) * p.pitch] = as_halves(v[td][oct], scale);
+            if (thread == 0) h.shift[at.stage] = shift;
+            load(v, i + 1);
+            fence_proxy_async();
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(&h.full[at.stage]);
+            slot_before = at.stage;
+            at.advance(p.slots());
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------------ Products
+
+    using Sums = float[kColumns / 2];
+
+    // The sums of a row of positions whose first row of the source is in a slot.
+    __device__ __forceinline__ void multiply(Sums& sums, const Products& products, int first_slot) const {
+        const uint64_t weight = wgmma_plain_descriptor_base(kPhasesW * kChannels), source = wgmma_plain_descriptor_base(p.pitch);
+        const uint32_t weight0 = shared_vector(weights()), source0 = shared_vector(slots());
+        const int count = products.count;
+#pragma unroll
+        for (float& sum : sums) make_zero(sum);
+        int i = 0;
+#pragma unroll 1
+        do {
+            const Product product = products.of[i];
+            int slot = first_slot + product.row;
+            if (slot >= p.slots()) slot -= p.slots();
+            const uint32_t a = weight0 + product.weight, b = source0 + slot * p.row_units() + product.source;
+            wgmma_fence();
+#pragma unroll
+            for (int oct = 0; oct < kOcts; oct += 2) wgmma_m64k16_f16<0>(sums, wgmma_descriptor(weight, a + oct * kPhasesW * kChannels), wgmma_descriptor(source, b + oct * p.pitch));
+            wgmma_commit_group();
+        } while (++i < count);
+        wgmma_wait_group<0>();
+#pragma unroll
+        for (float& sum : sums) keep_after(sum);
+    }
+
+    // ------------------------------------------------------------------------------------------------- Outputs
+
+    // The outputs of one channel on one output plane, which are neighbours in memory from row to row. Places in memory are counted in floats from address 0 on.
+    struct Stream {
+        int64_t origin;
+        int out_row;                   // floats
+        float* stage;
+        bool vectors;                  // positions' outputs are as vectors are aligned
+        int bank;                      // so that lanes that stage together meet different banks
+        __device__ __forceinline__ int64_t begin(int row) const { return origin + int64_t(row) * out_row; }
+        // Where the line of memory is staged that a place is in.
+        __device__ __forceinline__ float* staged(int64_t at) const { return stage + ((bank - int(at & (kLine - 8))) & (kLine - 1)); }
+    };
+
+    __device__ __forceinline__ Stream stream_of(float* out, int pd, int channel) const {
+        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+        const int64_t plane = (int64_t(n) * p.C_out + channel0 + channel) * ad.out + d * ad.phases + pd - ad.crop, origin = int64_t(reinterpret_cast<uintptr_t>(out) / sizeof(float)) + plane * ah.out * aw.out;
+        const bool vectors = aw.crop == 0 && aw.out % 4 == 0 && origin % 4 == 0;
+        return {origin, aw.out, stages() + (pd * kChannels + channel) * kStageFloats, vectors, (vectors ? channel % 2 : channel % kWarpChannels / 4) * 16};
+    }
+
+    // Stages a row behind what did not fill a line before. Four lanes have a channel's, two positions of 8 each, which are four neighbours.
+    __device__ __forceinline__ void stage(const Stream& stream, const Sums& sums, int row, uint64_t* stored, uint32_t parity) const {
+        const int64_t at = stream.begin(row), before = stream.begin(row - 1);
+        const float* const carried = stream.staged(before) + int((at & -kLine) - (before & -kLine)) + lane % 4 * 8;
+        float* const line = stream.staged(at);
+        const float4 low = *reinterpret_cast<const float4*>(carried), high = *reinterpret_cast<const float4*>(carried + 4);
+        mbarrier_wait(stored, parity);
+        __syncwarp();
+        float4* const to_line = reinterpret_cast<float4*>(line + lane % 4 * 8);
+        to_line[0] = low, to_line[1] = high;
+        __syncwarp();
+        const int column = lane % 4 * 4 - p.s.axis[2].crop;
+        float* const to = line + int(at & (kLine - 1)) + column;
+        if (stream.vectors) {
+#pragma unroll
+            for (int u = 0; u < kColumns / 8; u++) *reinterpret_cast<float4*>(to + u * 16) = make_float4(sums[u * 4], sums[u * 4 + 2], sums[u * 4 + 1], sums[u * 4 + 3]);
+        } else {
+#pragma unroll
+            for (int u = 0; u < kColumns / 8; u++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    if (u > 0 || column + k >= 0) to[u * 16 + k] = sums[u * 4 + k % 2 * 2 + k / 2];
+        }
+        fence_proxy_async();
+        __syncwarp();
+    }
+
+    // Multiplies for an output plane, row after row.
+    __device__ __forceinline__ void multiply_all(int pd, const float* bias, bool apply_relu, float* out) const {
+        const StencilAxis& ah = p.s.axis[1];
+        SharedHead& h = head();
+        const int channel = warp * kWarpChannels + lane / 4, weight_shift = h.weight_shift[channel], end = output_row1();
+        const bool has_outputs = warp * kWarpChannels < channels;
+        const Stream stream = stream_of(out, pd, channel);
+        const float added = bias && has_outputs ? bias[channel0 + channel] : 0.0f;
+        RingPosition needed;           // the next row that has not been waited for
+        int rows_there = 0, shift = 0, slot = 0;
+        uint32_t parity = 1;
+        for (int q = q0; q < q1; q++) {
+            for (; rows_there <= q - q0 + p.span; rows_there++, needed.advance(p.slots())) {
+                mbarrier_wait(&h.full[needed.stage], needed.phase);
+                shift = h.shift[needed.stage];
+            }
+            const scaled_half::ScaleInParts back = scaled_half::scale_in_parts(-shift - weight_shift);
+            const bool in_parts = __any_sync(~0u, back.more != 1);
+            for (int ph = 0; ph < ah.phases; ph++) {
+                const int row = q * ah.phases + ph - ah.crop;
+                const bool is_last = ph == ah.phases - 1;
+                if (row >= 0 && row < end) {
+                    Sums sums;
+                    multiply(sums, h.products[pd][ph], slot);
+                    if (is_last && lane == 0) mbarrier_arrive(&h.free[slot]);
+                    if (!has_outputs) continue;
+                    if (in_parts) {
+#pragma unroll
+                        for (float& sum : sums) sum *= back.more;
+                    }
+#pragma unroll
+                    for (float& sum : sums) sum = fmaf(sum, back.scale, added);
+                    if (apply_relu) {
+#pragma unroll
+                        for (float& sum : sums) sum = max_nan(sum, 0.0f);
+                    }
+                    stage(stream, sums, row, &h.stored[pd][warp], parity);
+                    if (lane == 0) mbarrier_arrive(&h.staged[pd][warp]);
+                    parity ^= 1;
+                } else if (is_last && lane == 0) {
+                    mbarrier_arrive(&h.free[slot]);
+                }
+            }
+            slot = slot + 1 == p.slots() ? 0 : slot + 1;
+        }
+    }
+
+    // Stores what two of a plane's warps stage, a lane for each of their channels.
+    __device__ __forceinline__ void store_all(float* out) const {
+        constexpr int kLanes = 2 * kWarpChannels;
+        const int pd = warp / 2, channel = warp % 2 * kLanes + lane, row0 = output_row0(), row1 = output_row1();
+        if (lane >= kLanes || channel >= channels || !has_plane(pd)) return;
+        const Stream stream = stream_of(out, pd, channel);
+        const int64_t first = stream.begin(row0);
+        uint32_t parity = 0;
+        for (int row = row0; row < row1; row++, parity ^= 1) {
+            const int64_t at = stream.begin(row), next = stream.begin(row + 1), line_at = at & -kLine;
+            const int begin = int(max(first - line_at, int64_t(0))), end = int((row == row1 - 1 ? next : next & -kLine) - line_at);
+            const int whole = (begin + 3) & -4, whole_end = end & -4;
+            const float* const from = stream.staged(at);
+            float* const line = reinterpret_cast<float*>(uintptr_t(line_at) * sizeof(float));
+            for (int w = 0; w < 4; w++) {
+                if (w != channel / kWarpChannels) continue;
+                mbarrier_wait(&head().staged[pd][w], parity);
+                if (whole < whole_end) bulk_store(line + whole, from + whole, (whole_end - whole) * 4);
+                bulk_commit_group();
+            }
+            // What is in front of whole vectors where a sweep begins, and behind where it ends.
+#pragma unroll 1
+            for (int i = begin; i < min(whole, end); i++) line[i] = from[i];
+#pragma unroll 1
+            for (int i = max(whole, whole_end); i < end; i++) line[i] = from[i];
+            bulk_wait_group_read<0>();
+            mbarrier_arrive(&head().stored[pd][channel / kWarpChannels]);
+        }
+        bulk_wait_group<0>();
+    }
+
+    // --------------------------------------------------------------------------------------------------- Sweep
+
+    // The block's outputs.
+    __device__ __forceinline__ sweep_direct::Part part(const float* bias, float* out) const {
+        const int64_t volume = int64_t(p.s.axis[0].out) * p.s.axis[1].out * p.s.axis[2].out;
+        return {x, w, bias ? bias + channel0 : nullptr, out + (int64_t(n) * p.C_out + channel0) * volume, p.C_in, p.C_out, channels, d, output_row0(), output_row1()};
+    }
+
+    __device__ __forceinline__ void run(const float* bias, bool apply_relu, float* out) const {
+        SharedHead& h = head();
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < p.slots(); i++) mbarrier_init(&h.full[i], 4), mbarrier_init(&h.free[i], 4 * (has_plane(0) + has_plane(1)));
+            for (int pd = 0; pd < kMaxPhases; pd++)
+                for (int w = 0; w < 4; w++) mbarrier_init(&h.staged[pd][w], 1), mbarrier_init(&h.stored[pd][w], kWarpChannels);
+            fence_mbarrier_init();
+            h.not_finite = 0;
+        }
+        for (int i = threadIdx.x; i < p.slots() * p.row_units(); i += kThreads) slots()[i] = make_uint4(0, 0, 0, 0);
+        __syncthreads();
+        const int role = __shfl_sync(~0u, int(threadIdx.x) / kRoleThreads, 0);
+        if (role == kMaxPhases + 1) {
+            setmaxnreg_dec<kBringRegisters>();
+            bring();
+        } else {
+            prepare_weights();
+            if (role < kMaxPhases) {
+                setmaxnreg_inc<kMultiplyRegisters>();
+                if (has_plane(role)) multiply_all(role, bias, apply_relu, out);
+            } else {
+                setmaxnreg_dec<kStoreRegisters>();
+                store_all(out);
+            }
+        }
+        __syncthreads();
+    }
+};
+
+#endif  // HAS_SM90A
+
+template <int kOcts, int kTapsD>
+__global__ void __launch_bounds__(kThreads, 1)
+sweep_kernel(const __grid_constant__ Plan p, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
+#ifdef HAS_SM90A
+    wait_for_previous_kernel();
+    const Block<kOcts, kTapsD> block(p, x, w);
+    block.run(bias, apply_relu, out);
+    if (block.head().not_finite) sweep_direct::compute(p.s, block.part(bias, out), apply_relu);
+#endif
+}
+
+template <int kOcts> int forward(const Plan& p, cudaStream_t stream, const float* x, const float* w, const float* bias, bool apply_relu, float* out) {
+    const auto kernel = p.s.axis[0].taps == 1 ? sweep_kernel<kOcts, 1> : sweep_kernel<kOcts, 2>;
+    return launch_with_shared(kernel, p.blocks(), kThreads, p.shared_bytes(), stream, p, x, w, bias, apply_relu, out);
+}
+
+}  // namespace sweep_sm90
+'''
+
+_SOURCES['conv_transpose3d_sweep_sm90.cu'] = r'''
+// Strided transposed convolution of one group of few channels on Hopper: the launchers. For float32.
+
+#include "conv_plan.cuh"
+#include "sweep_sm90.cuh"
+
+namespace sweep_sm90 {
+
+static const Plan& plan_of(const Geometry& g, int device) {
+    static conv::Memo<Plan> plans;
+    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, block_shared_bytes(device), multiprocessors_of(device)); });
+}
+
+}  // namespace sweep_sm90
+
+extern "C" int conv_transpose3d_supports_sweep_sm90(const Geometry* g, int device) { return sweep_sm90::plan_of(*g, device).segments > 0; }
+
+extern "C" int64_t conv_transpose3d_forward_sweep_sm90_workspace(const Geometry*, int, int) { return 0; }
+
+// bias may be null; apply_relu writes relu(out).
+extern "C" int conv_transpose3d_forward_sweep_sm90(const Geometry* g, int, int device, void* stream, void*, const void* x, const void* w, const void* bias, int apply_relu, void* out) {
+    DeviceGuard guard(device);
+    const sweep_sm90::Plan& plan = sweep_sm90::plan_of(*g, device);
+    if (plan.segments == 0) return cudaErrorNotSupported;
+    const auto forward = plan.octs == 2 ? sweep_sm90::forward<2> : sweep_sm90::forward<4>;
+    return forward(plan, static_cast<cudaStream_t>(stream), static_cast<const float*>(x), static_cast<const float*>(w), static_cast<const float*>(bias), apply_relu != 0, static_cast<float*>(out));
+}
 '''
 
 _SOURCES['dweight_sm90.cuh'] = r'''

@@ -49,6 +49,13 @@ HOST_DEVICE unsigned multiply_high(unsigned a, unsigned b) {
 #endif
 }
 
+// The last digit of i, which is below `count`; i becomes what is left.
+HOST_DEVICE int take_digit(int& i, int count) {
+    const int digit = i % count;
+    i /= count;
+    return digit;
+}
+
 // Division by what is known when a plan is made, of numbers from 0 to 2^31 - 1: n / d = (n + n * magic / 2^32) / 2^shift (Granlund, Montgomery: "Division by Invariant
 // Integers using Multiplication"). A division takes a warp 100 cycles, and locating a tile is a chain of a dozen.
 struct Divisor {

@@ -18,6 +18,7 @@
 
 #include "ptx_sm90.cuh"
 #include "scaled_half.cuh"
+#include "sweep_direct.cuh"
 #include "sweep_tiles.h"
 
 namespace sweep {
@@ -69,13 +70,6 @@ __device__ __forceinline__ void split(const float (&v)[8], float scale, uint4* h
         h[i] = pair.high, l[i] = pair.low;
     }
     *high = *reinterpret_cast<const uint4*>(h), *low = *reinterpret_cast<const uint4*>(l);
-}
-
-// The last digit of i, which is below `count`; i becomes what is left.
-__device__ __forceinline__ int take_digit(int& i, int count) {
-    const int digit = i % count;
-    i /= count;
-    return digit;
 }
 
 // What a block has. kOcts: times 8 input channels; known to the compiler, as loads behind a branch are waited for at once. kPatternD, kPatternH: which taps have weights.
@@ -379,29 +373,6 @@ template <int kOcts, int kPatternD, int kPatternH> struct Block {
         else stage_columns(std::false_type());
     }
 
-    // ------------------------------------------------------------------------------------------------- Repair
-
-    // All outputs of the block, product by product.
-    __device__ void compute_directly(const float* bias, bool apply_relu) const {
-        const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-        const int begin = first_row(0), rows = first_row(head().steps) - begin, outputs = kStreams * rows * aw.out;
-        for (int i = threadIdx.x; i < outputs; i += kThreads) {
-            const int column = i % aw.out, row = begin + i / aw.out % rows, stream = i / aw.out / rows, channel = stream % kChannels;
-            if (head().origin[stream] < 0) continue;
-            const int uh = row + ah.crop, uw = column + aw.crop;
-            float sum = 0;
-            for (int ci = 0; ci < p.group_in(); ci++)
-                for (int td = 0; td < ad.taps; td++) for (int th = 0; th < ah.taps; th++) for (int tw = 0; tw < aw.taps; tw++) {
-                    const int kd = ad.kernel_of[td][stream / kChannels], kh = ah.kernel_of[th][uh % kPhasesH], kw = aw.kernel_of[tw][uw % kPhasesW];
-                    const int sd = ad.first + d - ad.shift[td], sh = ah.first + uh / kPhasesH - ah.shift[th], sw = aw.first + uw / kPhasesW - aw.shift[tw];
-                    if (min(kd, min(kh, kw)) < 0 || unsigned(sd) >= unsigned(ad.sources) || unsigned(sh) >= unsigned(ah.sources) || unsigned(sw) >= unsigned(aw.sources)) continue;
-                    sum = fmaf(x[ci * volume() + (int64_t(sd) * ah.sources + sh) * aw.sources + sw], kernel(ci, channel)[(kd * ah.kernel + kh) * aw.kernel + kw], sum);
-                }
-            if (bias) sum += bias[channel0 + channel];
-            *reinterpret_cast<float*>(uintptr_t(address(stream, row) + column) * sizeof(float)) = apply_relu ? relu(sum) : sum;
-        }
-    }
-
     // --------------------------------------------------------------------------------------------------- Sweep
 
     __device__ __forceinline__ void run_multiplying(const float* bias, bool apply_relu) {
@@ -463,6 +434,13 @@ template <int kOcts, int kPatternD, int kPatternH> struct Block {
 #endif
     }
 
+    // The block's outputs.
+    __device__ __forceinline__ sweep_direct::Part part(const float* bias, float* out) const {
+        const int64_t volume = int64_t(p.s.axis[0].out) * p.s.axis[1].out * p.s.axis[2].out;
+        float* const first = out + (int64_t(n) * p.groups * p.group_out + channel0) * volume;
+        return {x, w, bias ? bias + channel0 : nullptr, first, p.group_in(), p.group_out, kChannels, d, first_row(0), first_row(head().steps)};
+    }
+
     __device__ __forceinline__ void run(const float* bias, bool apply_relu, float* out) {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
         SharedHead& h = head();
@@ -502,9 +480,8 @@ template <int kOcts, int kPatternD, int kPatternH> struct Block {
 
 // A function by itself, so that nothing that it needs is kept in registers until then.
 template <int kOcts, int kPatternD, int kPatternH>
-__device__ __noinline__ void compute_directly(const Plan& p, const float* x, const float* w, const float* bias, bool apply_relu) {
-    __syncthreads();
-    Block<kOcts, kPatternD, kPatternH>(p, x, w).compute_directly(bias, apply_relu);
+__device__ __noinline__ void compute_directly(const Plan& p, const float* x, const float* w, const float* bias, bool apply_relu, float* out) {
+    sweep_direct::compute(p.s, Block<kOcts, kPatternD, kPatternH>(p, x, w).part(bias, out), apply_relu);
 }
 
 template <int kOcts, int kPatternD, int kPatternH>
@@ -513,7 +490,7 @@ sweep_kernel(const __grid_constant__ Plan p, const float* __restrict__ x, const 
     using Block = Block<kOcts, kPatternD, kPatternH>;
     wait_for_previous_kernel();
     Block(p, x, w).run(bias, apply_relu, out);
-    if (Block::head().not_finite) compute_directly<kOcts, kPatternD, kPatternH>(p, x, w, bias, apply_relu);
+    if (Block::head().not_finite) compute_directly<kOcts, kPatternD, kPatternH>(p, x, w, bias, apply_relu, out);
 }
 
 template <int kOcts> int forward(const Plan& p, cudaStream_t stream, const float* x, const float* w, const float* bias, bool apply_relu, float* out) {
