@@ -426,8 +426,10 @@ def _sweep_sm90(geometry, dtype, tf32, device):
 
 
 def _sweep_sm90_first(geometry, dtype, tf32, device):
-    """Where that is faster than packed copies and products of matrices (kernels/NOTES.md): rows that fill half of its tile, and half of its output channels."""
-    return geometry.axis[2].in_size > 64 and geometry.C_out > 16 and _sweep_sm90(geometry, dtype, tf32, device)
+    """Where that is faster (kernels/NOTES.md): than packed copies, rows that fill half of its tile, and half of its output channels; than products of matrices, unless outputs are few."""
+    fills = geometry.axis[2].in_size >= 32 and geometry.C_out > 16
+    few = geometry.N * _outputs(geometry) < (2**25 if _has_single_taps(geometry) else 2**19) and _gemm_first(geometry, dtype, tf32, device)
+    return fills and not few and _sweep_sm90(geometry, dtype, tf32, device)
 
 
 def _forward_on(path):
@@ -9242,24 +9244,26 @@ constexpr int kMaxPhases = 2, kMaxTaps = 2;    // of an axis
 constexpr int kThreads = (kMaxPhases + 2) * kRoleThreads;
 constexpr int kPhasesW = 2, kChannels = 32;    // output channels of a block: with the phases of W they are GEMM_M
 constexpr int kWarpChannels = 8;      // of them, that a warp stages
-constexpr int kColumns = 128;         // positions of a row, and what is added to them: GEMM_N
-constexpr int kMaxSlots = 3;
+constexpr int kMaxColumns = 128;      // positions of a row, and what is added to them
+constexpr int kMaxBatches = 3;
 constexpr int kMaxKernel = 64;        // elements of a channel's kernel
 constexpr int kLine = 32;             // floats of a line of memory: only whole ones are stored, but for the ends of a sweep
-constexpr int kStageFloats = kColumns * kPhasesW + 2 * kLine;    // of an output row, behind a sector's place in a line and what waits for a line to be whole
+constexpr int kStageFloats = kMaxColumns * kPhasesW + 2 * kLine;    // of a unit, behind a sector's place in a line and what waits for a line to be whole
 constexpr int kHeadBytes = 2048;
 
 // A block has one plane of positions, some of its rows from the first to the last, and 32 output channels. It brings each row of the source
-// once for each tap d, a thread for each column, and keeps those that later rows of positions need.
+// once for each tap d, in batches of `rows`, a thread for each of their columns, and keeps those that later rows of positions need.
 struct Plan {
     Stencil s;
     int N, C_in, C_out, channel_tiles;
     int octs;                         // input channels / 8
-    int span;                         // rows of the source that a row of positions reads behind its first one
+    int gemm_n;                       // columns of a tile: 128, or 64 for rows of positions that are so short. A unit, what is staged at a time, is one output row or two
+    int rows, span;                   // of a batch; that a row of positions reads behind its first one, at most one
     int pitch;                        // columns of a row in shared memory: column c is column c + first_column of the source
     int first_column, column0, columns;    // those from column0 on are there
     int segment_rows, segments;
-    HOST_DEVICE int slots() const { return span + 2; }    // of rows that are kept: a row of positions' and the next one's
+    HOST_DEVICE int batches() const { return span + 2; }    // that are kept: those of a row of positions and the next one
+    HOST_DEVICE int slots() const { return batches() * rows; }
     HOST_DEVICE int row_units() const { return s.axis[0].taps * octs * pitch; }    // of 16 bytes: (tap d, 8 channels, column)
     HOST_DEVICE int tile_units() const { return octs * kPhasesW * kChannels; }    // of 16 bytes, of the weights of kernel elements (d, h) and a tap w: (8 channels, 8 output channels, phase w, output channel)
     HOST_DEVICE int weight_units() const { return s.axis[0].kernel * s.axis[1].kernel * s.axis[2].taps * tile_units(); }
@@ -9278,17 +9282,20 @@ inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessor
         for (int phase = 0; phase < a.phases; phase++)
             if (a.live[phase] == 0) return p;    // its outputs have no products
     }
-    if ((g.C_in != 16 && g.C_in != 32) || g.C_out % kWarpChannels != 0 || w.phases != kPhasesW || w.positions > kColumns || kernel_volume(g) > kMaxKernel) return p;
+    if ((g.C_in != 16 && g.C_in != 32) || g.C_out % kWarpChannels != 0 || w.phases != kPhasesW || w.positions > kMaxColumns || kernel_volume(g) > kMaxKernel) return p;
     if (g.C_in * in_volume(g) >= int64_t(1) << 31 || g.N >= 1 << 30 || g.C_out >= 1 << 30) return p;
     p.N = int(g.N), p.C_in = int(g.C_in), p.C_out = int(g.C_out), p.channel_tiles = int(ceil_div(g.C_out, kChannels));
     p.octs = int(g.C_in / 8);
     p.span = h.shift[h.taps - 1] - h.shift[0];
-    p.pitch = kColumns + w.shift[w.taps - 1] - w.shift[0];
+    p.gemm_n = w.positions <= kMaxColumns / 2 ? kMaxColumns / 2 : kMaxColumns;
+    p.pitch = p.gemm_n + w.shift[w.taps - 1] - w.shift[0];
     p.first_column = w.first - w.shift[w.taps - 1];
     p.column0 = p.first_column < 0 ? -p.first_column : 0;
     const int end = w.sources - p.first_column;
     p.columns = (end < p.pitch ? end : p.pitch) - p.column0;
-    if (p.columns > kRoleThreads || p.slots() > kMaxSlots || p.shared_bytes() > most_shared) return p;
+    if (p.columns > kRoleThreads || p.span > 1) return p;
+    p.rows = p.columns > 0 && p.columns <= kRoleThreads / 2 && h.positions > 1 ? 2 : 1;
+    if (p.shared_bytes() > most_shared) return p;
     double best = 0;
     for (int segments = 1; segments <= h.positions; segments++) {    // as many as fill all multiprocessors, a block's start being as long as three rows
         Plan cut = p;
@@ -9334,12 +9341,12 @@ struct alignas(16) Product { int weight, source, row; };
 struct Products { int count; Product of[kMaxTaps * kMaxTaps * kMaxTaps]; };
 
 struct SharedHead {
-    alignas(16) uint64_t full[kMaxSlots], free[kMaxSlots];    // rows of the source
+    alignas(16) uint64_t full[kMaxBatches], free[kMaxBatches];    // batches of rows of the source
     uint64_t staged[kMaxPhases][4], stored[kMaxPhases][4];    // what the warps of an output plane stage
     Products products[kMaxPhases][kMaxPhases];    // of phases (d, h)
-    unsigned warp_max[2][4];           // bits of the largest magnitudes of a row that warps have, by its parity
+    unsigned warp_max[2][4];           // bits of the largest magnitudes of a batch that warps have, by its parity
     int weight_shift[kChannels];       // 2^shift is the scale of an output channel's weights
-    int shift[kMaxSlots];              // and of all rows that are there when this slot's has come
+    int shift[kMaxBatches];            // and of all rows that are there when this batch has come
     int not_finite;
     uint16_t place[kMaxKernel];        // of the weights at an element of the kernel, for the first channels: in units of 16 bytes
 };
@@ -9356,7 +9363,8 @@ __device__ __forceinline__ uint4 as_halves(const float* values, float scale) {
 #ifdef HAS_SM90A
 
 // What a block has. kOcts: times 8 input channels; kTapsD: of D; known to the compiler, as a row is brought in registers.
-template <int kOcts, int kTapsD> struct Block {
+template <int kOcts, int kTapsD, int kColumns> struct Block {
+    static constexpr int kUnitRows = kMaxColumns / kColumns;    // output rows that are staged together: of one phase of H, or of both
     const Plan& p;
     const float *x, *w;                // of the sample; of the first output channel
     int n, channel0, channels, d, q0, q1;    // output channels that there are; plane of positions, its rows
@@ -9381,6 +9389,7 @@ template <int kOcts, int kTapsD> struct Block {
     }
     __device__ __forceinline__ int volume() const { return p.s.axis[0].sources * p.s.axis[1].sources * p.s.axis[2].sources; }
     __device__ __forceinline__ int source_rows() const { return q1 - q0 + p.span; }
+    __device__ __forceinline__ int source_batches() const { return (source_rows() + p.rows - 1) / p.rows; }
     __device__ __forceinline__ int output_row0() const { return max(q0 * p.s.axis[1].phases - p.s.axis[1].crop, 0); }
     __device__ __forceinline__ int output_row1() const { return min(q1 * p.s.axis[1].phases - p.s.axis[1].crop, p.s.axis[1].out); }
     __device__ __forceinline__ bool has_plane(int pd) const { return pd < p.s.axis[0].phases && unsigned(d * p.s.axis[0].phases + pd - p.s.axis[0].crop) < unsigned(p.s.axis[0].out); }
@@ -9452,38 +9461,40 @@ template <int kOcts, int kTapsD> struct Block {
 
     // ------------------------------------------------------------------------------------------- Rows of the source
 
-    using Column = float[kTapsD][kOcts][8];    // the thread's, of a row
+    // The thread's, of a batch. Its row is p.rows where it has none.
+    struct Column {
+        int row, column;
+        float v[kTapsD][kOcts][8];
+    };
 
-    __device__ __forceinline__ bool has_column() const { return thread < p.columns; }
-
-    // Begins to bring a row. They are counted from the first one that the first row of positions reads.
-    __device__ __forceinline__ void load(Column& v, int i) const {
+    // Begins to bring a batch. Rows are counted from the first one that the first row of positions reads.
+    __device__ __forceinline__ void load(Column& column, int batch) const {
         const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
-        const int row = ah.first + q0 - ah.shift[ah.taps - 1] + i, channel_step = volume();
-        const bool inside = has_column() && unsigned(row) < unsigned(ah.sources) && i < source_rows();
+        const int i = batch * p.rows + column.row, row = ah.first + q0 - ah.shift[ah.taps - 1] + i, channel_step = volume();
+        const bool inside = column.row < p.rows && unsigned(row) < unsigned(ah.sources) && i < source_rows();
 #pragma unroll
         for (int td = 0; td < kTapsD; td++) {
             const int plane = ad.first + d - ad.shift[td];
             const bool exists = inside && unsigned(plane) < unsigned(ad.sources);
-            const float* from = x + (exists ? (plane * ah.sources + row) * aw.sources + p.first_column + p.column0 + thread : 0);
+            const float* from = x + (exists ? (plane * ah.sources + row) * aw.sources + p.first_column + column.column : 0);
 #pragma unroll
             for (int oct = 0; oct < kOcts; oct++)
 #pragma unroll
-                for (int c = 0; c < 8; c++, from += channel_step) v[td][oct][c] = exists ? *from : 0.0f;
+                for (int c = 0; c < 8; c++, from += channel_step) column.v[td][oct][c] = exists ? *from : 0.0f;
         }
     }
 
-    // Waits for what has been brought; the bits of the row's largest magnitude.
-    __device__ __forceinline__ unsigned find_max(const Column& v, int i) const {
+    // Waits for what has been brought; the bits of the batch's largest magnitude.
+    __device__ __forceinline__ unsigned find_max(const Column& column, int batch) const {
         unsigned most = 0;
 #pragma unroll
         for (int td = 0; td < kTapsD; td++)
 #pragma unroll
             for (int oct = 0; oct < kOcts; oct++)
 #pragma unroll
-                for (float value : v[td][oct]) most = umax(most, scaled_half::magnitude(value));
+                for (float value : column.v[td][oct]) most = umax(most, scaled_half::magnitude(value));
         most = __reduce_max_sync(~0u, most);
-        unsigned(&all)[4] = head().warp_max[i % 2];
+        unsigned(&all)[4] = head().warp_max[batch % 2];
         if (lane == 0) all[warp] = most;
         named_barrier(kBring, kRoleThreads);
         return umax(umax(all[0], all[1]), umax(all[2], all[3]));
@@ -9496,13 +9507,12 @@ template <int kOcts, int kTapsD> struct Block {
         return does ? before : scaled_half::clamp_shift(kExponent - scaled_half::exponent_of(most));
     }
 
-    __device__ __forceinline__ uint4* column_in(int slot) const { return slots() + slot * p.row_units() + p.column0 + thread; }
+    __device__ __forceinline__ uint4* place_of(const Column& column, int batch_slot) const { return slots() + (batch_slot * p.rows + column.row) * p.row_units() + column.column; }
 
-    // The thread's column of a row that is there, at another scale.
-    __device__ __forceinline__ void scale_again(int slot, int shift_added) const {
+    // The thread's column of a batch that is there, at another scale.
+    __device__ __forceinline__ void scale_again(uint4* unit, int shift_added) const {
         const float factor = scaled_half::power_of_two(max(min(shift_added, 127), -126));
-        for (int i = 0; i < kTapsD * kOcts; i++) {
-            uint4* const unit = column_in(slot) + i * p.pitch;
+        for (int i = 0; i < kTapsD * kOcts; i++, unit += p.pitch) {
             alignas(16) __half2 h[4];
             *reinterpret_cast<uint4*>(h) = *unit;
 #pragma unroll
@@ -9513,36 +9523,38 @@ template <int kOcts, int kTapsD> struct Block {
 
     __device__ __forceinline__ void bring() const {
         SharedHead& h = head();
-        Column v;
-        load(v, 0);
+        Column column;
+        const bool is_second = thread >= p.columns;
+        column.row = thread < p.rows * p.columns ? is_second : p.rows, column.column = p.column0 + thread - (is_second ? p.columns : 0);
+        load(column, 0);
         int shift = scaled_half::kMaxShift, slot_before = 0;
-        unsigned most_before = 0;      // of the row that is needed beside this one
+        unsigned most_before = 0;      // of the batch that is needed beside this one
         RingPosition at;
-        for (int i = 0; i < source_rows(); i++) {
-            const unsigned most = find_max(v, i);
+        for (int batch = 0; batch < source_batches(); batch++) {
+            const unsigned most = find_max(column, batch);
             if (most >= scaled_half::kInfinity) h.not_finite = 1;
             const int before = shift;
             shift = next_shift(before, umax(most, most_before));
             most_before = p.span > 0 ? most : 0;
-            if (i >= p.slots()) mbarrier_wait(&h.free[at.stage], at.phase ^ 1);
-            if (shift != before && i > 0 && p.span > 0) {    // the row before must not be in use by the row of positions before
-                if (i > 1) mbarrier_wait(&h.free[(i - 2) % p.slots()], (i - 2) / p.slots() & 1);
-                if (has_column()) scale_again(slot_before, shift - before);
+            if (batch >= p.batches()) mbarrier_wait(&h.free[at.stage], at.phase ^ 1);
+            if (shift != before && batch > 0 && p.span > 0) {    // the batch before must not be in use for the one before that
+                if (batch > 1) mbarrier_wait(&h.free[(batch - 2) % p.batches()], (batch - 2) / p.batches() & 1);
+                if (column.row < p.rows) scale_again(place_of(column, slot_before), shift - before);
             }
             const float scale = scaled_half::power_of_two(shift);
-            uint4* const to = column_in(at.stage);
-            if (has_column())
+            uint4* const to = place_of(column, at.stage);
+            if (column.row < p.rows)
 #pragma unroll
                 for (int td = 0; td < kTapsD; td++)
 #pragma unroll
-                    for (int oct = 0; oct < kOcts; oct++) to[(td * kOcts + oct) * p.pitch] = as_halves(v[td][oct], scale);
+                    for (int oct = 0; oct < kOcts; oct++) to[(td * kOcts + oct) * p.pitch] = as_halves(column.v[td][oct], scale);
             if (thread == 0) h.shift[at.stage] = shift;
-            load(v, i + 1);
+            load(column, batch + 1);
             fence_proxy_async();
             __syncwarp();
             if (lane == 0) mbarrier_arrive(&h.full[at.stage]);
             slot_before = at.stage;
-            at.advance(p.slots());
+            at.advance(p.batches());
         }
     }
 
@@ -9595,9 +9607,9 @@ template <int kOcts, int kTapsD> struct Block {
         return {origin, aw.out, stages() + (pd * kChannels + channel) * kStageFloats, vectors, (vectors ? channel % 2 : channel % kWarpChannels / 4) * 16};
     }
 
-    // Stages a row behind what did not fill a line before. Four lanes have a channel's, two positions of 8 each, which are four neighbours.
-    __device__ __forceinline__ void stage(const Stream& stream, const Sums& sums, int row, uint64_t* stored, uint32_t parity) const {
-        const int64_t at = stream.begin(row), before = stream.begin(row - 1);
+    // Stages a unit, output rows from `row` on, behind what did not fill a line before. Four lanes have a channel's, two positions of 8 each, which are four neighbours.
+    __device__ __forceinline__ void stage(const Stream& stream, const Sums (&sums)[kUnitRows], int row, int rows, int rows_before, uint64_t* stored, uint32_t parity) const {
+        const int64_t at = stream.begin(row), before = stream.begin(row - rows_before);
         const float* const carried = stream.staged(before) + int((at & -kLine) - (before & -kLine)) + lane % 4 * 8;
         float* const line = stream.staged(at);
         const float4 low = *reinterpret_cast<const float4*>(carried), high = *reinterpret_cast<const float4*>(carried + 4);
@@ -9607,63 +9619,82 @@ template <int kOcts, int kTapsD> struct Block {
         to_line[0] = low, to_line[1] = high;
         __syncwarp();
         const int column = lane % 4 * 4 - p.s.axis[2].crop;
-        float* const to = line + int(at & (kLine - 1)) + column;
-        if (stream.vectors) {
 #pragma unroll
-            for (int u = 0; u < kColumns / 8; u++) *reinterpret_cast<float4*>(to + u * 16) = make_float4(sums[u * 4], sums[u * 4 + 2], sums[u * 4 + 1], sums[u * 4 + 3]);
-        } else {
+        for (int i = 0; i < kUnitRows; i++) {
+            float* const to = line + int(at & (kLine - 1)) + i * stream.out_row + column;
+            if (i > 0) {
+                if (i == rows) break;
+                __syncwarp();          // a row's columns that are not there are where the next one begins
+            }
+            if (stream.vectors) {
 #pragma unroll
-            for (int u = 0; u < kColumns / 8; u++)
+                for (int u = 0; u < kColumns / 8; u++) *reinterpret_cast<float4*>(to + u * 16) = make_float4(sums[i][u * 4], sums[i][u * 4 + 2], sums[i][u * 4 + 1], sums[i][u * 4 + 3]);
+            } else {
 #pragma unroll
-                for (int k = 0; k < 4; k++)
-                    if (u > 0 || column + k >= 0) to[u * 16 + k] = sums[u * 4 + k % 2 * 2 + k / 2];
+                for (int u = 0; u < kColumns / 8; u++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+                        if (u > 0 || column + k >= 0) to[u * 16 + k] = sums[i][u * 4 + k % 2 * 2 + k / 2];
+            }
         }
         fence_proxy_async();
         __syncwarp();
     }
 
-    // Multiplies for an output plane, row after row.
-    __device__ __forceinline__ void multiply_all(int pd, const float* bias, bool apply_relu, float* out) const {
+    // The units of a row of positions: `count` of them. One has the rows from `row` on that there are, of phases from `phase` on.
+    struct Unit { int row, rows, phase; };
+    __device__ __forceinline__ int units() const { return kUnitRows > 1 ? 1 : p.s.axis[1].phases; }
+    __device__ __forceinline__ Unit unit_of(int q, int i) const {
         const StencilAxis& ah = p.s.axis[1];
+        const int first = q * ah.phases - ah.crop + i, row = max(first, 0), end = min(first + (kUnitRows > 1 ? ah.phases : 1), ah.out);
+        return {row, max(end - row, 0), i + row - first};
+    }
+
+    // Multiplies for an output plane, unit after unit.
+    __device__ __forceinline__ void multiply_all(int pd, const float* bias, bool apply_relu, float* out) const {
         SharedHead& h = head();
-        const int channel = warp * kWarpChannels + lane / 4, weight_shift = h.weight_shift[channel], end = output_row1();
+        const int channel = warp * kWarpChannels + lane / 4, weight_shift = h.weight_shift[channel];
         const bool has_outputs = warp * kWarpChannels < channels;
         const Stream stream = stream_of(out, pd, channel);
         const float added = bias && has_outputs ? bias[channel0 + channel] : 0.0f;
-        RingPosition needed;           // the next row that has not been waited for
-        int rows_there = 0, shift = 0, slot = 0;
+        RingPosition needed;           // the next batch that has not been waited for
+        int batches_there = 0, shift = 0, slot = 0, rows_before = 0;
         uint32_t parity = 1;
         for (int q = q0; q < q1; q++) {
-            for (; rows_there <= q - q0 + p.span; rows_there++, needed.advance(p.slots())) {
+            for (const int last = min((q - q0) / p.rows + p.span, source_batches() - 1); batches_there <= last; batches_there++, needed.advance(p.batches())) {
                 mbarrier_wait(&h.full[needed.stage], needed.phase);
                 shift = h.shift[needed.stage];
             }
+            const bool ends_batch = (slot + 1) % p.rows == 0;
             const scaled_half::ScaleInParts back = scaled_half::scale_in_parts(-shift - weight_shift);
             const bool in_parts = __any_sync(~0u, back.more != 1);
-            for (int ph = 0; ph < ah.phases; ph++) {
-                const int row = q * ah.phases + ph - ah.crop;
-                const bool is_last = ph == ah.phases - 1;
-                if (row >= 0 && row < end) {
-                    Sums sums;
-                    multiply(sums, h.products[pd][ph], slot);
-                    if (is_last && lane == 0) mbarrier_arrive(&h.free[slot]);
-                    if (!has_outputs) continue;
+            for (int i = 0; i < units(); i++) {
+                const Unit unit = unit_of(q, i);
+                const bool frees = i == units() - 1 && ends_batch && lane == 0;
+                if (unit.rows == 0) {
+                    if (frees) mbarrier_arrive(&h.free[slot / p.rows]);
+                    continue;
+                }
+                Sums sums[kUnitRows];
+                multiply(sums[0], h.products[pd][unit.phase], slot);
+                if constexpr (kUnitRows > 1) multiply(sums[1], h.products[pd][unit.phase + unit.rows - 1], slot);
+                if (frees) mbarrier_arrive(&h.free[slot / p.rows]);
+                if (!has_outputs) continue;
+                for (Sums& of_row : sums) {
                     if (in_parts) {
 #pragma unroll
-                        for (float& sum : sums) sum *= back.more;
+                        for (float& sum : of_row) sum *= back.more;
                     }
 #pragma unroll
-                    for (float& sum : sums) sum = fmaf(sum, back.scale, added);
+                    for (float& sum : of_row) sum = fmaf(sum, back.scale, added);
                     if (apply_relu) {
 #pragma unroll
-                        for (float& sum : sums) sum = max_nan(sum, 0.0f);
+                        for (float& sum : of_row) sum = max_nan(sum, 0.0f);
                     }
-                    stage(stream, sums, row, &h.stored[pd][warp], parity);
-                    if (lane == 0) mbarrier_arrive(&h.staged[pd][warp]);
-                    parity ^= 1;
-                } else if (is_last && lane == 0) {
-                    mbarrier_arrive(&h.free[slot]);
                 }
+                stage(stream, sums, unit.row, unit.rows, rows_before, &h.stored[pd][warp], parity);
+                if (lane == 0) mbarrier_arrive(&h.staged[pd][warp]);
+                rows_before = unit.rows, parity ^= 1;
             }
             slot = slot + 1 == p.slots() ? 0 : slot + 1;
         }
@@ -9677,9 +9708,11 @@ template <int kOcts, int kTapsD> struct Block {
         const Stream stream = stream_of(out, pd, channel);
         const int64_t first = stream.begin(row0);
         uint32_t parity = 0;
-        for (int row = row0; row < row1; row++, parity ^= 1) {
-            const int64_t at = stream.begin(row), next = stream.begin(row + 1), line_at = at & -kLine;
-            const int begin = int(max(first - line_at, int64_t(0))), end = int((row == row1 - 1 ? next : next & -kLine) - line_at);
+        for (int row = row0, rows; row < row1; row += rows, parity ^= 1) {
+            const int phases = p.s.axis[1].phases, phase = (row + p.s.axis[1].crop) % phases;
+            rows = kUnitRows > 1 ? min(phases - phase, row1 - row) : 1;
+            const int64_t at = stream.begin(row), next = stream.begin(row + rows), line_at = at & -kLine;
+            const int begin = int(max(first - line_at, int64_t(0))), end = int((row + rows == row1 ? next : next & -kLine) - line_at);
             const int whole = (begin + 3) & -4, whole_end = end & -4;
             const float* const from = stream.staged(at);
             float* const line = reinterpret_cast<float*>(uintptr_t(line_at) * sizeof(float));
@@ -9711,7 +9744,7 @@ template <int kOcts, int kTapsD> struct Block {
     __device__ __forceinline__ void run(const float* bias, bool apply_relu, float* out) const {
         SharedHead& h = head();
         if (threadIdx.x == 0) {
-            for (int i = 0; i < p.slots(); i++) mbarrier_init(&h.full[i], 4), mbarrier_init(&h.free[i], 4 * (has_plane(0) + has_plane(1)));
+            for (int i = 0; i < p.batches(); i++) mbarrier_init(&h.full[i], 4), mbarrier_init(&h.free[i], 4 * (has_plane(0) + has_plane(1)));
             for (int pd = 0; pd < kMaxPhases; pd++)
                 for (int w = 0; w < 4; w++) mbarrier_init(&h.staged[pd][w], 1), mbarrier_init(&h.stored[pd][w], kWarpChannels);
             fence_mbarrier_init();
@@ -9739,19 +9772,20 @@ template <int kOcts, int kTapsD> struct Block {
 
 #endif  // HAS_SM90A
 
-template <int kOcts, int kTapsD>
+template <int kOcts, int kTapsD, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
 sweep_kernel(const __grid_constant__ Plan p, const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, bool apply_relu, float* __restrict__ out) {
 #ifdef HAS_SM90A
     wait_for_previous_kernel();
-    const Block<kOcts, kTapsD> block(p, x, w);
+    const Block<kOcts, kTapsD, kColumns> block(p, x, w);
     block.run(bias, apply_relu, out);
     if (block.head().not_finite) sweep_direct::compute(p.s, block.part(bias, out), apply_relu);
 #endif
 }
 
 template <int kOcts> int forward(const Plan& p, cudaStream_t stream, const float* x, const float* w, const float* bias, bool apply_relu, float* out) {
-    const auto kernel = p.s.axis[0].taps == 1 ? sweep_kernel<kOcts, 1> : sweep_kernel<kOcts, 2>;
+    const bool one_tap = p.s.axis[0].taps == 1, narrow = p.gemm_n < kMaxColumns;
+    const auto kernel = narrow ? one_tap ? sweep_kernel<kOcts, 1, 64> : sweep_kernel<kOcts, 2, 64> : one_tap ? sweep_kernel<kOcts, 1, 128> : sweep_kernel<kOcts, 2, 128>;
     return launch_with_shared(kernel, p.blocks(), kThreads, p.shared_bytes(), stream, p, x, w, bias, apply_relu, out);
 }
 
