@@ -9641,7 +9641,7 @@ template <int kOcts, int kTapsD, int kColumns> struct Block {
         __syncwarp();
     }
 
-    // The units of a row of positions: `count` of them. One has the rows from `row` on that there are, of phases from `phase` on.
+    // The units of a row of positions, units() of them. One has the rows from `row` on that there are, of phases from `phase` on.
     struct Unit { int row, rows, phase; };
     __device__ __forceinline__ int units() const { return kUnitRows > 1 ? 1 : p.s.axis[1].phases; }
     __device__ __forceinline__ Unit unit_of(int q, int i) const {
@@ -9703,33 +9703,36 @@ template <int kOcts, int kTapsD, int kColumns> struct Block {
     // Stores what two of a plane's warps stage, a lane for each of their channels.
     __device__ __forceinline__ void store_all(float* out) const {
         constexpr int kLanes = 2 * kWarpChannels;
-        const int pd = warp / 2, channel = warp % 2 * kLanes + lane, row0 = output_row0(), row1 = output_row1();
+        const int pd = warp / 2, channel = warp % 2 * kLanes + lane;
         if (lane >= kLanes || channel >= channels || !has_plane(pd)) return;
         const Stream stream = stream_of(out, pd, channel);
-        const int64_t first = stream.begin(row0);
+        const int64_t first = stream.begin(output_row0());
+        const int row1 = output_row1();
         uint32_t parity = 0;
-        for (int row = row0, rows; row < row1; row += rows, parity ^= 1) {
-            const int phases = p.s.axis[1].phases, phase = (row + p.s.axis[1].crop) % phases;
-            rows = kUnitRows > 1 ? min(phases - phase, row1 - row) : 1;
-            const int64_t at = stream.begin(row), next = stream.begin(row + rows), line_at = at & -kLine;
-            const int begin = int(max(first - line_at, int64_t(0))), end = int((row + rows == row1 ? next : next & -kLine) - line_at);
-            const int whole = (begin + 3) & -4, whole_end = end & -4;
-            const float* const from = stream.staged(at);
-            float* const line = reinterpret_cast<float*>(uintptr_t(line_at) * sizeof(float));
-            for (int w = 0; w < 4; w++) {
-                if (w != channel / kWarpChannels) continue;
-                mbarrier_wait(&head().staged[pd][w], parity);
-                if (whole < whole_end) bulk_store(line + whole, from + whole, (whole_end - whole) * 4);
-                bulk_commit_group();
+        for (int q = q0; q < q1; q++)
+            for (int i = 0; i < units(); i++) {
+                const Unit unit = unit_of(q, i);
+                if (unit.rows == 0) continue;
+                const int64_t at = stream.begin(unit.row), next = stream.begin(unit.row + unit.rows), line_at = at & -kLine;
+                const int begin = int(max(first - line_at, int64_t(0))), end = int((unit.row + unit.rows == row1 ? next : next & -kLine) - line_at);
+                const int whole = (begin + 3) & -4, whole_end = end & -4;
+                const float* const from = stream.staged(at);
+                float* const line = reinterpret_cast<float*>(uintptr_t(line_at) * sizeof(float));
+                for (int w = 0; w < 4; w++) {
+                    if (w != channel / kWarpChannels) continue;
+                    mbarrier_wait(&head().staged[pd][w], parity);
+                    if (whole < whole_end) bulk_store(line + whole, from + whole, (whole_end - whole) * 4);
+                    bulk_commit_group();
+                }
+                // What is in front of whole vectors where a sweep begins, and behind where it ends.
+#pragma unroll 1
+                for (int k = begin; k < min(whole, end); k++) line[k] = from[k];
+#pragma unroll 1
+                for (int k = max(whole, whole_end); k < end; k++) line[k] = from[k];
+                bulk_wait_group_read<0>();
+                mbarrier_arrive(&head().stored[pd][channel / kWarpChannels]);
+                parity ^= 1;
             }
-            // What is in front of whole vectors where a sweep begins, and behind where it ends.
-#pragma unroll 1
-            for (int i = begin; i < min(whole, end); i++) line[i] = from[i];
-#pragma unroll 1
-            for (int i = max(whole, whole_end); i < end; i++) line[i] = from[i];
-            bulk_wait_group_read<0>();
-            mbarrier_arrive(&head().stored[pd][channel / kWarpChannels]);
-        }
         bulk_wait_group<0>();
     }
 
