@@ -10,8 +10,9 @@ template <typename F> bool emulate_sweep(const Geometry& g, bool biased, bool re
     relu = relu && !other_rows;
     if (other_rows) {
         std::vector<float> added(layer.x.count);
+        const size_t rows = random() % 2 ? layer.x.count : g.axis[1].in;    // all, or those of a plane: all channels' alike
         for (size_t i = 0; i < layer.x.count; i++) {
-            const float x = layer.x.data()[i], scaled = x * (1 << (i / g.axis[2].in * 2654435761u >> 7) % 12);
+            const float x = layer.x.data()[i], scaled = x * (1 << (i / g.axis[2].in % rows * 2654435761u >> 7) % 12);
             added[i] = scaled - x, layer.x.data()[i] = scaled;
         }
         for_each_product(g, [&](int64_t at_x, int64_t at_w, int64_t at_y) { layer.y[at_y] += added[at_x] * layer.w.data()[at_w]; });
