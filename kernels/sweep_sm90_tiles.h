@@ -1,7 +1,7 @@
 // How a strided forward of one group and few channels is cut for blocks that sweep down their planes on Hopper (sweep_sm90.cuh).
 #pragma once
 
-#include "stencil.h"
+#include "sweep_tiles.h"
 
 namespace sweep_sm90 {
 
@@ -13,7 +13,7 @@ constexpr int kWarpChannels = 8;      // of them, that a warp stages
 constexpr int kMaxColumns = 128;      // positions of a row, and what is added to them
 constexpr int kMaxBatches = 3;
 constexpr int kMaxKernel = 64;        // elements of a channel's kernel
-constexpr int kLine = 32;             // floats of a line of memory: only whole ones are stored, but for the ends of a sweep
+using sweep::kLine;
 constexpr int kStageFloats = kMaxColumns * kPhasesW + 2 * kLine;    // of a unit, behind a sector's place in a line and what waits for a line to be whole
 constexpr int kHeadBytes = 2048;
 
@@ -55,22 +55,11 @@ inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessor
     p.span = h.shift[h.taps - 1] - h.shift[0];
     p.gemm_n = w.positions <= kMaxColumns / 2 ? kMaxColumns / 2 : kMaxColumns;
     p.pitch = p.gemm_n + w.shift[w.taps - 1] - w.shift[0];
-    p.first_column = w.first - w.shift[w.taps - 1];
-    p.column0 = p.first_column < 0 ? -p.first_column : 0;
-    const int end = w.sources - p.first_column;
-    p.columns = (end < p.pitch ? end : p.pitch) - p.column0;
+    sweep::locate_columns(p);
     if (p.columns > kRoleThreads || p.span > 1) return p;
     p.rows = p.columns > 0 && p.columns <= kRoleThreads / 2 && h.positions > 1 ? 2 : 1;
     if (p.shared_bytes() > most_shared) return p;
-    double best = 0;
-    for (int segments = 1; segments <= h.positions; segments++) {    // as many as fill all multiprocessors, a block's start being as long as three rows
-        Plan cut = p;
-        cut.segment_rows = int(ceil_div(h.positions, segments)), cut.segments = int(ceil_div(h.positions, cut.segment_rows));
-        if (segments > 1 && cut.blocks() > 8 * multiprocessors) break;
-        const double time = double(ceil_div(cut.blocks(), multiprocessors)) * (cut.segment_rows + 3);
-        if (p.segments == 0 || time < best) best = time, p = cut;
-    }
-    return p;
+    return sweep::cut_in_segments(p, 1, multiprocessors);
 }
 
 }  // namespace sweep_sm90

@@ -58,6 +58,32 @@ struct Plan {
     int64_t blocks() const { return int64_t(N) * groups * (group_out / kChannels) * s.axis[0].positions * segments; }
 };
 
+// Which columns of a row in shared memory are there: of a plan that has its pitch.
+template <typename P> void locate_columns(P& p) {
+    const StencilAxis& w = p.s.axis[2];
+    p.first_column = w.first - w.shift[w.taps - 1];
+    p.column0 = p.first_column < 0 ? -p.first_column : 0;
+    const int end = w.sources - p.first_column;
+    p.columns = (end < p.pitch ? end : p.pitch) - p.column0;
+    if (p.columns < 0) p.columns = 0;
+}
+
+// The plan with as many segments as fill the blocks that can be resident, a block's start being as long as three steps of so many rows.
+template <typename P> P cut_in_segments(const P& whole, int step_rows, int64_t resident) {
+    const int positions = whole.s.axis[1].positions;
+    P best = whole;
+    double best_time = 0;
+    for (int segments = 1; segments <= positions; segments++) {
+        const int rows = int(ceil_div(ceil_div(positions, segments), step_rows)) * step_rows;
+        P cut = whole;
+        cut.segment_rows = rows, cut.segments = int(ceil_div(positions, rows));
+        if (segments > 1 && cut.blocks() > 8 * resident) break;
+        const double time = double(ceil_div(cut.blocks(), resident)) * (rows / step_rows + 3);
+        if (best.segments == 0 || time < best_time) best_time = time, best = cut;
+    }
+    return best;
+}
+
 // A plan, or one without segments where the layer does not fit. most_shared: bytes that a block can have.
 inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessors) {
     Plan p = {};
@@ -75,11 +101,7 @@ inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessor
     p.octets = int(ceil_div(w.positions, 8 * kOctets)) * kOctets;
     const int per_step = kWarps * kOctets, span = h.shift[h.taps - 1] - h.shift[0];
     p.pitch = p.octets * 8 + w.shift[w.taps - 1] - w.shift[0];
-    p.first_column = w.first - w.shift[w.taps - 1];
-    p.column0 = p.first_column < 0 ? -p.first_column : 0;
-    const int end = w.sources - p.first_column;
-    p.columns = (end < p.pitch ? end : p.pitch) - p.column0;
-    if (p.columns < 0) p.columns = 0;
+    locate_columns(p);
     p.rows = p.octets < per_step ? per_step / p.octets : 1;
     if (p.rows > h.positions) p.rows = h.positions;
     while (p.rows > 1 && p.rows * p.columns > kRoleThreads) p.rows--;
@@ -91,16 +113,7 @@ inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessor
     if (blocks_that_fit(p.shared_bytes(), most_shared) < kBlocks) p.stages = 1;
     const int64_t fitting = blocks_that_fit(p.shared_bytes(), most_shared), resident = multiprocessors * (fitting < kBlocks ? fitting : kBlocks);
     if (fitting < 1) return p;
-    double best = 0;
-    for (int segments = 1; segments <= h.positions; segments++) {    // as many as fill all multiprocessors, a block's start being as long as three steps
-        const int rows = int(ceil_div(ceil_div(h.positions, segments), p.rows)) * p.rows;
-        Plan cut = p;
-        cut.segment_rows = rows, cut.segments = int(ceil_div(h.positions, rows));
-        if (segments > 1 && cut.blocks() > 8 * resident) break;
-        const double time = double(ceil_div(cut.blocks(), resident)) * (rows / p.rows + 3);
-        if (p.segments == 0 || time < best) best = time, p = cut;
-    }
-    return p;
+    return cut_in_segments(p, p.rows, resident);
 }
 
 }  // namespace sweep
