@@ -446,6 +446,19 @@ def _forward_on(path):
     return condition
 
 
+def _polyphase_sm90(geometry, dtype, tf32, device):
+    """One group of many channels behind a stride of 2 along W, in TF32 as cuDNN's, on Hopper (kernels/polyphase_tiles.h)."""
+    return (dtype == torch.float32 and tf32 and geometry.groups == 1 and not _forward_in_float32(geometry) and _is_hopper(device)
+            and bool(_library("cuda").conv_transpose3d_supports_polyphase_sm90(ctypes.addressof(geometry), device.index)))
+
+
+def _polyphase_sm90_first(geometry, dtype, tf32, device):
+    """Where that is faster than the convolution of packed phases, as both estimate their cycles (kernels/NOTES.md); before that one, zeros among the weights are packed, and behind it a kernel repairs."""
+    def cycles(path):
+        return getattr(_library("cuda"), f"conv_transpose3d_forward_cycles_{path}")(ctypes.addressof(geometry), device.index)
+    return _polyphase_sm90(geometry, dtype, tf32, device) and cycles("polyphase_sm90") < cycles("sm90") + 16000
+
+
 def _norm_forward_on(path):
     """Behind the norm nothing can repair what zeros between groups make of infinite values."""
     forward = _forward_on(path)
@@ -468,8 +481,8 @@ def _norm_gradients_on(path):
 _PATHS = {
     # operation: ((path, condition), ...)
     # sweep: groups behind strides of 2, by mma.sync straight from the tensors. sweep_sm90: one group of few channels, likewise, by wgmma, on Hopper. gemm: products of matrices by mma.sync. depthwise: few channels, of groups or in all, on the CUDA cores. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
-    "conv_transpose3d_forward": (("depthwise", _depthwise), ("sweep", _sweep_first), ("sweep_sm90", _sweep_sm90_first), ("gemm", _gemm_first), ("sm90", _forward_on("sm90")), ("sweep", _sweep), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
-    "conv_transpose3d_relu_group_norm_forward": (("composed", _depthwise), ("composed", _gemm_norm_first), ("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
+    "conv_transpose3d_forward": (("depthwise", _depthwise), ("sweep", _sweep_first), ("sweep_sm90", _sweep_sm90_first), ("gemm", _gemm_first), ("polyphase_sm90", _polyphase_sm90_first), ("sm90", _forward_on("sm90")), ("sweep", _sweep), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
+    "conv_transpose3d_relu_group_norm_forward": (("composed", _depthwise), ("composed", _gemm_norm_first), ("polyphase_sm90", _polyphase_sm90_first), ("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
     "conv_transpose3d_gradients": (("composed", _depthwise), ("gemm", _gemm_gradients_first), ("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("gemm", _gemm_gradients), ("composed", _always)),
     "conv_transpose3d_relu_group_norm_gradients": (("composed", _depthwise), ("composed", _gemm_gradients_first), ("sm90", _norm_gradients_on("sm90")), ("sm80", _norm_gradients_on("sm80")), ("composed", _always)),
     "conv_transpose3d_dinput": (("depthwise", _depthwise), ("generic", _always)),
@@ -619,7 +632,7 @@ def _packed_input(operation, geometry, input, kept):
 @functools.lru_cache(maxsize=4096)
 def _shared_packed_bytes(operation, geometry, dtype, device, tf32):
     """Bytes of that copy; 0 where the forward and the gradients do not take the same path."""
-    path = _select(operation, geometry, dtype, device, tf32)
+    path = _select(operation, geometry, dtype, device, tf32).removeprefix("polyphase_")    # which packs as its namesake does
     packed = getattr(_library("cuda"), f"conv_transpose3d_gradients_{path}_packed", None)
     if not packed or _select("conv_transpose3d_gradients", geometry, dtype, device, tf32) != path:
         return 0
@@ -1005,11 +1018,15 @@ def _declare(library, backend):
     if backend == "cuda":
         library.cuda_error_string.restype = ctypes.c_char_p
         library.conv_transpose3d_supports_depthwise.argtypes = library.conv_transpose3d_supports_sweep.argtypes = [pointer, integer]
-        for path in ("sm90", "sm80", "sweep_sm90"):
+        for path in ("sm90", "sm80", "sweep_sm90", "polyphase_sm90"):
             for question in ("forward_supports", "gradients_supports", "supports"):
                 function = getattr(library, f"conv_transpose3d_{question}_{path}", None)
                 if function:
                     function.argtypes = [pointer, integer]
+        for path in ("sm90", "polyphase_sm90"):
+            function = getattr(library, f"conv_transpose3d_forward_cycles_{path}", None)
+            if function:
+                function.argtypes, function.restype = [pointer, integer], ctypes.c_double
     return library
 
 
@@ -1440,6 +1457,13 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float4 v
     const __half2 h[2] = {__floats2half2_rn(v.x, v.y), __floats2half2_rn(v.z, v.w)};
     const __nv_bfloat162 b[2] = {__floats2bfloat162_rn(v.x, v.y), __floats2bfloat162_rn(v.z, v.w)};
     static_cast<uint2*>(p)[i] = half ? *reinterpret_cast<const uint2*>(h) : *reinterpret_cast<const uint2*>(b);
+}
+
+// Two.
+__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float2 v) {
+    if (dtype == kFloat32) static_cast<float2*>(p)[i] = v;
+    else if (dtype == kFloat16) static_cast<__half2*>(p)[i] = __floats2half2_rn(v.x, v.y);
+    else static_cast<__nv_bfloat162*>(p)[i] = __floats2bfloat162_rn(v.x, v.y);
 }
 
 // Calls `f` with a value of the C++ type behind `dtype`.
@@ -5433,7 +5457,7 @@ template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(co
 '''
 
 _SOURCES['conv_statistics.cuh'] = r'''
-// Statistics of GroupNorm from the moments that the convolution's epilogue leaves.
+// Moments of what a convolution's epilogue has, and statistics of GroupNorm from them.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -5443,20 +5467,47 @@ namespace conv {
 
 constexpr int kStatisticsThreads = 512, kStatisticsBlocks = 16;    // of a group, at most
 
+// The moments of a lane's share of a row. They are of deviations from one of the row's values, whose own squared deviation is part of
+// the result, which bounds the cancellation.
+struct Moments {
+    float shift = 0, sum = 0, squares = 0;
+    int count = 0;    // whoever adds counts
+    __device__ __forceinline__ void add(float value) {
+        const float deviation = value - shift;
+        sum += deviation, squares = fmaf(deviation, deviation, squares);
+    }
+    // Mean and sum of squared deviations of a row that a quad has, and how many values they are of.
+    __device__ __forceinline__ float2 of_quad(float& total) const {
+        total = quad_sum(float(count));
+        const float all = quad_sum(sum), mean = total > 0 ? all / total : 0.0f, deviations = quad_sum(squares) - all * mean;
+        return make_float2(shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
+    }
+};
+
+// What an epilogue leaves, and what the statistics need beside it.
+struct MomentSets {
+    float2* moments;                // (N, parts, channels): mean and sum of squared deviations of a channel in a part of the sample
+    float* counts;                  // (N, parts): how many values they are of
+    group_norm::Pair* group_sums;   // (N, num_groups, kStatisticsBlocks): what the blocks of a group found
+    unsigned* group_tickets;        // (N, num_groups): how many of them are done; start at zero
+    int parts, channels;
+};
+HOST_DEVICE MomentSets moment_sets(const Problem& p, const Workspace& w) { return {w.moments, w.counts, w.group_sums, w.group_tickets, parts_of_sample(p), p.t.channels()}; }
+
 // Blocks of a group: each has some 8 thousand moments or more.
-inline int statistics_blocks(const Problem& p, const group_norm::Shape& shape) {
-    const int64_t blocks = int64_t(parts_of_sample(p)) * shape.group_channels() / 8192;
+inline int statistics_blocks(const MomentSets& sets, const group_norm::Shape& shape) {
+    const int64_t blocks = int64_t(sets.parts) * shape.group_channels() / 8192;
     return int(blocks < 1 ? 1 : blocks > kStatisticsBlocks ? kStatisticsBlocks : blocks);
 }
 
 // A thread's share of a group's sums, of values and of their squares: the moments of a channel in some of its parts. They are shared out to `blocks` blocks of kThreads
 // threads each. Sums of squares in float64 lose nothing that float32 had.
 template <int kThreads>
-__device__ __forceinline__ group_norm::Pair sum_moments(const Problem& p, const Workspace& workspace, const group_norm::Shape& shape, int index, int thread, int block, int blocks) {
+__device__ __forceinline__ group_norm::Pair sum_moments(const MomentSets& sets, const group_norm::Shape& shape, int index, int thread, int block, int blocks) {
     const int group = index % int(shape.num_groups), n = index / int(shape.num_groups), group_channels = int(shape.C) / int(shape.num_groups);
-    const int parts = parts_of_sample(p), channels = p.t.channels();
-    const float* counts = workspace.counts + int64_t(n) * parts;
-    const float2* moments = workspace.moments + int64_t(n) * parts * channels + group * group_channels;
+    const int parts = sets.parts, channels = sets.channels;
+    const float* counts = sets.counts + int64_t(n) * parts;
+    const float2* moments = sets.moments + int64_t(n) * parts * channels + group * group_channels;
     const int columns = min(group_channels, kThreads), rows = kThreads / columns, row = thread / columns;
     group_norm::Pair sums = {0, 0};
     constexpr int kAtOnce = 10;    // that are under way
@@ -5488,19 +5539,29 @@ __device__ __forceinline__ void leave_statistics(const group_norm::Shape& shape,
 
 // mean, rstd (N, num_groups): some blocks for each. Sums are added in a fixed order, those of the blocks by the last one that is done.
 __global__ void __launch_bounds__(kStatisticsThreads, 2)
-statistics_kernel(const __grid_constant__ Problem p, Workspace workspace, group_norm::Shape shape, int blocks, double eps, double* mean, double* rstd) {
+statistics_kernel(MomentSets sets, group_norm::Shape shape, int blocks, double eps, double* mean, double* rstd) {
     wait_for_previous_kernel();
     const int index = blockIdx.x / blocks, block = blockIdx.x % blocks;
-    group_norm::Pair sums = group_norm::block_sum<kStatisticsThreads>(sum_moments<kStatisticsThreads>(p, workspace, shape, index, threadIdx.x, block, blocks));
+    group_norm::Pair sums = group_norm::block_sum<kStatisticsThreads>(sum_moments<kStatisticsThreads>(sets, shape, index, threadIdx.x, block, blocks));
     if (threadIdx.x != 0) return;
-    volatile group_norm::Pair* all = workspace.group_sums + int64_t(index) * kStatisticsBlocks;
+    volatile group_norm::Pair* all = sets.group_sums + int64_t(index) * kStatisticsBlocks;
     all[block].a = sums.a, all[block].b = sums.b;
     __threadfence();
-    if (atomicAdd(workspace.group_tickets + index, 1u) != blocks - 1) return;
+    if (atomicAdd(sets.group_tickets + index, 1u) != blocks - 1) return;
     __threadfence();
     sums = {0, 0};
     for (int i = 0; i < blocks; i++) sums.a += all[i].a, sums.b += all[i].b;
     leave_statistics(shape, eps, sums, index, mean, rstd);
+}
+
+// statistics (2, N, num_groups): mean, rstd; y = the group norm of r, which may be y.
+inline int normalize(const MomentSets& sets, const group_norm::Shape& shape, int r_dtype, int y_dtype, double eps, const void* gamma, const void* beta, const void* r, void* y, double* statistics, void* stream) {
+    const int blocks = statistics_blocks(sets, shape);
+    double* rstd = statistics + shape.N * shape.num_groups;
+    RETURN_IF_ERROR(launch(statistics_kernel, shape.N * shape.num_groups * blocks, kStatisticsThreads, stream, sets, shape, blocks, eps, statistics, rstd));
+    return group_norm::with_dtypes(r_dtype, y_dtype, [&](auto r_element, auto y_element) {
+        return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, r, statistics, rstd, gamma, beta, y);
+    });
 }
 
 }  // namespace conv
@@ -6468,11 +6529,7 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
     const Normalization norm = {Path::normalizing_blocks(plan, shape, dtype, y_dtype, activation, y), shape, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), static_cast<float*>(y), statistics, rstd};
     RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, true, activation, norm));
     if (norm.blocks > 0) return cudaSuccess;
-    const int blocks = statistics_blocks(plan.problem, shape);
-    RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups * blocks, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, blocks, eps, statistics, rstd));
-    return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
-        return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
-    });
+    return normalize(moment_sets(plan.problem, memory.workspace), shape, dtype, y_dtype, eps, gamma, beta, activation, y, statistics, stream);
 }
 
 }  // namespace conv
@@ -8012,9 +8069,21 @@ template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void 
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, %35, 1, 1, %34, %34;\n"
                  : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[36], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n72k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31, %32, %33, %34, %35" "}, %36, %37, %39, 1, 1, %38, %38;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[40], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") "}, %40, %41, %43, 1, 1, %42, %42;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[44], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n88k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " "%40, %41, %42, %43" "}, %44, %45, %47, 1, 1, %46, %46;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[52], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n104k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " "%50, %51" "}, %52, %53, %55, 1, 1, %54, %54;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), "+f"(d[50]), "+f"(d[51]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, %67, 1, 1, %66, %66;\n"
@@ -8023,6 +8092,10 @@ template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void 
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[68], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n136k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63, %64, %65, %66, %67" "}, %68, %69, %71, 1, 1, %70, %70;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[72], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n144k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " "%70, %71" "}, %72, %73, %75, 1, 1, %74, %74;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), "+f"(d[70]), "+f"(d[71]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[80], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, %83, 1, 1, %82, %82;\n"
@@ -8317,7 +8390,7 @@ __device__ __forceinline__ void find_statistics(const Parameters& a, unsigned re
         named_barrier(barrier, 128);
         const int index = shared.index;
         if (index >= all) return;
-        group_norm::Pair sums = sum_moments<128>(a.p, a.workspace, norm.shape, index, thread, 0, 1);
+        group_norm::Pair sums = sum_moments<128>(moment_sets(a.p, a.workspace), norm.shape, index, thread, 0, 1);
         for (int step = 16; step > 0; step /= 2) sums.a += __shfl_xor_sync(~0u, sums.a, step), sums.b += __shfl_xor_sync(~0u, sums.b, step);
         if (thread % 32 == 0) shared.sums[thread / 32] = sums;
         named_barrier(barrier, 128);
@@ -8889,26 +8962,16 @@ __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& 
     return me.buffer() + row.region + ((run.alignment + row.alignment) & (me.a.p.t.staging_unit - 1));
 }
 
-// The moments of a lane's share of a row. They are of deviations from one of the row's values, whose own squared deviation is part of
-// the result, which bounds the cancellation.
-struct Moments {
-    float shift = 0, sum = 0, squares = 0;
-    int count = 0;    // whoever adds counts
-    __device__ __forceinline__ void add(float value) {
-        const float deviation = value - shift;
-        sum += deviation, squares = fmaf(deviation, deviation, squares);
-    }
-};
-
 // Leaves the moments of a row, which a quad has.
 __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& tile, const LaneRow& row, const Moments& m) {
     const Parameters& a = me.a;
     const Tiling& t = a.p.t;
     const Run& run = tile.run[me.warpgroup];
-    const float total = quad_sum(float(m.count)), sum = quad_sum(m.sum), mean = total > 0 ? sum / total : 0.0f, deviations = quad_sum(m.squares) - sum * mean;
+    float total;
+    const float2 moments = m.of_quad(total);
     if (threadIdx.x % 4 == 0 && row.live) {
         const int64_t set = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
-        a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = make_float2(m.shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
+        a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = moments;
         a.workspace.counts[set] = total;    // the same from every channel
     }
 }
@@ -9242,6 +9305,709 @@ _SOURCES['conv_transpose3d_sm90.cu'] = r'''
 #include "conv_transpose3d_forward.cuh"
 
 FORWARD_LAUNCHERS(sm90, conv_sm90::Path)
+
+// Estimated, of a multiprocessor; infinite where no tiling fits.
+extern "C" double conv_transpose3d_forward_cycles_sm90(const Geometry* g, int device) {
+    const conv::Tiling& t = conv::plan_of<conv_sm90::Path>(*g, Direction::kForward, device).problem.t;
+    return t.block_n > 0 ? t.cycles : INFINITY;
+}
+'''
+
+_SOURCES['polyphase_tiles.h'] = r'''
+// How a strided forward of one group is cut by the phases of its outputs (polyphase_sm90.cuh).
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "conv_tiling.h"
+
+namespace polyphase {
+
+using conv::kRows;
+constexpr int kChunk = 64;                 // source channels of a stage
+constexpr int kConsumers = 2;              // warpgroups that multiply
+constexpr int kPhasesW = 2, kMaxTapsW = 4;
+constexpr int kMaxPhases = 16;             // of (d, h)
+constexpr int kMaxBoxes = 4, kMaxWeights = 8, kTileSlots = 4;    // stages
+constexpr int kHeadBytes = 1024;
+constexpr int64_t kSharedBytes = 227 * 1024;
+
+// Outputs stride * j + r of an axis are of phase r, and j is their position (geometry.h, Phase). A tile has one phase of D and of H, both of W, 64 output channels, and for each of two consumers
+// so many columns of GEMM_N: `rows` rows of `tile_w` positions, of `run_planes` planes. Rows are `pitch` columns apart, planes box_rows rows: GEMM_N's columns are neighbours in the box of the
+// source that a tap of D reads, halo included, and other taps of H and W are shifts of the operand's first row. The second consumer has the next rows, or the next planes.
+struct Plan {
+    Phase phase_d[kMaxStride], phase_h[kMaxStride];
+    int order[kMaxPhases];                 // phases d * strides_h + h, those with the most taps first
+    int phases, phases_h;
+    int N, C_out, channel_tiles, chunks;
+    int D, H, W, in_d;                     // outputs of an axis; planes of the source
+    int kernel_h, taps_w;                  // elements of the kernel
+    int tap_w[kMaxTapsW], shift_w[kMaxTapsW];    // elements of W in the order in which they are multiplied, of phase 1 and 0 in turns; first rows in the box
+    int first_w;                           // column of the source where the box of the first strip begins
+    int block_n;                           // GEMM_N of a consumer
+    int tile_w, strips, pitch;
+    int rows, row_tiles;                   // of a consumer; tiles of all rows
+    int run_planes, planes, plane_groups;  // of a consumer, of a tile; tiles of all planes
+    int box_rows, span_h, span_w;          // columns and rows by which taps of H and W are apart, at most
+    bool consumers_have_planes;            // of their own, not rows
+    int boxes, weights;                    // stages
+    int places, last_places, tiles;        // tiles of a phase
+    double cycles;                         // estimated, of a multiprocessor
+    Divisor by_phases, by_last_places, by_channel_tiles, by_strips, by_row_tiles, by_plane_groups, by_pitch, by_box_rows;
+    HOST_DEVICE int positions_w() const { return (W + kPhasesW - 1) / kPhasesW; }
+    HOST_DEVICE bool stores_vectors() const { return W % 4 == 0 && pitch % 2 == 0; }    // of four outputs
+    HOST_DEVICE int sample_places() const { return strips * row_tiles * plane_groups; }
+    HOST_DEVICE int parts() const { return phases * sample_places() * kConsumers; }    // of a sample, each a consumer's outputs of a tile
+    HOST_DEVICE int box_bytes() const { return planes * box_rows * pitch * kChunk * 2; }
+    HOST_DEVICE int consumer_row() const { return (consumers_have_planes ? run_planes * box_rows : rows) * pitch; }    // of the box, where the second consumer begins
+    HOST_DEVICE int box_stage_bytes() const {    // what is read for columns that are no positions included
+        const int rows = (kConsumers - 1) * consumer_row() + span_h * pitch + span_w + block_n, bytes = rows * kChunk * 2;
+        return ((bytes > box_bytes() ? bytes : box_bytes()) + 1023) / 1024 * 1024;
+    }
+    HOST_DEVICE int weight_bytes() const { return taps_w * kRows * kChunk * 2; }
+    HOST_DEVICE int shared_bytes() const { return kHeadBytes + boxes * box_stage_bytes() + weights * weight_bytes(); }
+};
+
+// The rows from which a phase of H reads the source, for position 0.
+HOST_DEVICE int first_row(const Phase& h) { return h.src + (h.taps - 1) * h.src_tap_step; }
+
+// A tile, and the taps of D that read a plane of the source: those from first_tap on.
+struct Tile {
+    int n;                                 // sample, or -1: no more
+    int channel0, d, h0, w0;               // first output channel, positions
+    int phase_d, phase_h;
+    int first_tap, taps_d;
+    int part;                              // of the sample and the output channels
+};
+
+HOST_DEVICE Tile locate(const Plan& p, int i) {
+    Tile t;
+    // All phases of a place, one place after the other; in the end the last places' tiles, those with the most taps first.
+    int phase;
+    if (i < (p.places - p.last_places) * p.phases) {
+        phase = p.by_phases.take(i);
+    } else {
+        i -= (p.places - p.last_places) * p.phases;
+        const int place = p.places - p.last_places + p.by_last_places.take(i);
+        phase = i, i = place;
+    }
+    phase = p.order[phase];
+    t.channel0 = p.by_channel_tiles.take(i) * kRows;
+    const int place = i;
+    t.w0 = p.by_strips.take(i) * p.tile_w;
+    t.h0 = p.by_row_tiles.take(i) * p.rows * (p.consumers_have_planes ? 1 : kConsumers);
+    t.d = p.by_plane_groups.take(i) * p.planes;
+    t.n = i;
+    t.part = phase * p.sample_places() + place - t.n * p.sample_places();
+    t.phase_d = phase / p.phases_h, t.phase_h = phase % p.phases_h;
+    const Phase& d = p.phase_d[t.phase_d];
+    int tap = 0, end = d.taps;             // later taps read earlier planes
+    while (tap < end && t.d + d.src + tap * d.src_tap_step >= p.in_d) tap++;
+    while (end > tap && t.d + p.planes - 1 + d.src + (end - 1) * d.src_tap_step < 0) end--;
+    if (t.d >= d.count || p.phase_h[t.phase_h].taps == 0) end = tap;
+    t.first_tap = tap, t.taps_d = end - tap;
+    return t;
+}
+
+// Where column c of a consumer is. x is not below tile_w, or y not below p.rows, where that is no position.
+struct Column { int plane, y, x; };
+HOST_DEVICE Column column_at(const Plan& p, int c) {
+    const int row = p.by_pitch.divide(c), plane = p.run_planes > 1 ? p.by_box_rows.divide(row) : 0;
+    return {plane, row - plane * p.box_rows, c - row * p.pitch};
+}
+
+// The next column's.
+HOST_DEVICE Column next_column(const Plan& p, Column at) {
+    if (++at.x == p.pitch) at.x = 0, at.y++;
+    if (at.y == p.box_rows && p.run_planes > 1) at.y = 0, at.plane++;
+    return at;
+}
+
+// Bytes of outputs that a consumer stores in a cycle: where rows begin in the middle of sectors, or are stored output by output, many more sectors are written.
+inline double store_rate(const Plan& p) {
+    if (p.W % 2 == 1) return 2.4;
+    if (!p.stores_vectors()) return 4.8;
+    return p.pitch % 4 == 0 ? 16 : 14;
+}
+
+// Estimated cycles of the busiest multiprocessor. The numbers are fitted to 441 times of 33 layers (NOTES.md).
+inline double time_of(const Plan& p, int multiprocessors) {
+    const double outputs = 4.0 * p.C_out / p.channel_tiles * p.run_planes * p.rows * p.tile_w * kPhasesW;    // bytes, of a consumer
+    const double stage = 1.06 * p.taps_w * (kChunk / 16) * kConsumers * p.block_n / 2 + 70, box = (1900 + p.box_bytes() / 60) / (p.boxes - 1);    // its products; its load, others under way
+    double all = 0, longest = 0, shortest = 1e30;
+    for (int i = 0; i < p.phases; i++) {
+        const int taps_d = p.phase_d[p.order[i] / p.phases_h].taps, taps_h = p.phase_h[p.order[i] % p.phases_h].taps;
+        const double products = taps_d * p.chunks * std::max(taps_h * stage, box), stores = kConsumers * outputs / store_rate(p);    // one consumer after the other
+        const double tile = std::max(products, stores) + 0.46 * std::min(products, stores) + 850;
+        all += tile * p.places / multiprocessors, longest = std::max(longest, tile), shortest = std::min(shortest, tile);
+    }
+    return std::max(longest, all + shortest / 2) + 6900;
+}
+
+// The phase of W whose element is multiplied in turn `i`: of three elements, two are of phase 1.
+HOST_DEVICE constexpr int phase_of_turn(int taps, int i) { return (i + (taps == 3)) % 2; }
+
+// The layer: the phases of its axes, and which of them elements of the kernel are of.
+inline void set_layer(Plan& p, const Geometry& g) {
+    const Axis &d = g.axis[0], &h = g.axis[1], &w = g.axis[2];
+    p.N = int(g.N), p.C_out = int(g.C_out), p.channel_tiles = int(ceil_div(g.C_out, kRows)), p.chunks = int(ceil_div(g.C_in, kChunk));
+    p.D = int(d.out), p.H = int(h.out), p.W = int(w.out), p.in_d = int(d.in);
+    p.phases_h = int(h.stride), p.phases = int(d.stride) * p.phases_h;
+    for (int r = 0; r < d.stride; r++) p.phase_d[r] = make_phase(Direction::kForward, d, r);
+    for (int r = 0; r < h.stride; r++) {
+        p.phase_h[r] = make_phase(Direction::kForward, h, r);
+        p.span_h = std::max(p.span_h, -(p.phase_h[r].taps - 1) * p.phase_h[r].src_tap_step);
+    }
+    for (int i = 0; i < p.phases; i++) p.order[i] = i;
+    std::stable_sort(p.order, p.order + p.phases, [&](int a, int b) {
+        const auto taps = [&](int phase) { return p.phase_d[phase / p.phases_h].taps * p.phase_h[phase % p.phases_h].taps; };
+        return taps(a) > taps(b);
+    });
+    p.kernel_h = int(h.kernel), p.taps_w = int(w.kernel);
+    int last = -(1 << 30);    // column of the source that position 0 reads
+    p.first_w = 1 << 30;
+    for (int i = 0; i < p.taps_w; i++) {
+        const int phase = phase_of_turn(p.taps_w, i), k = (i + phase + int(w.padding)) % 2 ? i ^ 1 : i;    // output 2 j + phase reads column j + (phase + padding - k * dilation) / 2
+        p.tap_w[i] = k, p.shift_w[i] = int((phase + w.padding - k * w.dilation) / 2);
+        p.first_w = std::min(p.first_w, p.shift_w[i]), last = std::max(last, p.shift_w[i]);
+    }
+    p.span_w = last - p.first_w;
+    for (int& shift : p.shift_w) shift -= p.first_w;
+}
+
+// Cuts the positions into tiles of `strips` strips, rows apart by a multiple of `unit` columns. False where that does not go.
+inline bool cut(Plan& p, const Geometry& g, int strips, int unit) {
+    const int positions_d = int(ceil_div(p.D, g.axis[0].stride)), positions_h = int(ceil_div(p.H, g.axis[1].stride)), positions_w = p.positions_w();
+    p.tile_w = int(ceil_div(positions_w, strips)), p.strips = strips;
+    if (strips > 1) p.tile_w += p.tile_w % 2, p.strips = int(ceil_div(positions_w, p.tile_w));
+    // Where a strip is the whole width, the zeros right of a row are those left of the next.
+    const int left = -p.first_w, right = positions_w + p.first_w + p.span_w - int(g.axis[2].in), shared = p.strips > 1 ? 0 : std::max(0, std::min({left, right, p.span_w}));
+    p.pitch = conv::round_up(p.tile_w + p.span_w - shared, unit);
+    if (p.tile_w > p.block_n || p.pitch > 256 || (unit > 1 && p.W % 4 != 0)) return false;    // without vectors of four outputs, units are no use
+    p.rows = (p.block_n - p.tile_w) / p.pitch + 1;
+    if (p.consumers_have_planes) {
+        if (p.rows < positions_h || positions_d == 1) return false;
+        p.rows = positions_h, p.row_tiles = 1, p.box_rows = p.rows + p.span_h;
+        p.run_planes = std::min((p.block_n - (p.rows - 1) * p.pitch - p.tile_w) / (p.box_rows * p.pitch) + 1, int(ceil_div(positions_d, kConsumers)));
+        p.planes = kConsumers * p.run_planes;
+    } else {
+        const int tiles = int(ceil_div(positions_h, kConsumers * p.rows));
+        p.rows = int(ceil_div(positions_h, kConsumers * tiles)), p.row_tiles = int(ceil_div(positions_h, kConsumers * p.rows));
+        p.run_planes = p.planes = 1, p.box_rows = kConsumers * p.rows + p.span_h;
+    }
+    if (p.box_rows > 256 || p.planes > 256) return false;
+    p.plane_groups = int(ceil_div(positions_d, p.planes));
+    const int64_t places = int64_t(p.N) * p.plane_groups * p.row_tiles * p.strips * p.channel_tiles;
+    if (places * p.phases > 1 << 29) return false;
+    p.places = int(places), p.tiles = p.places * p.phases;
+    return true;
+}
+
+// Boxes of the stages that there is room for, but for those of four stages of weights. False where there is too little.
+inline bool lay_out_stages(Plan& p) {
+    const auto room = [&] { return kSharedBytes - kHeadBytes - int64_t(p.boxes) * p.box_stage_bytes(); };
+    for (p.boxes = kMaxBoxes; p.boxes > 2 && room() < 4 * p.weight_bytes();) p.boxes--;
+    p.weights = int(std::min(room() / p.weight_bytes(), int64_t(kMaxWeights)));
+    return p.weights >= 3;
+}
+
+// The plan of least estimated time, or one without tiles where the layer does not fit.
+inline Plan make_plan(const Geometry& g, int multiprocessors) {
+    Plan p = {}, best = {};
+    const Axis& w = g.axis[2];
+    if (!has_stencil(g) || g.groups > 1 || w.stride != kPhasesW || w.dilation % 2 == 0 || w.kernel < 2 || w.kernel > kMaxTapsW || (w.kernel == 3 && w.padding % 2 == 0)) return best;
+    if (g.C_in <= kChunk / 2 || g.C_in >= 1 << 20 || g.C_out >= 1 << 20 || g.N >= 1 << 20) return best;
+    set_layer(p, g);
+    for (int block_n : {72, 80, 104, 144})
+    for (bool consumers_have_planes : {false, true})
+    for (int strips = 1; strips <= 16; strips++)
+    for (int unit : {1, 2, 4, 8}) {
+        p.block_n = block_n, p.consumers_have_planes = consumers_have_planes;
+        if (!cut(p, g, strips, unit) || !lay_out_stages(p)) continue;
+        p.last_places = std::min(p.places, int(ceil_div(2 * multiprocessors, p.phases)));
+        p.cycles = time_of(p, multiprocessors);
+        if (best.tiles == 0 || p.cycles < best.cycles) best = p;
+    }
+    if (best.tiles == 0) return best;
+    best.by_phases = make_divisor(best.phases), best.by_last_places = make_divisor(best.last_places);
+    best.by_channel_tiles = make_divisor(best.channel_tiles), best.by_strips = make_divisor(best.strips), best.by_row_tiles = make_divisor(best.row_tiles), best.by_plane_groups = make_divisor(best.plane_groups);
+    best.by_pitch = make_divisor(best.pitch), best.by_box_rows = make_divisor(best.box_rows);
+    return best;
+}
+
+}  // namespace polyphase
+'''
+
+_SOURCES['polyphase_sm90.cuh'] = r'''
+// Strided transposed convolution of one group of many channels, alone or with ReLU and GroupNorm behind it, TF32-equivalent, from packed operands: wgmma for sm_90a.
+//
+//   out[n, co, o] = bias[co] + sum over ci, k with i * stride - padding + k * dilation == o of x[n, ci, i] * w[ci, co, k]
+//
+//   x (N, C_in, D_in, H_in, W_in)   out (N, C_out, D_out, H_out, W_out)   w (C_in, C_out, K_d, K_h, K_w)
+//
+// Implicit GEMM on scaled fp16 operands (scaled_half.cuh), channels-last: GEMM_M = output channels, GEMM_N = positions, GEMM_K = (tap, input channel), for one phase of the outputs (polyphase_tiles.h) at a time,
+// so that nothing is multiplied with zeros between taps. Both phases of W are in the registers of the same warpgroup: a thread has two neighbouring positions of each, four neighbours in memory.
+//
+// One block per multiprocessor: a warp that takes tiles from a queue and loads their boxes of the source and their weights, and two warpgroups that multiply. These share boxes and weights, and take
+// turns to store, so that one multiplies while the other stores. Fused: it leaves the moments of relu(out), of which conv_statistics.cuh makes the statistics.
+// Formula: torch.nn.ConvTranspose3d, torch.nn.GroupNorm.
+#pragma once
+
+#include <type_traits>
+
+#include "conv_statistics.cuh"
+#include "pipeline_sm90.cuh"
+#include "polyphase_tiles.h"
+#include "scaled_half.cuh"
+
+namespace polyphase {
+
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
+
+struct Parameters {
+    Plan p;
+    bool apply_relu;
+    const float* bias;                               // (C_out), or null
+    float* out;
+    const scaled_half::SampleMax* activation_max;    // (N)
+    const unsigned* weight_max;                      // (C_out)
+    unsigned* ticket;                                // of the next tile but a block's first; starts at zero
+    conv::MomentSets sets;                           // of relu(out), or null: not wanted
+};
+
+struct SharedHead {
+    uint64_t box_full[kMaxBoxes], box_empty[kMaxBoxes], weight_full[kMaxWeights], weight_empty[kMaxWeights], tile_full[kTileSlots], tile_empty[kTileSlots];
+    uint64_t stored[kConsumers];
+    Tile tiles[kTileSlots];
+};
+static_assert(sizeof(SharedHead) <= kHeadBytes, "the boxes begin behind the head");
+
+#ifdef HAS_SM90A
+
+// The parts of shared memory: the head, boxes (planes, box_rows, pitch, kChunk), weights (taps_w, kRows, kChunk).
+struct SharedParts {
+    SharedHead& head;
+    uint8_t *boxes, *weights;
+    __device__ SharedParts(uint8_t* base, const Plan& p) : head(*reinterpret_cast<SharedHead*>(base)), boxes(base + kHeadBytes), weights(boxes + p.boxes * p.box_stage_bytes()) {}
+};
+
+// A thread: takes tiles and loads what they need.
+__device__ __forceinline__ void load_all(const Parameters& a, const SharedParts& shared, const CUtensorMap* x_map, const CUtensorMap* w_map) {
+    const Plan& p = a.p;
+    SharedHead& head = shared.head;
+    RingPosition box, weight, slot;
+    for (int i = blockIdx.x;; i = gridDim.x + atomicAdd(a.ticket, 1u)) {
+        mbarrier_wait(head.tile_empty + slot.stage, slot.phase ^ 1);
+        Tile tile = {-1};
+        if (i < p.tiles) tile = locate(p, i);
+        head.tiles[slot.stage] = tile;
+        mbarrier_arrive(head.tile_full + slot.stage);
+        slot.advance(kTileSlots);
+        if (tile.n < 0) return;
+        const Phase &d = p.phase_d[tile.phase_d], &h = p.phase_h[tile.phase_h];
+        for (int tap_d = tile.first_tap; tap_d < tile.first_tap + tile.taps_d; tap_d++)
+            for (int chunk = 0; chunk < p.chunks; chunk++) {
+                mbarrier_wait(head.box_empty + box.stage, box.phase ^ 1);
+                mbarrier_arrive_expect_tx(head.box_full + box.stage, p.box_bytes());
+                tma_load_5d(shared.boxes + box.stage * p.box_stage_bytes(), x_map, head.box_full + box.stage, chunk * kChunk, tile.w0 + p.first_w, tile.h0 + first_row(h), tile.d + d.src + tap_d * d.src_tap_step, tile.n);
+                box.advance(p.boxes);
+                for (int tap_h = 0; tap_h < h.taps; tap_h++) {
+                    mbarrier_wait(head.weight_empty + weight.stage, weight.phase ^ 1);
+                    mbarrier_arrive_expect_tx(head.weight_full + weight.stage, p.weight_bytes());
+                    tma_load_3d(shared.weights + weight.stage * p.weight_bytes(), w_map, head.weight_full + weight.stage, chunk * kChunk, tile.channel0, ((d.k + tap_d * d.k_step) * p.kernel_h + h.k + tap_h * h.k_step) * p.taps_w);
+                    weight.advance(p.weights);
+                }
+            }
+    }
+}
+
+// One of the two output channels that a thread has.
+struct Channel {
+    bool exists;
+    unsigned weight_max;
+    float bias, scale, more;    // back to what the sums stand for: scale, unless that would not be a normal number
+};
+
+// A consumer warpgroup.
+template <int kBlockN, int kTapsW> struct Consumer {
+    const Parameters& a;
+    const SharedParts& shared;
+    int warpgroup, warp, lane;
+    RingPosition box, weight;
+    int offsets[kBlockN / 8];    // of the first of two neighbouring columns' outputs, or -1
+    Channel channels[2];
+    scaled_half::SampleMax activation_max;    // of the tile's sample
+
+    __device__ __forceinline__ Consumer(const Parameters& a, const SharedParts& shared) : a(a), shared(shared), warpgroup(threadIdx.x / 128 - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {
+#pragma unroll
+        for (int j = 0; j < kBlockN / 8; j++) {
+            const Column at = column_at(a.p, j * 8 + lane % 4 * 2);
+            offsets[j] = at.plane < a.p.run_planes && at.y < a.p.rows && at.x < a.p.tile_w ? offset_of(at) : -1;
+        }
+    }
+
+    // The first of the thread's output channels, in a tile; the second is 8 further.
+    __device__ __forceinline__ int own_channel() const { return warp * 16 + lane / 4; }
+
+    // Loads what the outputs will need; prepare_channels makes use of it, many cycles later.
+    __device__ __forceinline__ void load_channels(const Tile& tile) {
+        activation_max = a.activation_max[tile.n];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int channel = tile.channel0 + own_channel() + half * 8;
+            Channel& c = channels[half];
+            c.exists = channel < a.p.C_out;
+            c.weight_max = c.exists ? a.weight_max[channel] : 0;
+            c.bias = c.exists && a.bias ? a.bias[channel] : 0.0f;
+        }
+    }
+    __device__ __forceinline__ void prepare_channels() {
+#pragma unroll
+        for (Channel& c : channels) {
+            const auto [scale, more] = scaled_half::scale_in_parts(-scaled_half::shift_of(activation_max) - scaled_half::shift_of(c.weight_max));
+            c.scale = scale, c.more = more;
+        }
+    }
+
+    // The sums of a tile: of elements of W in even turns, and in odd ones.
+    __device__ __forceinline__ void multiply(const Tile& tile, float (&even)[kBlockN / 2], float (&odd)[kBlockN / 2]) {
+        constexpr int kRowVectors = kChunk * 2 / 16;    // of 16 bytes, as all addresses of operands here
+        const Plan& p = a.p;
+        SharedHead& head = shared.head;
+        const Phase& h = p.phase_h[tile.phase_h];
+        const uint64_t descriptor = wgmma_descriptor_base(kChunk * 2);
+        int stages = tile.taps_d * p.chunks * h.taps;
+        if (stages == 0) {
+#pragma unroll
+            for (int i = 0; i < kBlockN / 2; i++) make_zero(even[i]), make_zero(odd[i]);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; i++) make_undefined(even[i]), make_undefined(odd[i]);
+        const int step_h = h.src_tap_step * p.pitch * kRowVectors, last_h = (h.taps - 1) * -step_h + warpgroup * p.consumer_row() * kRowVectors;
+        int tap_h = 0, box_stage = 0, done_weight = -1, done_box = -1;    // done: stages whose last reader is in flight
+        uint32_t b = 0;
+        const auto multiply_stage = [&](auto anew) {
+            if (tap_h == 0) {
+                box_stage = box.stage;
+                mbarrier_wait(head.box_full + box_stage, box.phase);
+                b = shared_vector(shared.boxes + box_stage * p.box_stage_bytes()) + last_h;
+                box.advance(p.boxes);
+            }
+            mbarrier_wait(head.weight_full + weight.stage, weight.phase);
+            const uint32_t w = shared_vector(shared.weights + weight.stage * p.weight_bytes());
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kTapsW; k++)
+#pragma unroll
+                for (int step = 0; step < kChunk / 16; step++) {
+                    const uint64_t a_step = wgmma_descriptor(descriptor, w + p.tap_w[k] * kRows * kRowVectors + step * 2), b_step = wgmma_descriptor(descriptor, b + p.shift_w[k] * kRowVectors + step * 2);
+                    if (decltype(anew)::value && k < 2 && step == 0) wgmma_m64k16_f16<0, 0>(k % 2 ? odd : even, a_step, b_step);
+                    else wgmma_m64k16_f16<0>(k % 2 ? odd : even, a_step, b_step);
+                }
+            wgmma_commit_group();
+            wgmma_wait_group<1>();
+            if (lane == 0 && done_weight >= 0) mbarrier_arrive(head.weight_empty + done_weight);
+            if (lane == 0 && done_box >= 0) mbarrier_arrive(head.box_empty + done_box);
+            done_weight = weight.stage, done_box = -1;
+            weight.advance(p.weights);
+            b += step_h;
+            if (++tap_h == h.taps) tap_h = 0, done_box = box_stage;
+        };
+        multiply_stage(std::true_type());
+        while (--stages > 0) multiply_stage(std::false_type());
+        wgmma_wait_group<0>();
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; i++) keep_after(even[i]), keep_after(odd[i]);    // or ptxas serializes the wgmmas
+        if (lane == 0) mbarrier_arrive(head.weight_empty + done_weight), mbarrier_arrive(head.box_empty + done_box);
+    }
+
+    // Where the consumer's outputs of a tile are: those of the thread's two channels, from the first position on, and what there is of them.
+    struct Outputs {
+        float *first, *second;
+        int planes, rows, columns, width;    // positions; outputs of a row
+        __device__ __forceinline__ bool has(const Column& at) const { return at.plane < planes && at.y < rows && at.x < columns; }
+        __device__ __forceinline__ bool has_both(const Column& at) const { return at.x * kPhasesW + 1 < width; }    // phases of W
+    };
+    __device__ __forceinline__ Outputs outputs_of(const Tile& tile) const {
+        const Plan& p = a.p;
+        const Phase &pd = p.phase_d[tile.phase_d], &ph = p.phase_h[tile.phase_h];
+        const int d0 = tile.d + (p.consumers_have_planes ? warpgroup * p.run_planes : 0), h0 = tile.h0 + (p.consumers_have_planes ? 0 : warpgroup * p.rows), row = (pd.dst + d0 * pd.dst_step) * p.H + ph.dst + h0 * ph.dst_step;
+        const int64_t volume = int64_t(p.D) * p.H * p.W;
+        float* const first = a.out + (int64_t(tile.n) * p.C_out + tile.channel0 + own_channel()) * volume + int64_t(row) * p.W + tile.w0 * kPhasesW;
+        return {first, first + 8 * volume, min(p.run_planes, pd.count - d0), min(p.rows, ph.count - h0), min(p.tile_w, p.positions_w() - tile.w0), p.W - tile.w0 * kPhasesW};
+    }
+    __device__ __forceinline__ bool are_whole(const Outputs& to) const { return a.p.stores_vectors() && to.planes == a.p.run_planes && to.rows == a.p.rows && to.columns == a.p.tile_w; }
+    // The thread's first column, anew, so that what follows from it is not kept in registers from one use to the next.
+    __device__ __forceinline__ int first_column() const {
+        int column = lane % 4 * 2;
+        asm volatile("" : "+r"(column));
+        return column;
+    }
+    __device__ __forceinline__ int offset_of(const Column& at) const { return (at.plane * a.p.phase_d[0].dst_step * a.p.H + at.y * a.p.phase_h[0].dst_step) * a.p.W + at.x * kPhasesW; }
+    __device__ __forceinline__ float output(float sum, int half) const { return fmaf(sum, channels[half].scale, channels[half].bias); }
+
+    // Stores all outputs of a consumer, phases 0 and 1 of two positions at a time. The code is short, as it is executed once a tile.
+    __device__ __forceinline__ void store_whole(const Outputs& to, const float (&phase0)[kBlockN / 2], const float (&phase1)[kBlockN / 2]) const {
+#pragma unroll
+        for (int j = 0; j < kBlockN / 8; j++) {
+            if (offsets[j] < 0) continue;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = j * 4 + half * 2;
+                const float4 four = make_float4(output(phase0[i], half), output(phase1[i], half), output(phase0[i + 1], half), output(phase1[i + 1], half));
+                if (channels[half].exists) *reinterpret_cast<float4*>((half ? to.second : to.first) + offsets[j]) = four;
+            }
+        }
+    }
+
+    // Stores those that there are, both phases of a position at a time, or where rows are of odd length one by one.
+    __device__ __forceinline__ void store_part(const Outputs& to, const float (&phase0)[kBlockN / 2], const float (&phase1)[kBlockN / 2]) const {
+        const Plan& p = a.p;
+        const bool pairs = p.W % 2 == 0;
+        const int first = first_column();
+#pragma unroll
+        for (int j = 0; j < kBlockN / 8; j++) {
+            Column at = column_at(p, j * 8 + first);
+#pragma unroll
+            for (int k = 0; k < 2; k++, at = next_column(p, at)) {
+                if (!to.has(at)) continue;
+                const int offset = offset_of(at);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int i = j * 4 + half * 2 + k;
+                    float* const place = (half ? to.second : to.first) + offset;
+                    const float2 two = make_float2(output(phase0[i], half), output(phase1[i], half));
+                    if (!channels[half].exists) continue;
+                    if (pairs) {
+                        *reinterpret_cast<float2*>(place) = two;
+                    } else {
+                        place[0] = two.x;
+                        if (to.has_both(at)) place[1] = two.y;
+                    }
+                }
+            }
+        }
+    }
+
+    // Which outputs there are: of phases 0 and 1, bit j of the first of two neighbouring columns, then of the second.
+    struct Masks { uint32_t phase0[2], phase1[2]; };
+    __device__ __forceinline__ Masks masks_of(const Outputs& to) const {
+        Masks masks = {};
+        if (are_whole(to)) {
+#pragma unroll
+            for (int j = 0; j < kBlockN / 8; j++) masks.phase0[0] |= uint32_t(offsets[j] >= 0) << j;
+            masks.phase0[1] = masks.phase1[0] = masks.phase1[1] = masks.phase0[0];
+        } else {
+            const int first = first_column();
+#pragma unroll 1
+            for (int j = 0; j < kBlockN / 8; j++) {
+                Column at = column_at(a.p, j * 8 + first);
+#pragma unroll
+                for (int k = 0; k < 2; k++, at = next_column(a.p, at)) masks.phase0[k] |= uint32_t(to.has(at)) << j, masks.phase1[k] |= uint32_t(to.has(at) && to.has_both(at)) << j;
+            }
+        }
+        return masks;
+    }
+
+    // Leaves the moments of each channel's outputs, which have their final values.
+    __device__ __forceinline__ void leave_moments(const Tile& tile, const Outputs& to, const float (&phase0)[kBlockN / 2], const float (&phase1)[kBlockN / 2]) const {
+        const Masks masks = masks_of(to);
+        const int64_t set = int64_t(tile.n) * a.sets.parts + tile.part * kConsumers + warpgroup;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {    // one after the other, as registers are few
+            conv::Moments moments;
+            moments.shift = __shfl_sync(~0u, phase0[half * 2], lane & ~3);    // column 0
+            moments.count = __popc(masks.phase0[0]) + __popc(masks.phase0[1]) + __popc(masks.phase1[0]) + __popc(masks.phase1[1]);
+#pragma unroll
+            for (int j = 0; j < kBlockN / 8; j++)
+#pragma unroll
+                for (int k = 0; k < 2; k++) {
+                    const int i = j * 4 + half * 2 + k;
+                    if (masks.phase0[k] >> j & 1) moments.add(phase0[i]);
+                    if (masks.phase1[k] >> j & 1) moments.add(phase1[i]);
+                }
+            float total;
+            const float2 own = moments.of_quad(total);
+            if (lane % 4 == 0 && channels[half].exists) a.sets.moments[set * a.sets.channels + tile.channel0 + own_channel() + half * 8] = own, a.sets.counts[set] = total;    // the same from every channel
+        }
+    }
+
+    // What is to be done with a tile's sums, of phases 0 and 1.
+    __device__ __forceinline__ void finish(const Tile& tile, uint32_t turn, const float (&phase0)[kBlockN / 2], const float (&phase1)[kBlockN / 2]) const {
+        const Outputs to = outputs_of(tile);
+        if (a.sets.moments) leave_moments(tile, to, phase0, phase1);
+        // One consumer after the other: the first waits for the second's outputs of the tile before, the second for the first's of this tile.
+        mbarrier_wait(shared.head.stored + (warpgroup ^ 1), turn ^ (warpgroup ^ 1));
+        if (are_whole(to)) store_whole(to, phase0, phase1);
+        else store_part(to, phase0, phase1);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared.head.stored + warpgroup);
+    }
+
+    __device__ __forceinline__ void run() {
+        SharedHead& head = shared.head;
+        float even[kBlockN / 2], odd[kBlockN / 2];
+        uint32_t turn = 0;
+        for (RingPosition slot;; slot.advance(kTileSlots)) {
+            mbarrier_wait(head.tile_full + slot.stage, slot.phase);
+            const Tile& tile = head.tiles[slot.stage];
+            if (tile.n < 0) break;
+            load_channels(tile);
+            multiply(tile, even, odd);
+            prepare_channels();
+            if (__any_sync(~0u, channels[0].more != 1 || channels[1].more != 1)) {
+#pragma unroll
+                for (int i = 0; i < kBlockN / 2; i++) even[i] *= channels[i / 2 % 2].more, odd[i] *= channels[i / 2 % 2].more;
+            }
+            if (a.apply_relu) {    // of what will be scaled and moved by the bias
+#pragma unroll
+                for (int i = 0; i < kBlockN / 2; i++) {
+                    const Channel& c = channels[i / 2 % 2];
+                    even[i] = max_nan(fmaf(even[i], c.scale, c.bias), 0.0f), odd[i] = max_nan(fmaf(odd[i], c.scale, c.bias), 0.0f);
+                }
+                channels[0].scale = channels[1].scale = 1, channels[0].bias = channels[1].bias = 0;
+            }
+            constexpr bool kEvenFirst = phase_of_turn(kTapsW, 0) == 0;
+            finish(tile, turn, kEvenFirst ? even : odd, kEvenFirst ? odd : even);
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(head.tile_empty + slot.stage);
+            turn ^= 1;
+        }
+    }
+};
+
+#endif  // HAS_SM90A
+
+template <int kBlockN, int kTapsW>
+__global__ void __launch_bounds__(kThreads, 1) polyphase_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Parameters a) {
+#ifdef HAS_SM90A
+    extern __shared__ __align__(1024) uint8_t base[];
+    const Plan& p = a.p;
+    const SharedParts shared(base, p);
+    SharedHead& head = shared.head;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < p.boxes; i++) mbarrier_init(head.box_full + i, 1), mbarrier_init(head.box_empty + i, 4 * kConsumers);
+        for (int i = 0; i < p.weights; i++) mbarrier_init(head.weight_full + i, 1), mbarrier_init(head.weight_empty + i, 4 * kConsumers);
+        for (int i = 0; i < kTileSlots; i++) mbarrier_init(head.tile_full + i, 1), mbarrier_init(head.tile_empty + i, 4 * kConsumers);
+        for (int i = 0; i < kConsumers; i++) mbarrier_init(head.stored + i, 4);
+        fence_mbarrier_init();
+    }
+    // Zeros behind each box, where the last row's halo looks.
+    for (int stage = 0; stage < p.boxes; stage++)
+        for (int i = p.box_bytes() + threadIdx.x * 4; i < p.box_stage_bytes(); i += kThreads * 4) *reinterpret_cast<uint32_t*>(shared.boxes + stage * p.box_stage_bytes() + i) = 0;
+    fence_proxy_async();
+    __syncthreads();
+    wait_for_previous_kernel();
+    if (threadIdx.x < 128) {
+        setmaxnreg_dec<kLoadRegisters>();
+        if (threadIdx.x == 0) load_all(a, shared, &x_map, &w_map);
+    } else {
+        setmaxnreg_inc<kMultiplyRegisters>();
+        Consumer<kBlockN, kTapsW>(a, shared).run();
+    }
+#endif
+}
+
+template <int kBlockN> int launch_polyphase(const CUtensorMap& x_map, const CUtensorMap& w_map, const Parameters& a, int multiprocessors, cudaStream_t stream) {
+    const Plan& p = a.p;
+    const auto kernel = p.taps_w == 2 ? polyphase_kernel<kBlockN, 2> : p.taps_w == 3 ? polyphase_kernel<kBlockN, 3> : polyphase_kernel<kBlockN, 4>;
+    return launch_with_shared(kernel, p.tiles < multiprocessors ? p.tiles : multiprocessors, kThreads, p.shared_bytes(), stream, x_map, w_map, a);
+}
+
+// a.out = the convolution of packed operands.
+inline int convolve(const Parameters& a, const scaled_half::Activation& source, const scaled_half::Weight& weight, int multiprocessors, cudaStream_t stream) {
+    const Plan& p = a.p;
+    CUtensorMap x_map, w_map;
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(kChunk * 2), source.copy, {source.phase_channels, source.axis[2].positions, source.axis[1].positions, source.axis[0].positions, p.N}, {kChunk, p.pitch, p.box_rows, p.planes, 1}));
+    RETURN_IF_ERROR(make_tensor_map<3>(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(kChunk * 2), weight.copy, {weight.phase_channels, weight.M_pad, weight.stencil.taps()}, {kChunk, kRows, p.taps_w}));
+    switch (p.block_n) {
+        case 72: return launch_polyphase<72>(x_map, w_map, a, multiprocessors, stream);
+        case 80: return launch_polyphase<80>(x_map, w_map, a, multiprocessors, stream);
+        case 104: return launch_polyphase<104>(x_map, w_map, a, multiprocessors, stream);
+        default: return launch_polyphase<144>(x_map, w_map, a, multiprocessors, stream);
+    }
+}
+
+}  // namespace polyphase
+'''
+
+_SOURCES['conv_transpose3d_polyphase_sm90.cu'] = r'''
+// Strided transposed convolution by the phases of its outputs on Hopper, alone or with ReLU and GroupNorm behind it: the launchers. For float32.
+
+#include "conv_plan.cuh"
+#include "polyphase_sm90.cuh"
+
+namespace polyphase {
+
+static const Plan& plan_of(const Geometry& g, int device) {
+    static conv::Memo<Plan> plans;
+    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, multiprocessors_of(device)); });
+}
+
+// Scratch memory. The packed copy of x has memory of its own, which the gradients may need.
+struct Memory {
+    conv::Scratch scratch, packed;
+    unsigned *ticket, *weight_max;
+    conv::MomentSets sets = {};
+    scaled_half::Activation source;
+    scaled_half::Weight weight;
+    Memory(const Geometry& g, const Plan& p, bool fused, void* base, void* packed_base, const void* x, const void* w) : scratch(base), packed(packed_base) {
+        Geometry plain = g;    // every element of the kernel a tap of its own
+        for (Axis& axis : plain.axis) axis.stride = axis.dilation = 1;
+        weight_max = scratch.take_zeroed<unsigned>(g.C_out), ticket = scratch.take_zeroed<unsigned>(1);
+        if (fused) {
+            sets.parts = p.parts(), sets.channels = kRows * p.channel_tiles;
+            sets.group_tickets = scratch.take_zeroed<unsigned>(g.N * g.C_out);    // as many groups as there can be
+            sets.group_sums = scratch.take<group_norm::Pair>(g.N * g.C_out * conv::kStatisticsBlocks);
+            sets.counts = scratch.take<float>(g.N * sets.parts), sets.moments = scratch.take<float2>(g.N * sets.parts * sets.channels);
+        }
+        source = conv::take_activation(packed, make_stencil(Direction::kForward, g), g.N, g.C_in, 0, 0, x);
+        weight = {make_stencil(Direction::kForward, plain), {1, kRows / 8, p.channel_tiles}, g.C_out, g.C_in, kRows * p.channel_tiles, source.phase_channels, 0, 0, 1, g.C_out, true, w, nullptr, weight_max};
+        weight.copy = scratch.take<__half>(weight.copied());
+    }
+};
+
+static Memory memory_of(const Geometry& g, bool fused, int device) { return Memory(g, plan_of(g, device), fused, nullptr, nullptr, nullptr, nullptr); }
+
+static int forward(const Plan& plan, const Memory& memory, int device, void* stream, const void* bias, bool apply_relu, void* out) {
+    if (plan.tiles == 0) return cudaErrorNotSupported;
+    const int multiprocessors = multiprocessors_of(device);
+    RETURN_IF_ERROR(memory.scratch.zero(memory.packed, static_cast<cudaStream_t>(stream)));
+    RETURN_IF_ERROR(scaled_half::pack(memory.source, memory.weight, kFloat32, multiprocessors, stream));
+    return convolve({plan, apply_relu, static_cast<const float*>(bias), static_cast<float*>(out), memory.source.max, memory.weight.max, memory.ticket, memory.sets}, memory.source, memory.weight, multiprocessors, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace polyphase
+
+extern "C" int conv_transpose3d_supports_polyphase_sm90(const Geometry* g, int device) { return polyphase::plan_of(*g, device).tiles > 0; }
+
+// Estimated, of a multiprocessor.
+extern "C" double conv_transpose3d_forward_cycles_polyphase_sm90(const Geometry* g, int device) { return polyphase::plan_of(*g, device).cycles; }
+
+extern "C" int64_t conv_transpose3d_forward_polyphase_sm90_workspace(const Geometry* g, int, int device) { return polyphase::memory_of(*g, false, device).scratch.bytes(); }
+extern "C" int64_t conv_transpose3d_forward_polyphase_sm90_packed(const Geometry* g, int, int device) { return polyphase::memory_of(*g, false, device).packed.bytes(); }
+extern "C" int64_t conv_transpose3d_relu_group_norm_forward_polyphase_sm90_workspace(const Geometry* g, int, int device) { return polyphase::memory_of(*g, true, device).scratch.bytes(); }
+extern "C" int64_t conv_transpose3d_relu_group_norm_forward_polyphase_sm90_packed(const Geometry* g, int, int device) { return polyphase::memory_of(*g, true, device).packed.bytes(); }
+
+// bias may be null; apply_relu writes relu(out). packed: memory for the copy of x that the gradients read.
+extern "C" int conv_transpose3d_forward_polyphase_sm90(const Geometry* g, int, int device, void* stream, void* workspace, void* packed, const void* x, const void* w, const void* bias, int apply_relu, void* out) {
+    DeviceGuard guard(device);
+    const polyphase::Plan& plan = polyphase::plan_of(*g, device);
+    return polyphase::forward(plan, polyphase::Memory(*g, plan, false, workspace, packed, x, w), device, stream, bias, apply_relu != 0, out);
+}
+
+// activation = relu(conv), y = its group norm (may be activation), statistics (2, N, num_groups): mean, rstd.
+extern "C" int conv_transpose3d_relu_group_norm_forward_polyphase_sm90(const Geometry* g, int, int, int device, void* stream, void* workspace, void* packed, const void* x, const void* w, const void* bias,
+                                                                       const void* gamma, const void* beta, int num_groups, double eps, void* activation, void* y, double* statistics) {
+    DeviceGuard guard(device);
+    const polyphase::Plan& plan = polyphase::plan_of(*g, device);
+    const polyphase::Memory memory(*g, plan, true, workspace, packed, x, w);
+    RETURN_IF_ERROR(polyphase::forward(plan, memory, device, stream, bias, true, activation));
+    return conv::normalize(memory.sets, {g->N, g->C_out, out_volume(*g), num_groups}, kFloat32, kFloat32, eps, gamma, beta, activation, y, statistics, stream);
+}
 '''
 
 _SOURCES['sweep_sm90_tiles.h'] = r'''

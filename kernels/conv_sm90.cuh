@@ -471,26 +471,16 @@ __device__ __forceinline__ float* staged_region(const Consumer& me, const Tile& 
     return me.buffer() + row.region + ((run.alignment + row.alignment) & (me.a.p.t.staging_unit - 1));
 }
 
-// The moments of a lane's share of a row. They are of deviations from one of the row's values, whose own squared deviation is part of
-// the result, which bounds the cancellation.
-struct Moments {
-    float shift = 0, sum = 0, squares = 0;
-    int count = 0;    // whoever adds counts
-    __device__ __forceinline__ void add(float value) {
-        const float deviation = value - shift;
-        sum += deviation, squares = fmaf(deviation, deviation, squares);
-    }
-};
-
 // Leaves the moments of a row, which a quad has.
 __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& tile, const LaneRow& row, const Moments& m) {
     const Parameters& a = me.a;
     const Tiling& t = a.p.t;
     const Run& run = tile.run[me.warpgroup];
-    const float total = quad_sum(float(m.count)), sum = quad_sum(m.sum), mean = total > 0 ? sum / total : 0.0f, deviations = quad_sum(m.squares) - sum * mean;
+    float total;
+    const float2 moments = m.of_quad(total);
     if (threadIdx.x % 4 == 0 && row.live) {
         const int64_t set = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
-        a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = make_float2(m.shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
+        a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = moments;
         a.workspace.counts[set] = total;    // the same from every channel
     }
 }

@@ -65,11 +65,7 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
     const Normalization norm = {Path::normalizing_blocks(plan, shape, dtype, y_dtype, activation, y), shape, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), static_cast<float*>(y), statistics, rstd};
     RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, true, activation, norm));
     if (norm.blocks > 0) return cudaSuccess;
-    const int blocks = statistics_blocks(plan.problem, shape);
-    RETURN_IF_ERROR(launch(statistics_kernel, g.N * num_groups * blocks, kStatisticsThreads, stream, plan.problem, memory.workspace, shape, blocks, eps, statistics, rstd));
-    return group_norm::with_dtypes(dtype, y_dtype, [&](auto r_element, auto y_element) {
-        return group_norm::normalize<decltype(r_element), decltype(y_element)>(shape, stream, activation, statistics, rstd, gamma, beta, y);
-    });
+    return normalize(moment_sets(plan.problem, memory.workspace), shape, dtype, y_dtype, eps, gamma, beta, activation, y, statistics, stream);
 }
 
 }  // namespace conv

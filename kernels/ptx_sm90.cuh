@@ -118,9 +118,21 @@ template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void 
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31" "}, %32, %33, %35, 1, 1, %34, %34;\n"
                  : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[36], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n72k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " "%30, %31, %32, %33, %34, %35" "}, %36, %37, %39, 1, 1, %38, %38;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[40], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") "}, %40, %41, %43, 1, 1, %42, %42;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[44], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n88k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " "%40, %41, %42, %43" "}, %44, %45, %47, 1, 1, %46, %46;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[52], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n104k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " "%50, %51" "}, %52, %53, %55, 1, 1, %54, %54;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), "+f"(d[50]), "+f"(d[51]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[64], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63" "}, %64, %65, %67, 1, 1, %66, %66;\n"
@@ -129,6 +141,10 @@ template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void 
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[68], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n136k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " "%60, %61, %62, %63, %64, %65, %66, %67" "}, %68, %69, %71, 1, 1, %70, %70;\n"
                  : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
+}
+template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[72], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n144k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " "%70, %71" "}, %72, %73, %75, 1, 1, %74, %74;\n"
+                 : ACC10(0), ACC10(10), ACC10(20), ACC10(30), ACC10(40), ACC10(50), ACC10(60), "+f"(d[70]), "+f"(d[71]) : "l"(a), "l"(b), "n"(kTransposed), "n"(kAccumulate));
 }
 template <int kTransposed, int kAccumulate = 1> __device__ __forceinline__ void wgmma_m64k16_f16(float (&d)[80], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" REGS10("") ", " REGS10("1") ", " REGS10("2") ", " REGS10("3") ", " REGS10("4") ", " REGS10("5") ", " REGS10("6") ", " REGS10("7") "}, %80, %81, %83, 1, 1, %82, %82;\n"

@@ -19,7 +19,7 @@ def test_every_element_is_written_once_and_right(name, shapes, tmp_path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name, count", [("conv_sm90", 40), ("conv_sm80", 40), ("gemm", 60), ("depthwise", 40), ("sweep", 60), ("sweep_sm90", 80), ("dweight", 1500), ("group_norm", 60), ("generic", 100)])
+@pytest.mark.parametrize("name, count", [("conv_sm90", 40), ("conv_sm80", 40), ("gemm", 60), ("depthwise", 40), ("sweep", 60), ("sweep_sm90", 80), ("polyphase_sm90", 120), ("dweight", 1500), ("group_norm", 60), ("generic", 100)])
 def test_kernels_run_on_the_host(name, count, tmp_path):
     """The kernels themselves, but for what host_cuda/ has in place of CUDA's headers and of PTX instructions: in random order, copies and products as late as they may be."""
     for path in KERNELS.iterdir():

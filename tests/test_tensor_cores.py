@@ -18,8 +18,8 @@ SHARED_BYTES = torch.cuda.is_available() and (model_new._SHARED_BYTES[FORCED] if
 
 @pytest.fixture(scope="module", autouse=True)
 def packed_copies():
-    """These are the paths of packed copies; tests/test_gemm.py and tests/test_sweep.py have the others."""
-    with without_paths("_gemm", "_sweep"):
+    """These are the paths of packed copies; tests/test_gemm.py, tests/test_sweep.py and tests/test_polyphase.py have the others."""
+    with without_paths("_gemm", "_sweep", "_polyphase"):
         yield
 
 
