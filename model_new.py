@@ -452,11 +452,14 @@ def _polyphase_sm90(geometry, dtype, tf32, device):
             and bool(_library("cuda").conv_transpose3d_supports_polyphase_sm90(ctypes.addressof(geometry), device.index)))
 
 
+_PACKED_ZEROS_CYCLES = 16000    # of the convolution of packed phases: what its zeros among the weights cost, to be packed and repaired
+
+
 def _polyphase_sm90_first(geometry, dtype, tf32, device):
-    """Where that is faster than the convolution of packed phases, as both estimate their cycles (kernels/NOTES.md); before that one, zeros among the weights are packed, and behind it a kernel repairs."""
+    """Where that is faster than the convolution of packed phases, as both estimate their cycles (kernels/NOTES.md)."""
     def cycles(path):
         return getattr(_library("cuda"), f"conv_transpose3d_forward_cycles_{path}")(ctypes.addressof(geometry), device.index)
-    return _polyphase_sm90(geometry, dtype, tf32, device) and cycles("polyphase_sm90") < cycles("sm90") + 16000
+    return _polyphase_sm90(geometry, dtype, tf32, device) and cycles("polyphase_sm90") < cycles("sm90") + _PACKED_ZEROS_CYCLES
 
 
 def _norm_forward_on(path):
@@ -480,7 +483,7 @@ def _norm_gradients_on(path):
 
 _PATHS = {
     # operation: ((path, condition), ...)
-    # sweep: groups behind strides of 2, by mma.sync straight from the tensors. sweep_sm90: one group of few channels, likewise, by wgmma, on Hopper. gemm: products of matrices by mma.sync. depthwise: few channels, of groups or in all, on the CUDA cores. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
+    # sweep: groups behind strides of 2, by mma.sync straight from the tensors. sweep_sm90: one group of few channels, likewise, by wgmma, on Hopper. polyphase_sm90: one group of many channels behind a stride of 2 along W, by the phases of its outputs, on Hopper. gemm: products of matrices by mma.sync. depthwise: few channels, of groups or in all, on the CUDA cores. sm90: wgmma, on Hopper. sm80: mma.sync, on every other tensor core from sm_80 up. composed: of other operations of this table.
     "conv_transpose3d_forward": (("depthwise", _depthwise), ("sweep", _sweep_first), ("sweep_sm90", _sweep_sm90_first), ("gemm", _gemm_first), ("polyphase_sm90", _polyphase_sm90_first), ("sm90", _forward_on("sm90")), ("sweep", _sweep), ("sm80", _forward_on("sm80")), ("gemm", _gemm), ("generic", _always)),
     "conv_transpose3d_relu_group_norm_forward": (("composed", _depthwise), ("composed", _gemm_norm_first), ("polyphase_sm90", _polyphase_sm90_first), ("sm90", _norm_forward_on("sm90")), ("sm80", _norm_forward_on("sm80")), ("composed", _always)),
     "conv_transpose3d_gradients": (("composed", _depthwise), ("gemm", _gemm_gradients_first), ("sm90", _gradients_on("sm90")), ("sm80", _gradients_on("sm80")), ("gemm", _gemm_gradients), ("composed", _always)),
