@@ -60,13 +60,6 @@ __device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float4 v
     static_cast<uint2*>(p)[i] = half ? *reinterpret_cast<const uint2*>(h) : *reinterpret_cast<const uint2*>(b);
 }
 
-// Two.
-__device__ __forceinline__ void store_as(void* p, int dtype, int64_t i, float2 v) {
-    if (dtype == kFloat32) static_cast<float2*>(p)[i] = v;
-    else if (dtype == kFloat16) static_cast<__half2*>(p)[i] = __floats2half2_rn(v.x, v.y);
-    else static_cast<__nv_bfloat162*>(p)[i] = __floats2bfloat162_rn(v.x, v.y);
-}
-
 // Calls `f` with a value of the C++ type behind `dtype`.
 template <typename F> int with_dtype(int dtype, F f) {
     switch (dtype) {
