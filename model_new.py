@@ -419,10 +419,15 @@ def _sweep_first(geometry, dtype, tf32, device):
     return faster and not few and _sweep(geometry, dtype, tf32, device)
 
 
-def _sweep_sm90(geometry, dtype, tf32, device):
-    """One group of few channels behind strides of 2, in TF32 as cuDNN's, on Hopper (kernels/sweep_sm90_tiles.h)."""
+def _tf32_on_hopper(path, geometry, dtype, tf32, device):
+    """One group, float32 where cuDNN's forward is TF32, on Hopper, in a layer that ``path`` has a plan for."""
     return (dtype == torch.float32 and tf32 and geometry.groups == 1 and not _forward_in_float32(geometry) and _is_hopper(device)
-            and bool(_library("cuda").conv_transpose3d_supports_sweep_sm90(ctypes.addressof(geometry), device.index)))
+            and bool(getattr(_library("cuda"), f"conv_transpose3d_supports_{path}")(ctypes.addressof(geometry), device.index)))
+
+
+def _sweep_sm90(geometry, dtype, tf32, device):
+    """Few channels behind strides of 2 (kernels/sweep_sm90_tiles.h)."""
+    return _tf32_on_hopper("sweep_sm90", geometry, dtype, tf32, device)
 
 
 def _sweep_sm90_first(geometry, dtype, tf32, device):
@@ -447,9 +452,8 @@ def _forward_on(path):
 
 
 def _polyphase_sm90(geometry, dtype, tf32, device):
-    """One group of many channels behind a stride of 2 along W, in TF32 as cuDNN's, on Hopper (kernels/polyphase_tiles.h)."""
-    return (dtype == torch.float32 and tf32 and geometry.groups == 1 and not _forward_in_float32(geometry) and _is_hopper(device)
-            and bool(_library("cuda").conv_transpose3d_supports_polyphase_sm90(ctypes.addressof(geometry), device.index)))
+    """Many channels behind a stride of 2 along W (kernels/polyphase_tiles.h)."""
+    return _tf32_on_hopper("polyphase_sm90", geometry, dtype, tf32, device)
 
 
 _PACKED_ZEROS_CYCLES = 16000    # of the convolution of packed phases: what its zeros among the weights cost, to be packed and repaired
@@ -1022,14 +1026,10 @@ def _declare(library, backend):
         library.cuda_error_string.restype = ctypes.c_char_p
         library.conv_transpose3d_supports_depthwise.argtypes = library.conv_transpose3d_supports_sweep.argtypes = [pointer, integer]
         for path in ("sm90", "sm80", "sweep_sm90", "polyphase_sm90"):
-            for question in ("forward_supports", "gradients_supports", "supports"):
+            for question, answer in (("forward_supports", integer), ("gradients_supports", integer), ("supports", integer), ("forward_cycles", ctypes.c_double)):
                 function = getattr(library, f"conv_transpose3d_{question}_{path}", None)
                 if function:
-                    function.argtypes = [pointer, integer]
-        for path in ("sm90", "polyphase_sm90"):
-            function = getattr(library, f"conv_transpose3d_forward_cycles_{path}", None)
-            if function:
-                function.argtypes, function.restype = [pointer, integer], ctypes.c_double
+                    function.argtypes, function.restype = [pointer, integer], answer
     return library
 
 
@@ -1623,6 +1623,15 @@ constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
 
 struct Pair { double a, b; };
 
+// Moments that the epilogue of a convolution leaves, and what the statistics need beside them; null: not wanted.
+struct MomentSets {
+    float2* moments;         // (N, parts, channels): mean and sum of squared deviations of a channel in a part of the sample
+    float* counts;           // (N, parts): how many values they are of; starts at zero
+    Pair* group_sums;        // (N, num_groups, blocks): what the blocks of a group found (conv_statistics.cuh)
+    unsigned* group_tickets; // (N, num_groups): how many of them are done; start at zero
+    int parts, channels;
+};
+
 // Of `count` values, given their sum and that of their squares.
 struct Statistics {
     double mean, rstd;
@@ -1715,15 +1724,8 @@ struct Parts {
     int C, volume;
 };
 
-// Null where they are not wanted: mean and sum of squared deviations of kAddedOutputs values of a channel, (N, sets, channels); how many they are, (N, sets).
-struct Moments {
-    float2* moments;
-    float* counts;
-    int channels;
-};
-
-// Grid: (n, channel, kAddedOutputs values). out = epilogue(the sum of the parts, in their order); bias may be null.
-__global__ void __launch_bounds__(kThreads) add_kernel(Parts p, int dtype, const void* bias, bool apply_relu, void* out, Moments m) {
+// Grid: (n, channel, kAddedOutputs values). A part of the moments is a block's values. out = epilogue(the sum of the parts, in their order); bias may be null.
+__global__ void __launch_bounds__(kThreads) add_kernel(Parts p, int dtype, const void* bias, bool apply_relu, void* out, group_norm::MomentSets sets) {
     wait_for_previous_kernel();
     constexpr int kOwn = kAddedOutputs / kThreads;
     const int spans = (p.volume + kAddedOutputs - 1) / kAddedOutputs, span = blockIdx.x % spans, row = blockIdx.x / spans, channel = row % p.C, n = row / p.C;
@@ -1745,7 +1747,7 @@ __global__ void __launch_bounds__(kThreads) add_kernel(Parts p, int dtype, const
         store_as(out, dtype, origin + first + i * kThreads, values[i]);
         sum.a += values[i];
     }
-    if (!m.moments) return;
+    if (!sets.moments) return;
     const double mean = group_norm::block_sum<kThreads>(sum).a / count;
     sum = {0, 0};
 #pragma unroll
@@ -1754,12 +1756,12 @@ __global__ void __launch_bounds__(kThreads) add_kernel(Parts p, int dtype, const
     sum = group_norm::block_sum<kThreads>(sum);
     if (threadIdx.x > 0) return;
     const int64_t set = int64_t(n) * spans + span;
-    m.moments[set * m.channels + channel] = make_float2(float(mean), float(sum.a));
-    m.counts[set] = float(count);    // the same from every channel
+    sets.moments[set * sets.channels + channel] = make_float2(float(mean), float(sum.a));
+    sets.counts[set] = float(count);    // the same from every channel
 }
 
-inline int add(const Parts& p, int dtype, const void* bias, bool apply_relu, void* out, const Moments& moments, void* stream) {
-    return launch(add_kernel, p.N * p.C * ceil_div(p.volume, kAddedOutputs), kThreads, stream, p, dtype, bias, apply_relu, out, moments);
+inline int add(const Parts& p, int dtype, const void* bias, bool apply_relu, void* out, const group_norm::MomentSets& sets, void* stream) {
+    return launch(add_kernel, p.N * p.C * ceil_div(p.volume, kAddedOutputs), kThreads, stream, p, dtype, bias, apply_relu, out, sets);
 }
 
 }  // namespace parts
@@ -4845,12 +4847,15 @@ inline int span_of(const Tiling& t, int64_t begin, int64_t count) {
 }
 
 // Rows of a box, of `tile_w` positions and their halo. Where a strip is the whole width, rows share their zeros: those right of one
-// row are those left of the next.
-inline int box_pitch(const StencilAxis& w, int tile_w, int strips) {
-    const int halo = w.shift[w.taps - 1], left = halo - w.first, right = w.first + w.positions - w.sources;
+// row are those left of the next. halo: columns by which taps are apart; left, right: those of zeros.
+inline int box_pitch(int halo, int left, int right, int tile_w, int strips) {
     int shared = left < right ? left : right;
     shared = strips > 1 || shared < 0 ? 0 : shared < halo ? shared : halo;
     return tile_w + halo - shared;
+}
+inline int box_pitch(const StencilAxis& w, int tile_w, int strips) {
+    const int halo = w.shift[w.taps - 1];
+    return box_pitch(halo, halo - w.first, w.first + w.positions - w.sources, tile_w, strips);
 }
 
 inline bool runs_fit(const Tiling& t, int64_t strip, int64_t run) {
@@ -5395,10 +5400,7 @@ namespace conv {
 struct Workspace {
     float* parts;                                  // or null. (k_parts, N, C_out, D_out, H_out, W_out): what is to be added
     unsigned* tile_tickets;                        // (queues): how many tiles have been taken; start at zero
-    float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
-    float* counts;                                 // (N, parts): how many values they are of; starts at zero
-    group_norm::Pair* group_sums;                  // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
-    unsigned* group_tickets;                       // (N, num_groups): how many of them are done; start at zero
+    group_norm::MomentSets sets;                   // of runs and phases
     unsigned *stored, *ready, *groups, *pieces;    // conv_normalizer.cuh: (N), (N), (1), (1); start at zero
 };
 
@@ -5461,6 +5463,8 @@ _SOURCES['conv_statistics.cuh'] = r'''
 
 namespace conv {
 
+using group_norm::MomentSets;
+
 constexpr int kStatisticsThreads = 512, kStatisticsBlocks = 16;    // of a group, at most
 
 // The moments of a lane's share of a row. They are of deviations from one of the row's values, whose own squared deviation is part of
@@ -5479,16 +5483,6 @@ struct Moments {
         return make_float2(shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
     }
 };
-
-// What an epilogue leaves, and what the statistics need beside it.
-struct MomentSets {
-    float2* moments;                // (N, parts, channels): mean and sum of squared deviations of a channel in a part of the sample
-    float* counts;                  // (N, parts): how many values they are of
-    group_norm::Pair* group_sums;   // (N, num_groups, kStatisticsBlocks): what the blocks of a group found
-    unsigned* group_tickets;        // (N, num_groups): how many of them are done; start at zero
-    int parts, channels;
-};
-HOST_DEVICE MomentSets moment_sets(const Problem& p, const Workspace& w) { return {w.moments, w.counts, w.group_sums, w.group_tickets, parts_of_sample(p), p.t.channels()}; }
 
 // Blocks of a group: each has some 8 thousand moments or more.
 inline int statistics_blocks(const MomentSets& sets, const group_norm::Shape& shape) {
@@ -5674,17 +5668,24 @@ private:
     int64_t bytes_ = 0, zeroed_ = 0;
 };
 
+// Takes the memory of moments, behind all else that starts at zero.
+inline MomentSets take_moment_sets(Scratch& scratch, int64_t N, int64_t C_out, int parts, int channels) {
+    MomentSets sets = {};
+    sets.parts = parts, sets.channels = channels;
+    sets.counts = scratch.take_zeroed<float>(N * parts);
+    sets.group_tickets = scratch.take_zeroed<unsigned>(N * C_out);    // as many groups as there can be
+    sets.group_sums = scratch.take<group_norm::Pair>(N * C_out * kStatisticsBlocks);
+    sets.moments = scratch.take<float2>(N * parts * channels);
+    return sets;
+}
+
 inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) {
     Workspace w = {};
     w.tile_tickets = scratch.take_zeroed<unsigned>(p.t.queues);
     if (fused) {
-        const int64_t parts = parts_of_sample(p);
-        w.counts = scratch.take_zeroed<float>(p.N * parts);
-        w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
         w.stored = scratch.take_zeroed<unsigned>(p.N), w.ready = scratch.take_zeroed<unsigned>(p.N);
         w.groups = scratch.take_zeroed<unsigned>(1), w.pieces = scratch.take_zeroed<unsigned>(1);
-        w.group_sums = scratch.take<group_norm::Pair>(p.N * p.C_out * kStatisticsBlocks);
-        w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
+        w.sets = take_moment_sets(scratch, p.N, p.C_out, parts_of_sample(p), p.t.channels());
     }
     if (p.t.k_parts > 1) w.parts = scratch.take<float>(p.t.k_parts * p.N * p.C_out * p.out_volume);
     return w;
@@ -5715,9 +5716,9 @@ int convolve(const Plan& plan, const scaled_half::Activation& source, const scal
     if (p.t.block_n == 0) return cudaErrorNotSupported;
     Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, norm};
     if (p.t.k_parts == 1) return Path::convolve(a, source, weight, plan.multiprocessors, stream);
-    a.dtype = kFloat32, a.apply_relu = false, a.bias = nullptr, a.out = workspace.parts, a.workspace.moments = nullptr;
+    a.dtype = kFloat32, a.apply_relu = false, a.bias = nullptr, a.out = workspace.parts, a.workspace.sets.moments = nullptr;
     RETURN_IF_ERROR(Path::convolve(a, source, weight, plan.multiprocessors, stream));
-    return parts::add({workspace.parts, p.t.k_parts, p.N, int(p.C_out), int(p.out_volume)}, dtype, bias, apply_relu, out, {workspace.moments, workspace.counts, p.t.channels()}, stream);
+    return parts::add({workspace.parts, p.t.k_parts, p.N, int(p.C_out), int(p.out_volume)}, dtype, bias, apply_relu, out, workspace.sets, stream);
 }
 
 // --------------------------------------------------------------------------------------------------------- Repair
@@ -6525,7 +6526,7 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
     const Normalization norm = {Path::normalizing_blocks(plan, shape, dtype, y_dtype, activation, y), shape, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), static_cast<float*>(y), statistics, rstd};
     RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, true, activation, norm));
     if (norm.blocks > 0) return cudaSuccess;
-    return normalize(moment_sets(plan.problem, memory.workspace), shape, dtype, y_dtype, eps, gamma, beta, activation, y, statistics, stream);
+    return normalize(memory.workspace.sets, shape, dtype, y_dtype, eps, gamma, beta, activation, y, statistics, stream);
 }
 
 }  // namespace conv
@@ -7415,13 +7416,13 @@ template <int kColumns> __device__ __forceinline__ void finish(const Parameters&
     __syncthreads();
     const int* own_table = table + warp * kColumns;
     float2* moments = nullptr;
-    if (a.workspace.moments) {
+    if (a.workspace.sets.moments) {
         if (!same) count_outputs<kColumns>(own_table, phases_hw, shared.counts[warp]);
         __syncwarp();
         const int64_t set = (index_of_run(p, tile, 0) * kColumnWarps + warp) * p.s.phases() + run.outer * t.rows.packed_phases;
         const int phases_d = packed_phases(t, p.s, 0);
-        if (lane < t.rows.packed_phases && has_outputs(t, run, lane * phases_d / t.rows.packed_phases)) a.workspace.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
-        moments = a.workspace.moments + set * t.channels();
+        if (lane < t.rows.packed_phases && has_outputs(t, run, lane * phases_d / t.rows.packed_phases)) a.workspace.sets.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
+        moments = a.workspace.sets.moments + set * t.channels();
     }
     if (threadIdx.x == 0) shared.table_key = key;
 #pragma unroll 1
@@ -8386,7 +8387,7 @@ __device__ __forceinline__ void find_statistics(const Parameters& a, unsigned re
         named_barrier(barrier, 128);
         const int index = shared.index;
         if (index >= all) return;
-        group_norm::Pair sums = sum_moments<128>(moment_sets(a.p, a.workspace), norm.shape, index, thread, 0, 1);
+        group_norm::Pair sums = sum_moments<128>(a.workspace.sets, norm.shape, index, thread, 0, 1);
         for (int step = 16; step > 0; step /= 2) sums.a += __shfl_xor_sync(~0u, sums.a, step), sums.b += __shfl_xor_sync(~0u, sums.b, step);
         if (thread % 32 == 0) shared.sums[thread / 32] = sums;
         named_barrier(barrier, 128);
@@ -8967,8 +8968,8 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     const float2 moments = m.of_quad(total);
     if (threadIdx.x % 4 == 0 && row.live) {
         const int64_t set = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
-        a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = moments;
-        a.workspace.counts[set] = total;    // the same from every channel
+        a.workspace.sets.moments[set * t.channels() + run.channel0 + row.channel] = moments;
+        a.workspace.sets.counts[set] = total;    // the same from every channel
     }
 }
 
@@ -8987,7 +8988,7 @@ template <int kBlockN, bool kRelu> struct Stager {
         count(value, moments);
     }
     __device__ __forceinline__ void leave(const LaneRow& row, const Moments& moments) const {
-        if (kRelu && me.a.workspace.moments) leave_moments(me, tile, row, moments);
+        if (kRelu && me.a.workspace.sets.moments) leave_moments(me, tile, row, moments);
     }
 
     // A paired run: a lane's two rows are the same channel's, so it has four neighbours at a time.
@@ -9324,10 +9325,9 @@ using conv::kRows;
 constexpr int kChunk = 64;                 // source channels of a stage
 constexpr int kConsumers = 2;              // warpgroups that multiply
 constexpr int kPhasesW = 2, kMaxTapsW = 4;
-constexpr int kMaxPhases = 16;             // of (d, h)
+constexpr int kMaxPhases = kMaxStride * kMaxStride;    // of (d, h)
 constexpr int kMaxBoxes = 4, kMaxWeights = 8, kTileSlots = 4;    // stages
 constexpr int kHeadBytes = 1024;
-constexpr int64_t kSharedBytes = 227 * 1024;
 
 // Outputs stride * j + r of an axis are of phase r, and j is their position (geometry.h, Phase). A tile has one phase of D and of H, both of W, 64 output channels, and for each of two consumers
 // so many columns of GEMM_N: `rows` rows of `tile_w` positions, of `run_planes` planes. Rows are `pitch` columns apart, planes box_rows rows: GEMM_N's columns are neighbours in the box of the
@@ -9477,9 +9477,7 @@ inline bool cut(Plan& p, const Geometry& g, int strips, int unit) {
     const int positions_d = int(ceil_div(p.D, g.axis[0].stride)), positions_h = int(ceil_div(p.H, g.axis[1].stride)), positions_w = p.positions_w();
     p.tile_w = int(ceil_div(positions_w, strips)), p.strips = strips;
     if (strips > 1) p.tile_w += p.tile_w % 2, p.strips = int(ceil_div(positions_w, p.tile_w));
-    // Where a strip is the whole width, the zeros right of a row are those left of the next.
-    const int left = -p.first_w, right = positions_w + p.first_w + p.span_w - int(g.axis[2].in), shared = p.strips > 1 ? 0 : std::max(0, std::min({left, right, p.span_w}));
-    p.pitch = conv::round_up(p.tile_w + p.span_w - shared, unit);
+    p.pitch = conv::round_up(conv::box_pitch(p.span_w, -p.first_w, positions_w + p.first_w + p.span_w - int(g.axis[2].in), p.tile_w, p.strips), unit);
     if (p.tile_w > p.block_n || p.pitch > 256 || (unit > 1 && p.W % 4 != 0)) return false;    // without vectors of four outputs, units are no use
     p.rows = (p.block_n - p.tile_w) / p.pitch + 1;
     if (p.consumers_have_planes) {
@@ -9501,15 +9499,15 @@ inline bool cut(Plan& p, const Geometry& g, int strips, int unit) {
 }
 
 // Boxes of the stages that there is room for, but for those of four stages of weights. False where there is too little.
-inline bool lay_out_stages(Plan& p) {
-    const auto room = [&] { return kSharedBytes - kHeadBytes - int64_t(p.boxes) * p.box_stage_bytes(); };
+inline bool lay_out_stages(Plan& p, int64_t most_shared) {
+    const auto room = [&] { return most_shared - kHeadBytes - int64_t(p.boxes) * p.box_stage_bytes(); };
     for (p.boxes = kMaxBoxes; p.boxes > 2 && room() < 4 * p.weight_bytes();) p.boxes--;
     p.weights = int(std::min(room() / p.weight_bytes(), int64_t(kMaxWeights)));
     return p.weights >= 3;
 }
 
-// The plan of least estimated time, or one without tiles where the layer does not fit.
-inline Plan make_plan(const Geometry& g, int multiprocessors) {
+// The plan of least estimated time, or one without tiles where the layer does not fit. most_shared: bytes that a block can have.
+inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessors) {
     Plan p = {}, best = {};
     const Axis& w = g.axis[2];
     if (!has_stencil(g) || g.groups > 1 || w.stride != kPhasesW || w.dilation % 2 == 0 || w.kernel < 2 || w.kernel > kMaxTapsW || (w.kernel == 3 && w.padding % 2 == 0)) return best;
@@ -9520,7 +9518,7 @@ inline Plan make_plan(const Geometry& g, int multiprocessors) {
     for (int strips = 1; strips <= 16; strips++)
     for (int unit : {1, 2, 4, 8}) {
         p.block_n = block_n, p.consumers_have_planes = consumers_have_planes;
-        if (!cut(p, g, strips, unit) || !lay_out_stages(p)) continue;
+        if (!cut(p, g, strips, unit) || !lay_out_stages(p, most_shared)) continue;
         p.last_places = std::min(p.places, int(ceil_div(2 * multiprocessors, p.phases)));
         p.cycles = time_of(p, multiprocessors);
         if (best.tiles == 0 || p.cycles < best.cycles) best = p;
@@ -9570,7 +9568,7 @@ struct Parameters {
     const scaled_half::SampleMax* activation_max;    // (N)
     const unsigned* weight_max;                      // (C_out)
     unsigned* ticket;                                // of the next tile but a block's first; starts at zero
-    conv::MomentSets sets;                           // of relu(out), or null: not wanted
+    group_norm::MomentSets sets;                     // of relu(out)
 };
 
 struct SharedHead {
@@ -9940,26 +9938,22 @@ namespace polyphase {
 
 static const Plan& plan_of(const Geometry& g, int device) {
     static conv::Memo<Plan> plans;
-    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, multiprocessors_of(device)); });
+    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, block_shared_bytes(device), multiprocessors_of(device)); });
 }
 
 // Scratch memory. The packed copy of x has memory of its own, which the gradients may need.
 struct Memory {
     conv::Scratch scratch, packed;
-    unsigned *ticket, *weight_max;
-    conv::MomentSets sets = {};
+    unsigned* ticket;
+    group_norm::MomentSets sets = {};
     scaled_half::Activation source;
     scaled_half::Weight weight;
     Memory(const Geometry& g, const Plan& p, bool fused, void* base, void* packed_base, const void* x, const void* w) : scratch(base), packed(packed_base) {
         Geometry plain = g;    // every element of the kernel a tap of its own
         for (Axis& axis : plain.axis) axis.stride = axis.dilation = 1;
-        weight_max = scratch.take_zeroed<unsigned>(g.C_out), ticket = scratch.take_zeroed<unsigned>(1);
-        if (fused) {
-            sets.parts = p.parts(), sets.channels = kRows * p.channel_tiles;
-            sets.group_tickets = scratch.take_zeroed<unsigned>(g.N * g.C_out);    // as many groups as there can be
-            sets.group_sums = scratch.take<group_norm::Pair>(g.N * g.C_out * conv::kStatisticsBlocks);
-            sets.counts = scratch.take<float>(g.N * sets.parts), sets.moments = scratch.take<float2>(g.N * sets.parts * sets.channels);
-        }
+        auto* weight_max = scratch.take_zeroed<unsigned>(g.C_out);
+        ticket = scratch.take_zeroed<unsigned>(1);
+        if (fused) sets = conv::take_moment_sets(scratch, g.N, g.C_out, p.parts(), kRows * p.channel_tiles);
         source = conv::take_activation(packed, make_stencil(Direction::kForward, g), g.N, g.C_in, 0, 0, x);
         weight = {make_stencil(Direction::kForward, plain), {1, kRows / 8, p.channel_tiles}, g.C_out, g.C_in, kRows * p.channel_tiles, source.phase_channels, 0, 0, 1, g.C_out, true, w, nullptr, weight_max};
         weight.copy = scratch.take<__half>(weight.copied());

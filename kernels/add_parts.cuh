@@ -16,15 +16,8 @@ struct Parts {
     int C, volume;
 };
 
-// Null where they are not wanted: mean and sum of squared deviations of kAddedOutputs values of a channel, (N, sets, channels); how many they are, (N, sets).
-struct Moments {
-    float2* moments;
-    float* counts;
-    int channels;
-};
-
-// Grid: (n, channel, kAddedOutputs values). out = epilogue(the sum of the parts, in their order); bias may be null.
-__global__ void __launch_bounds__(kThreads) add_kernel(Parts p, int dtype, const void* bias, bool apply_relu, void* out, Moments m) {
+// Grid: (n, channel, kAddedOutputs values). A part of the moments is a block's values. out = epilogue(the sum of the parts, in their order); bias may be null.
+__global__ void __launch_bounds__(kThreads) add_kernel(Parts p, int dtype, const void* bias, bool apply_relu, void* out, group_norm::MomentSets sets) {
     wait_for_previous_kernel();
     constexpr int kOwn = kAddedOutputs / kThreads;
     const int spans = (p.volume + kAddedOutputs - 1) / kAddedOutputs, span = blockIdx.x % spans, row = blockIdx.x / spans, channel = row % p.C, n = row / p.C;
@@ -46,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) add_kernel(Parts p, int dtype, const
         store_as(out, dtype, origin + first + i * kThreads, values[i]);
         sum.a += values[i];
     }
-    if (!m.moments) return;
+    if (!sets.moments) return;
     const double mean = group_norm::block_sum<kThreads>(sum).a / count;
     sum = {0, 0};
 #pragma unroll
@@ -55,12 +48,12 @@ __global__ void __launch_bounds__(kThreads) add_kernel(Parts p, int dtype, const
     sum = group_norm::block_sum<kThreads>(sum);
     if (threadIdx.x > 0) return;
     const int64_t set = int64_t(n) * spans + span;
-    m.moments[set * m.channels + channel] = make_float2(float(mean), float(sum.a));
-    m.counts[set] = float(count);    // the same from every channel
+    sets.moments[set * sets.channels + channel] = make_float2(float(mean), float(sum.a));
+    sets.counts[set] = float(count);    // the same from every channel
 }
 
-inline int add(const Parts& p, int dtype, const void* bias, bool apply_relu, void* out, const Moments& moments, void* stream) {
-    return launch(add_kernel, p.N * p.C * ceil_div(p.volume, kAddedOutputs), kThreads, stream, p, dtype, bias, apply_relu, out, moments);
+inline int add(const Parts& p, int dtype, const void* bias, bool apply_relu, void* out, const group_norm::MomentSets& sets, void* stream) {
+    return launch(add_kernel, p.N * p.C * ceil_div(p.volume, kAddedOutputs), kThreads, stream, p, dtype, bias, apply_relu, out, sets);
 }
 
 }  // namespace parts

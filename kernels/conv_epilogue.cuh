@@ -13,10 +13,7 @@ namespace conv {
 struct Workspace {
     float* parts;                                  // or null. (k_parts, N, C_out, D_out, H_out, W_out): what is to be added
     unsigned* tile_tickets;                        // (queues): how many tiles have been taken; start at zero
-    float2* moments;                               // or null: not wanted. (N, parts, channels): mean and sum of squared deviations of a channel in a run and phase
-    float* counts;                                 // (N, parts): how many values they are of; starts at zero
-    group_norm::Pair* group_sums;                  // (N, num_groups, kStatisticsBlocks): what the blocks of a group found (conv_statistics.cuh)
-    unsigned* group_tickets;                       // (N, num_groups): how many of them are done; start at zero
+    group_norm::MomentSets sets;                   // of runs and phases
     unsigned *stored, *ready, *groups, *pieces;    // conv_normalizer.cuh: (N), (N), (1), (1); start at zero
 };
 

@@ -151,13 +151,13 @@ template <int kColumns> __device__ __forceinline__ void finish(const Parameters&
     __syncthreads();
     const int* own_table = table + warp * kColumns;
     float2* moments = nullptr;
-    if (a.workspace.moments) {
+    if (a.workspace.sets.moments) {
         if (!same) count_outputs<kColumns>(own_table, phases_hw, shared.counts[warp]);
         __syncwarp();
         const int64_t set = (index_of_run(p, tile, 0) * kColumnWarps + warp) * p.s.phases() + run.outer * t.rows.packed_phases;
         const int phases_d = packed_phases(t, p.s, 0);
-        if (lane < t.rows.packed_phases && has_outputs(t, run, lane * phases_d / t.rows.packed_phases)) a.workspace.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
-        moments = a.workspace.moments + set * t.channels();
+        if (lane < t.rows.packed_phases && has_outputs(t, run, lane * phases_d / t.rows.packed_phases)) a.workspace.sets.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
+        moments = a.workspace.sets.moments + set * t.channels();
     }
     if (threadIdx.x == 0) shared.table_key = key;
 #pragma unroll 1

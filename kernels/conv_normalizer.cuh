@@ -58,7 +58,7 @@ __device__ __forceinline__ void find_statistics(const Parameters& a, unsigned re
         named_barrier(barrier, 128);
         const int index = shared.index;
         if (index >= all) return;
-        group_norm::Pair sums = sum_moments<128>(moment_sets(a.p, a.workspace), norm.shape, index, thread, 0, 1);
+        group_norm::Pair sums = sum_moments<128>(a.workspace.sets, norm.shape, index, thread, 0, 1);
         for (int step = 16; step > 0; step /= 2) sums.a += __shfl_xor_sync(~0u, sums.a, step), sums.b += __shfl_xor_sync(~0u, sums.b, step);
         if (thread % 32 == 0) shared.sums[thread / 32] = sums;
         named_barrier(barrier, 128);

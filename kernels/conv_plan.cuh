@@ -108,17 +108,24 @@ private:
     int64_t bytes_ = 0, zeroed_ = 0;
 };
 
+// Takes the memory of moments, behind all else that starts at zero.
+inline MomentSets take_moment_sets(Scratch& scratch, int64_t N, int64_t C_out, int parts, int channels) {
+    MomentSets sets = {};
+    sets.parts = parts, sets.channels = channels;
+    sets.counts = scratch.take_zeroed<float>(N * parts);
+    sets.group_tickets = scratch.take_zeroed<unsigned>(N * C_out);    // as many groups as there can be
+    sets.group_sums = scratch.take<group_norm::Pair>(N * C_out * kStatisticsBlocks);
+    sets.moments = scratch.take<float2>(N * parts * channels);
+    return sets;
+}
+
 inline Workspace take_workspace(Scratch& scratch, const Problem& p, bool fused) {
     Workspace w = {};
     w.tile_tickets = scratch.take_zeroed<unsigned>(p.t.queues);
     if (fused) {
-        const int64_t parts = parts_of_sample(p);
-        w.counts = scratch.take_zeroed<float>(p.N * parts);
-        w.group_tickets = scratch.take_zeroed<unsigned>(p.N * p.C_out);    // as many groups as there can be
         w.stored = scratch.take_zeroed<unsigned>(p.N), w.ready = scratch.take_zeroed<unsigned>(p.N);
         w.groups = scratch.take_zeroed<unsigned>(1), w.pieces = scratch.take_zeroed<unsigned>(1);
-        w.group_sums = scratch.take<group_norm::Pair>(p.N * p.C_out * kStatisticsBlocks);
-        w.moments = scratch.take<float2>(p.N * parts * p.t.channels());
+        w.sets = take_moment_sets(scratch, p.N, p.C_out, parts_of_sample(p), p.t.channels());
     }
     if (p.t.k_parts > 1) w.parts = scratch.take<float>(p.t.k_parts * p.N * p.C_out * p.out_volume);
     return w;
@@ -149,9 +156,9 @@ int convolve(const Plan& plan, const scaled_half::Activation& source, const scal
     if (p.t.block_n == 0) return cudaErrorNotSupported;
     Parameters a = {p, dtype, apply_relu, bias, out, source.max, weight.max, workspace, norm};
     if (p.t.k_parts == 1) return Path::convolve(a, source, weight, plan.multiprocessors, stream);
-    a.dtype = kFloat32, a.apply_relu = false, a.bias = nullptr, a.out = workspace.parts, a.workspace.moments = nullptr;
+    a.dtype = kFloat32, a.apply_relu = false, a.bias = nullptr, a.out = workspace.parts, a.workspace.sets.moments = nullptr;
     RETURN_IF_ERROR(Path::convolve(a, source, weight, plan.multiprocessors, stream));
-    return parts::add({workspace.parts, p.t.k_parts, p.N, int(p.C_out), int(p.out_volume)}, dtype, bias, apply_relu, out, {workspace.moments, workspace.counts, p.t.channels()}, stream);
+    return parts::add({workspace.parts, p.t.k_parts, p.N, int(p.C_out), int(p.out_volume)}, dtype, bias, apply_relu, out, workspace.sets, stream);
 }
 
 // --------------------------------------------------------------------------------------------------------- Repair

@@ -480,8 +480,8 @@ __device__ __forceinline__ void leave_moments(const Consumer& me, const Tile& ti
     const float2 moments = m.of_quad(total);
     if (threadIdx.x % 4 == 0 && row.live) {
         const int64_t set = index_of_run(a.p, tile, me.warpgroup) * a.p.s.phases() + run.outer * t.rows.packed_phases + row.phase;
-        a.workspace.moments[set * t.channels() + run.channel0 + row.channel] = moments;
-        a.workspace.counts[set] = total;    // the same from every channel
+        a.workspace.sets.moments[set * t.channels() + run.channel0 + row.channel] = moments;
+        a.workspace.sets.counts[set] = total;    // the same from every channel
     }
 }
 
@@ -500,7 +500,7 @@ template <int kBlockN, bool kRelu> struct Stager {
         count(value, moments);
     }
     __device__ __forceinline__ void leave(const LaneRow& row, const Moments& moments) const {
-        if (kRelu && me.a.workspace.moments) leave_moments(me, tile, row, moments);
+        if (kRelu && me.a.workspace.sets.moments) leave_moments(me, tile, row, moments);
     }
 
     // A paired run: a lane's two rows are the same channel's, so it has four neighbours at a time.

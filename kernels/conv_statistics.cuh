@@ -6,6 +6,8 @@
 
 namespace conv {
 
+using group_norm::MomentSets;
+
 constexpr int kStatisticsThreads = 512, kStatisticsBlocks = 16;    // of a group, at most
 
 // The moments of a lane's share of a row. They are of deviations from one of the row's values, whose own squared deviation is part of
@@ -24,16 +26,6 @@ struct Moments {
         return make_float2(shift + mean, deviations < 0 ? 0 : deviations);    // NaN stays
     }
 };
-
-// What an epilogue leaves, and what the statistics need beside it.
-struct MomentSets {
-    float2* moments;                // (N, parts, channels): mean and sum of squared deviations of a channel in a part of the sample
-    float* counts;                  // (N, parts): how many values they are of
-    group_norm::Pair* group_sums;   // (N, num_groups, kStatisticsBlocks): what the blocks of a group found
-    unsigned* group_tickets;        // (N, num_groups): how many of them are done; start at zero
-    int parts, channels;
-};
-HOST_DEVICE MomentSets moment_sets(const Problem& p, const Workspace& w) { return {w.moments, w.counts, w.group_sums, w.group_tickets, parts_of_sample(p), p.t.channels()}; }
 
 // Blocks of a group: each has some 8 thousand moments or more.
 inline int statistics_blocks(const MomentSets& sets, const group_norm::Shape& shape) {

@@ -77,12 +77,15 @@ inline int span_of(const Tiling& t, int64_t begin, int64_t count) {
 }
 
 // Rows of a box, of `tile_w` positions and their halo. Where a strip is the whole width, rows share their zeros: those right of one
-// row are those left of the next.
-inline int box_pitch(const StencilAxis& w, int tile_w, int strips) {
-    const int halo = w.shift[w.taps - 1], left = halo - w.first, right = w.first + w.positions - w.sources;
+// row are those left of the next. halo: columns by which taps are apart; left, right: those of zeros.
+inline int box_pitch(int halo, int left, int right, int tile_w, int strips) {
     int shared = left < right ? left : right;
     shared = strips > 1 || shared < 0 ? 0 : shared < halo ? shared : halo;
     return tile_w + halo - shared;
+}
+inline int box_pitch(const StencilAxis& w, int tile_w, int strips) {
+    const int halo = w.shift[w.taps - 1];
+    return box_pitch(halo, halo - w.first, w.first + w.positions - w.sources, tile_w, strips);
 }
 
 inline bool runs_fit(const Tiling& t, int64_t strip, int64_t run) {

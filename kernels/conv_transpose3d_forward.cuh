@@ -65,7 +65,7 @@ int forward_relu_group_norm(const Geometry& g, int dtype, int y_dtype, int devic
     const Normalization norm = {Path::normalizing_blocks(plan, shape, dtype, y_dtype, activation, y), shape, eps, static_cast<const float*>(gamma), static_cast<const float*>(beta), static_cast<float*>(y), statistics, rstd};
     RETURN_IF_ERROR(pack_and_convolve<Path>(plan, memory, dtype, stream, bias, true, activation, norm));
     if (norm.blocks > 0) return cudaSuccess;
-    return normalize(moment_sets(plan.problem, memory.workspace), shape, dtype, y_dtype, eps, gamma, beta, activation, y, statistics, stream);
+    return normalize(memory.workspace.sets, shape, dtype, y_dtype, eps, gamma, beta, activation, y, statistics, stream);
 }
 
 }  // namespace conv

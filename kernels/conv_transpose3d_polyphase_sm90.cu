@@ -7,26 +7,22 @@ namespace polyphase {
 
 static const Plan& plan_of(const Geometry& g, int device) {
     static conv::Memo<Plan> plans;
-    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, multiprocessors_of(device)); });
+    return plans.get(g, Direction::kForward, device, [&] { return make_plan(g, block_shared_bytes(device), multiprocessors_of(device)); });
 }
 
 // Scratch memory. The packed copy of x has memory of its own, which the gradients may need.
 struct Memory {
     conv::Scratch scratch, packed;
-    unsigned *ticket, *weight_max;
-    conv::MomentSets sets = {};
+    unsigned* ticket;
+    group_norm::MomentSets sets = {};
     scaled_half::Activation source;
     scaled_half::Weight weight;
     Memory(const Geometry& g, const Plan& p, bool fused, void* base, void* packed_base, const void* x, const void* w) : scratch(base), packed(packed_base) {
         Geometry plain = g;    // every element of the kernel a tap of its own
         for (Axis& axis : plain.axis) axis.stride = axis.dilation = 1;
-        weight_max = scratch.take_zeroed<unsigned>(g.C_out), ticket = scratch.take_zeroed<unsigned>(1);
-        if (fused) {
-            sets.parts = p.parts(), sets.channels = kRows * p.channel_tiles;
-            sets.group_tickets = scratch.take_zeroed<unsigned>(g.N * g.C_out);    // as many groups as there can be
-            sets.group_sums = scratch.take<group_norm::Pair>(g.N * g.C_out * conv::kStatisticsBlocks);
-            sets.counts = scratch.take<float>(g.N * sets.parts), sets.moments = scratch.take<float2>(g.N * sets.parts * sets.channels);
-        }
+        auto* weight_max = scratch.take_zeroed<unsigned>(g.C_out);
+        ticket = scratch.take_zeroed<unsigned>(1);
+        if (fused) sets = conv::take_moment_sets(scratch, g.N, g.C_out, p.parts(), kRows * p.channel_tiles);
         source = conv::take_activation(packed, make_stencil(Direction::kForward, g), g.N, g.C_in, 0, 0, x);
         weight = {make_stencil(Direction::kForward, plain), {1, kRows / 8, p.channel_tiles}, g.C_out, g.C_in, kRows * p.channel_tiles, source.phase_channels, 0, 0, 1, g.C_out, true, w, nullptr, weight_max};
         weight.copy = scratch.take<__half>(weight.copied());

@@ -36,6 +36,15 @@ constexpr int64_t kSplitElements = 16384;    // of one block of a reduction
 
 struct Pair { double a, b; };
 
+// Moments that the epilogue of a convolution leaves, and what the statistics need beside them; null: not wanted.
+struct MomentSets {
+    float2* moments;         // (N, parts, channels): mean and sum of squared deviations of a channel in a part of the sample
+    float* counts;           // (N, parts): how many values they are of; starts at zero
+    Pair* group_sums;        // (N, num_groups, blocks): what the blocks of a group found (conv_statistics.cuh)
+    unsigned* group_tickets; // (N, num_groups): how many of them are done; start at zero
+    int parts, channels;
+};
+
 // Of `count` values, given their sum and that of their squares.
 struct Statistics {
     double mean, rstd;

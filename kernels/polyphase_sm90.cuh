@@ -32,7 +32,7 @@ struct Parameters {
     const scaled_half::SampleMax* activation_max;    // (N)
     const unsigned* weight_max;                      // (C_out)
     unsigned* ticket;                                // of the next tile but a block's first; starts at zero
-    conv::MomentSets sets;                           // of relu(out), or null: not wanted
+    group_norm::MomentSets sets;                     // of relu(out)
 };
 
 struct SharedHead {

@@ -12,10 +12,9 @@ using conv::kRows;
 constexpr int kChunk = 64;                 // source channels of a stage
 constexpr int kConsumers = 2;              // warpgroups that multiply
 constexpr int kPhasesW = 2, kMaxTapsW = 4;
-constexpr int kMaxPhases = 16;             // of (d, h)
+constexpr int kMaxPhases = kMaxStride * kMaxStride;    // of (d, h)
 constexpr int kMaxBoxes = 4, kMaxWeights = 8, kTileSlots = 4;    // stages
 constexpr int kHeadBytes = 1024;
-constexpr int64_t kSharedBytes = 227 * 1024;
 
 // Outputs stride * j + r of an axis are of phase r, and j is their position (geometry.h, Phase). A tile has one phase of D and of H, both of W, 64 output channels, and for each of two consumers
 // so many columns of GEMM_N: `rows` rows of `tile_w` positions, of `run_planes` planes. Rows are `pitch` columns apart, planes box_rows rows: GEMM_N's columns are neighbours in the box of the
@@ -165,9 +164,7 @@ inline bool cut(Plan& p, const Geometry& g, int strips, int unit) {
     const int positions_d = int(ceil_div(p.D, g.axis[0].stride)), positions_h = int(ceil_div(p.H, g.axis[1].stride)), positions_w = p.positions_w();
     p.tile_w = int(ceil_div(positions_w, strips)), p.strips = strips;
     if (strips > 1) p.tile_w += p.tile_w % 2, p.strips = int(ceil_div(positions_w, p.tile_w));
-    // Where a strip is the whole width, the zeros right of a row are those left of the next.
-    const int left = -p.first_w, right = positions_w + p.first_w + p.span_w - int(g.axis[2].in), shared = p.strips > 1 ? 0 : std::max(0, std::min({left, right, p.span_w}));
-    p.pitch = conv::round_up(p.tile_w + p.span_w - shared, unit);
+    p.pitch = conv::round_up(conv::box_pitch(p.span_w, -p.first_w, positions_w + p.first_w + p.span_w - int(g.axis[2].in), p.tile_w, p.strips), unit);
     if (p.tile_w > p.block_n || p.pitch > 256 || (unit > 1 && p.W % 4 != 0)) return false;    // without vectors of four outputs, units are no use
     p.rows = (p.block_n - p.tile_w) / p.pitch + 1;
     if (p.consumers_have_planes) {
@@ -189,15 +186,15 @@ inline bool cut(Plan& p, const Geometry& g, int strips, int unit) {
 }
 
 // Boxes of the stages that there is room for, but for those of four stages of weights. False where there is too little.
-inline bool lay_out_stages(Plan& p) {
-    const auto room = [&] { return kSharedBytes - kHeadBytes - int64_t(p.boxes) * p.box_stage_bytes(); };
+inline bool lay_out_stages(Plan& p, int64_t most_shared) {
+    const auto room = [&] { return most_shared - kHeadBytes - int64_t(p.boxes) * p.box_stage_bytes(); };
     for (p.boxes = kMaxBoxes; p.boxes > 2 && room() < 4 * p.weight_bytes();) p.boxes--;
     p.weights = int(std::min(room() / p.weight_bytes(), int64_t(kMaxWeights)));
     return p.weights >= 3;
 }
 
-// The plan of least estimated time, or one without tiles where the layer does not fit.
-inline Plan make_plan(const Geometry& g, int multiprocessors) {
+// The plan of least estimated time, or one without tiles where the layer does not fit. most_shared: bytes that a block can have.
+inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessors) {
     Plan p = {}, best = {};
     const Axis& w = g.axis[2];
     if (!has_stencil(g) || g.groups > 1 || w.stride != kPhasesW || w.dilation % 2 == 0 || w.kernel < 2 || w.kernel > kMaxTapsW || (w.kernel == 3 && w.padding % 2 == 0)) return best;
@@ -208,7 +205,7 @@ inline Plan make_plan(const Geometry& g, int multiprocessors) {
     for (int strips = 1; strips <= 16; strips++)
     for (int unit : {1, 2, 4, 8}) {
         p.block_n = block_n, p.consumers_have_planes = consumers_have_planes;
-        if (!cut(p, g, strips, unit) || !lay_out_stages(p)) continue;
+        if (!cut(p, g, strips, unit) || !lay_out_stages(p, most_shared)) continue;
         p.last_places = std::min(p.places, int(ceil_div(2 * multiprocessors, p.phases)));
         p.cycles = time_of(p, multiprocessors);
         if (best.tiles == 0 || p.cycles < best.cycles) best = p;

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import model_new
 from harness.verify import relative_error
-from layers import forget_paths, gradients, tensors, unaligned, worst_relative_error
+from layers import assert_as_accurate_as_torch, assert_finite_where_torch_is, gradients, tensors, with_paths_first, worst_relative_error
 
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and model_new._is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
 LAYERS = [
@@ -22,13 +22,9 @@ MOST = 3.1e-4    # relative error, as TF32
 
 
 @pytest.fixture(autouse=True)
-def polyphase_first(monkeypatch):
-    for operation in ("conv_transpose3d_forward", "conv_transpose3d_relu_group_norm_forward"):
-        monkeypatch.setitem(model_new._PATHS, operation, (("polyphase_sm90", model_new._polyphase_sm90), *model_new._PATHS[operation]))
-    forget_paths()
-    yield
-    monkeypatch.undo()
-    forget_paths()
+def polyphase_first():
+    with with_paths_first(("polyphase_sm90", model_new._polyphase_sm90), operations=("conv_transpose3d_forward", "conv_transpose3d_relu_group_norm_forward")):
+        yield
 
 
 def run(x, w, bias, stride, padding, output_padding):
@@ -40,27 +36,15 @@ def run(x, w, bias, stride, padding, output_padding):
 
 @pytest.mark.parametrize("shape, channels, kernel, stride, padding, output_padding", LAYERS)
 def test_as_accurate_as_torch(shape, channels, kernel, stride, padding, output_padding):
-    x, w, bias = tensors(shape, channels, kernel)
-    sizes = (stride, padding, output_padding)
-    y, truth = run(x, w, bias, *sizes), F.conv_transpose3d(x.double(), w.double(), bias.double(), *sizes)
-    assert relative_error(y, truth) < MOST
-    torchs = relative_error(F.conv_transpose3d(x, w, bias, *sizes), truth)
-    if torchs > 1e-5:    # on some small grids cuDNN is float32-accurate
-        assert relative_error(y, truth) < 1.05 * torchs
-    assert torch.equal(y, run(x, w, bias, *sizes))
-    assert torch.equal(y, run(unaligned(x), unaligned(w), bias, *sizes)) and torch.equal(y, run(x.transpose(0, 1).contiguous().transpose(0, 1), w, bias, *sizes))
+    assert_as_accurate_as_torch(run, *tensors(shape, channels, kernel), (stride, padding, output_padding), MOST, torch_has_tf32=True)
 
 
 @pytest.mark.parametrize("shape, channels, kernel, stride, padding, output_padding", LAYERS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_inputs_that_are_not_finite(shape, channels, kernel, stride, padding, output_padding, value):
     x, w, bias = tensors(shape, channels, kernel)
-    sizes = (stride, padding, output_padding)
     x.view(-1)[x.numel() // 3] = value
-    y, truth = run(x, w, bias, *sizes), F.conv_transpose3d(x.double(), w.double(), bias.double(), *sizes)
-    finite = truth.isfinite()
-    assert torch.equal(y.isfinite(), finite) and torch.equal(y.isnan(), truth.isnan())
-    assert relative_error(y[finite], truth[finite]) < MOST
+    assert_finite_where_torch_is(run, x, w, bias, (stride, padding, output_padding), MOST)
 
 
 def test_samples_and_channels_of_other_magnitudes():

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import model_new
-from harness.verify import relative_error
-from layers import forget_paths, tensors, unaligned
+from layers import assert_as_accurate_as_torch, assert_finite_where_torch_is, tensors, with_paths_first
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GROUPED = [
@@ -24,13 +23,9 @@ MOST = {"sweep": 4.5e-7, "sweep_sm90": 3.1e-4}    # relative error: groups are a
 
 
 @pytest.fixture(autouse=True)
-def sweeps_first(monkeypatch):
-    ours = ("sweep", model_new._sweep), ("sweep_sm90", model_new._sweep_sm90)
-    monkeypatch.setitem(model_new._PATHS, "conv_transpose3d_forward", (*ours, *model_new._PATHS["conv_transpose3d_forward"]))
-    forget_paths()
-    yield
-    monkeypatch.undo()
-    forget_paths()
+def sweeps_first():
+    with with_paths_first(("sweep", model_new._sweep), ("sweep_sm90", model_new._sweep_sm90)):
+        yield
 
 
 def path_of(groups):
@@ -49,29 +44,17 @@ def run(x, w, bias, stride, padding, output_padding, groups):
 @pytest.mark.parametrize("shape, channels, groups, kernel, stride, padding, output_padding", LAYERS)
 def test_as_accurate_as_torch(shape, channels, groups, kernel, stride, padding, output_padding):
     path = path_of(groups)
-    x, w, bias = tensors(shape, channels, kernel, groups)
-    sizes = (stride, padding, output_padding, groups)
-    y, truth = run(x, w, bias, *sizes), F.conv_transpose3d(x.double(), w.double(), bias.double(), *sizes)
-    assert relative_error(y, truth) < MOST[path]
-    torchs = relative_error(F.conv_transpose3d(x, w, bias, *sizes), truth)
-    if path == "sweep_sm90" and torchs > 1e-5:    # on some small grids cuDNN is float32-accurate
-        assert relative_error(y, truth) < 1.05 * torchs
-    assert torch.equal(y, run(x, w, bias, *sizes))
-    assert torch.equal(y, run(unaligned(x), unaligned(w), bias, *sizes)) and torch.equal(y, run(x.transpose(0, 1).contiguous().transpose(0, 1), w, bias, *sizes))
+    assert_as_accurate_as_torch(run, *tensors(shape, channels, kernel, groups), (stride, padding, output_padding, groups), MOST[path], torch_has_tf32=path == "sweep_sm90")
 
 
 @pytest.mark.parametrize("shape, channels, groups, kernel, stride, padding, output_padding", LAYERS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(shape, channels, groups, kernel, stride, padding, output_padding, value):
     path = path_of(groups)
-    sizes = (stride, padding, output_padding, groups)
     for which in range(2):
         x, w, bias = tensors(shape, channels, kernel, groups)
         (x, w)[which].view(-1)[(x, w)[which].numel() // 3] = value
-        y, truth = run(x, w, bias, *sizes), F.conv_transpose3d(x.double(), w.double(), bias.double(), *sizes)
-        finite = truth.isfinite()
-        assert torch.equal(y.isfinite(), finite) and torch.equal(y.isnan(), truth.isnan())
-        assert relative_error(y[finite], truth[finite]) < MOST[path]
+        assert_finite_where_torch_is(run, x, w, bias, (stride, padding, output_padding, groups), MOST[path])
 
 
 @pytest.mark.parametrize("layer, decades, most", [(GROUPED[2], 9, 1e-6), (DENSE[1], 2, 4e-4)])

@@ -12,19 +12,6 @@
 #define LAUNCHER(operation) NAME(conv_transpose3d_, operation, PATH)
 #define SIZE_OF(operation, what) NAME(LAUNCHER(operation), _, what)
 
-using Doubles = std::vector<double>;
-
-// But for rounding: the relative error is at most so large. sizes: of what is added up, where that may cancel.
-template <typename T> bool close(const char* what, ArrayOf<T>& ours, const Doubles& truth, double most, const Doubles& sizes) {
-    double squares = 0, errors = 0;
-    for (size_t i = 0; i < truth.size(); i++) squares += sizes[i] * sizes[i], errors += (to_acc(ours.data()[i]) - truth[i]) * (to_acc(ours.data()[i]) - truth[i]);
-    if (errors <= most * most * squares + 1e-20) return true;
-    std::printf("%s: relative error %g, more than %g\n", what, std::sqrt(errors / squares), most);
-    return false;
-}
-
-template <typename T> bool close(const char* what, ArrayOf<T>& ours, const Doubles& truth, double most) { return close(what, ours, truth, most, truth); }
-
 static int with_norm = 0, normalized_inside = 0, with_joined_planes = 0, differentiated = 0, kept_inputs = 0, split_operands = 0;    // layers that were
 
 // Forward, from x's packed copy (or with memory for it) to the gradients.

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
@@ -53,6 +54,19 @@ template <typename T> bool equal(const char* what, ArrayOf<T>& ours, const std::
         }
     return true;
 }
+
+using Doubles = std::vector<double>;
+
+// But for rounding: the relative error is at most so large. sizes: of what is added up, where that may cancel.
+template <typename T> bool close(const char* what, ArrayOf<T>& ours, const Doubles& truth, double most, const Doubles& sizes) {
+    double squares = 0, errors = 0;
+    for (size_t i = 0; i < truth.size(); i++) squares += sizes[i] * sizes[i], errors += (to_acc(ours.data()[i]) - truth[i]) * (to_acc(ours.data()[i]) - truth[i]);
+    if (errors <= most * most * squares + 1e-20) return true;
+    std::printf("%s: relative error %g, more than %g\n", what, std::sqrt(errors / squares), most);
+    return false;
+}
+
+template <typename T> bool close(const char* what, ArrayOf<T>& ours, const Doubles& truth, double most) { return close(what, ours, truth, most, truth); }
 
 // Calls f with the elements of x, of w and of y of every product of the layer.
 template <typename F> void for_each_product(const Geometry& g, F f) {
