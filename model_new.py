@@ -9352,7 +9352,7 @@ struct Plan {
     double cycles;                         // estimated, of a multiprocessor
     Divisor by_phases, by_last_places, by_channel_tiles, by_strips, by_row_tiles, by_plane_groups, by_pitch, by_box_rows;
     HOST_DEVICE int positions_w() const { return (W + kPhasesW - 1) / kPhasesW; }
-    HOST_DEVICE bool stores_vectors() const { return W % 4 == 0 && pitch % 2 == 0; }    // of four outputs
+    HOST_DEVICE bool stores_vectors() const { return W % 4 == 0; }    // of four outputs; else outputs are staged
     HOST_DEVICE int sample_places() const { return strips * row_tiles * plane_groups; }
     HOST_DEVICE int parts() const { return phases * sample_places() * kConsumers; }    // of a sample, each a consumer's outputs of a tile
     HOST_DEVICE int box_bytes() const { return planes * box_rows * pitch * kChunk * 2; }
@@ -9362,7 +9362,10 @@ struct Plan {
         return ((bytes > box_bytes() ? bytes : box_bytes()) + 1023) / 1024 * 1024;
     }
     HOST_DEVICE int weight_bytes() const { return taps_w * kRows * kChunk * 2; }
-    HOST_DEVICE int shared_bytes() const { return kHeadBytes + boxes * box_stage_bytes() + weights * weight_bytes(); }
+    HOST_DEVICE int staged_row() const { return (tile_w + 1) / 2 * 2 * kPhasesW; }    // outputs, where they are staged
+    HOST_DEVICE int staged_channel() const { return (run_planes * rows * staged_row() + 15) / 32 * 32 + 16; }    // without bank conflicts
+    HOST_DEVICE int staged_bytes() const { return stores_vectors() ? 0 : kConsumers * kRows / 2 * staged_channel() * 4; }
+    HOST_DEVICE int shared_bytes() const { return kHeadBytes + boxes * box_stage_bytes() + weights * weight_bytes() + staged_bytes(); }
 };
 
 // The rows from which a phase of H reads the source, for position 0.
@@ -9413,28 +9416,20 @@ HOST_DEVICE Column column_at(const Plan& p, int c) {
     return {plane, row - plane * p.box_rows, c - row * p.pitch};
 }
 
-// The next column's.
-HOST_DEVICE Column next_column(const Plan& p, Column at) {
-    if (++at.x == p.pitch) at.x = 0, at.y++;
-    if (at.y == p.box_rows && p.run_planes > 1) at.y = 0, at.plane++;
-    return at;
-}
-
-// Bytes of outputs that a consumer stores in a cycle: where rows begin in the middle of sectors, or are stored output by output, many more sectors are written.
-inline double store_rate(const Plan& p) {
-    if (p.W % 2 == 1) return 2.4;
-    if (!p.stores_vectors()) return 4.8;
-    return p.pitch % 4 == 0 ? 16 : 14;
+// Cycles that a consumer takes to store its outputs: by bytes, where vectors begin in the middle of sectors more; or, staged, by rows and requests of up to 32 outputs, channels that there are not included.
+inline double store_cycles(const Plan& p) {
+    const double rows = double(p.run_planes) * p.rows;
+    if (p.stores_vectors()) return double(p.C_out) / p.channel_tiles * rows * p.tile_w * kPhasesW * 4 / (p.pitch % 4 == 0 ? 16 : 14);
+    return kRows * rows * (8 + 10 * ceil_div(p.tile_w * kPhasesW, 32));
 }
 
 // Estimated cycles of the busiest multiprocessor. The numbers are fitted to 441 times of 33 layers (NOTES.md).
 inline double time_of(const Plan& p, int multiprocessors) {
-    const double outputs = 4.0 * p.C_out / p.channel_tiles * p.run_planes * p.rows * p.tile_w * kPhasesW;    // bytes, of a consumer
     const double stage = 1.06 * p.taps_w * (kChunk / 16) * kConsumers * p.block_n / 2 + 70, box = (1900 + p.box_bytes() / 60) / (p.boxes - 1);    // its products; its load, others under way
     double all = 0, longest = 0, shortest = 1e30;
     for (int i = 0; i < p.phases; i++) {
         const int taps_d = p.phase_d[p.order[i] / p.phases_h].taps, taps_h = p.phase_h[p.order[i] % p.phases_h].taps;
-        const double products = taps_d * p.chunks * std::max(taps_h * stage, box), stores = kConsumers * outputs / store_rate(p);    // one consumer after the other
+        const double products = taps_d * p.chunks * std::max(taps_h * stage, box), stores = kConsumers * store_cycles(p);    // one consumer after the other
         const double tile = std::max(products, stores) + 0.46 * std::min(products, stores) + 850;
         all += tile * p.places / multiprocessors, longest = std::max(longest, tile), shortest = std::min(shortest, tile);
     }
@@ -9478,7 +9473,7 @@ inline bool cut(Plan& p, const Geometry& g, int strips, int unit) {
     p.tile_w = int(ceil_div(positions_w, strips)), p.strips = strips;
     if (strips > 1) p.tile_w += p.tile_w % 2, p.strips = int(ceil_div(positions_w, p.tile_w));
     p.pitch = conv::round_up(conv::box_pitch(p.span_w, -p.first_w, positions_w + p.first_w + p.span_w - int(g.axis[2].in), p.tile_w, p.strips), unit);
-    if (p.tile_w > p.block_n || p.pitch > 256 || (unit > 1 && p.W % 4 != 0)) return false;    // without vectors of four outputs, units are no use
+    if (p.tile_w > p.block_n || p.pitch > 256) return false;
     p.rows = (p.block_n - p.tile_w) / p.pitch + 1;
     if (p.consumers_have_planes) {
         if (p.rows < positions_h || positions_d == 1) return false;
@@ -9500,7 +9495,7 @@ inline bool cut(Plan& p, const Geometry& g, int strips, int unit) {
 
 // Boxes of the stages that there is room for, but for those of four stages of weights. False where there is too little.
 inline bool lay_out_stages(Plan& p, int64_t most_shared) {
-    const auto room = [&] { return most_shared - kHeadBytes - int64_t(p.boxes) * p.box_stage_bytes(); };
+    const auto room = [&] { return most_shared - kHeadBytes - int64_t(p.boxes) * p.box_stage_bytes() - p.staged_bytes(); };
     for (p.boxes = kMaxBoxes; p.boxes > 2 && room() < 4 * p.weight_bytes();) p.boxes--;
     p.weights = int(std::min(room() / p.weight_bytes(), int64_t(kMaxWeights)));
     return p.weights >= 3;
@@ -9516,7 +9511,7 @@ inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessor
     for (int block_n : {72, 80, 104, 144})
     for (bool consumers_have_planes : {false, true})
     for (int strips = 1; strips <= 16; strips++)
-    for (int unit : {1, 2, 4, 8}) {
+    for (int unit : {2, 4, 8}) {
         p.block_n = block_n, p.consumers_have_planes = consumers_have_planes;
         if (!cut(p, g, strips, unit) || !lay_out_stages(p, most_shared)) continue;
         p.last_places = std::min(p.places, int(ceil_div(2 * multiprocessors, p.phases)));
@@ -9580,11 +9575,13 @@ static_assert(sizeof(SharedHead) <= kHeadBytes, "the boxes begin behind the head
 
 #ifdef HAS_SM90A
 
-// The parts of shared memory: the head, boxes (planes, box_rows, pitch, kChunk), weights (taps_w, kRows, kChunk).
+// The parts of shared memory: the head, boxes (planes, box_rows, pitch, kChunk), weights (taps_w, kRows, kChunk), eight channels' outputs of each warp that multiplies (8, staged_channel).
 struct SharedParts {
     SharedHead& head;
     uint8_t *boxes, *weights;
-    __device__ SharedParts(uint8_t* base, const Plan& p) : head(*reinterpret_cast<SharedHead*>(base)), boxes(base + kHeadBytes), weights(boxes + p.boxes * p.box_stage_bytes()) {}
+    float* staged;
+    __device__ SharedParts(uint8_t* base, const Plan& p)
+        : head(*reinterpret_cast<SharedHead*>(base)), boxes(base + kHeadBytes), weights(boxes + p.boxes * p.box_stage_bytes()), staged(reinterpret_cast<float*>(weights + p.weights * p.weight_bytes())) {}
 };
 
 // A thread: takes tiles and loads what they need.
@@ -9630,7 +9627,7 @@ template <int kBlockN, int kTapsW> struct Consumer {
     const SharedParts& shared;
     int warpgroup, warp, lane;
     RingPosition box, weight;
-    int offsets[kBlockN / 8];    // of the first of two neighbouring columns' outputs, or -1
+    int offsets[kBlockN / 8];    // of the first of two neighbouring columns' outputs, or -1; where they are staged, of that place
     Channel channels[2];
     scaled_half::SampleMax activation_max;    // of the tile's sample
 
@@ -9638,7 +9635,9 @@ template <int kBlockN, int kTapsW> struct Consumer {
 #pragma unroll
         for (int j = 0; j < kBlockN / 8; j++) {
             const Column at = column_at(a.p, j * 8 + lane % 4 * 2);
-            offsets[j] = at.plane < a.p.run_planes && at.y < a.p.rows && at.x < a.p.tile_w ? offset_of(at) : -1;
+            offsets[j] = -1;
+            if (at.plane < a.p.run_planes && at.y < a.p.rows && at.x < a.p.tile_w)
+                offsets[j] = a.p.stores_vectors() ? offset_of(at) : (at.plane * a.p.rows + at.y) * a.p.staged_row() + at.x * kPhasesW;
         }
     }
 
@@ -9720,18 +9719,19 @@ template <int kBlockN, int kTapsW> struct Consumer {
 
     // Where the consumer's outputs of a tile are: those of the thread's two channels, from the first position on, and what there is of them.
     struct Outputs {
-        float *first, *second;
-        int planes, rows, columns, width;    // positions; outputs of a row
-        __device__ __forceinline__ bool has(const Column& at) const { return at.plane < planes && at.y < rows && at.x < columns; }
-        __device__ __forceinline__ bool has_both(const Column& at) const { return at.x * kPhasesW + 1 < width; }    // phases of W
+        float *tile, *first, *second;        // of the tile's first channel; of the thread's two
+        int channel0, planes, rows, columns, width;    // positions; outputs of a row
+        // How many outputs there are of both phases of a column and the next, four neighbours in memory. (Rows are an even number of columns apart.)
+        __device__ __forceinline__ int count(const Column& at) const { return at.plane < planes && at.y < rows ? max(0, min(4, width - at.x * kPhasesW)) : 0; }
     };
     __device__ __forceinline__ Outputs outputs_of(const Tile& tile) const {
         const Plan& p = a.p;
         const Phase &pd = p.phase_d[tile.phase_d], &ph = p.phase_h[tile.phase_h];
         const int d0 = tile.d + (p.consumers_have_planes ? warpgroup * p.run_planes : 0), h0 = tile.h0 + (p.consumers_have_planes ? 0 : warpgroup * p.rows), row = (pd.dst + d0 * pd.dst_step) * p.H + ph.dst + h0 * ph.dst_step;
         const int64_t volume = int64_t(p.D) * p.H * p.W;
-        float* const first = a.out + (int64_t(tile.n) * p.C_out + tile.channel0 + own_channel()) * volume + int64_t(row) * p.W + tile.w0 * kPhasesW;
-        return {first, first + 8 * volume, min(p.run_planes, pd.count - d0), min(p.rows, ph.count - h0), min(p.tile_w, p.positions_w() - tile.w0), p.W - tile.w0 * kPhasesW};
+        float* const to = a.out + (int64_t(tile.n) * p.C_out + tile.channel0) * volume + int64_t(row) * p.W + tile.w0 * kPhasesW, * const first = to + own_channel() * volume;
+        const int columns = min(p.tile_w, p.positions_w() - tile.w0);
+        return {to, first, first + 8 * volume, tile.channel0, min(p.run_planes, pd.count - d0), min(p.rows, ph.count - h0), columns, min(columns * kPhasesW, p.W - tile.w0 * kPhasesW)};
     }
     __device__ __forceinline__ bool are_whole(const Outputs& to) const { return a.p.stores_vectors() && to.planes == a.p.run_planes && to.rows == a.p.rows && to.columns == a.p.tile_w; }
     // The thread's first column, anew, so that what follows from it is not kept in registers from one use to the next.
@@ -9743,46 +9743,67 @@ template <int kBlockN, int kTapsW> struct Consumer {
     __device__ __forceinline__ int offset_of(const Column& at) const { return (at.plane * a.p.phase_d[0].dst_step * a.p.H + at.y * a.p.phase_h[0].dst_step) * a.p.W + at.x * kPhasesW; }
     __device__ __forceinline__ float output(float sum, int half) const { return fmaf(sum, channels[half].scale, channels[half].bias); }
 
-    // Stores all outputs of a consumer, phases 0 and 1 of two positions at a time. The code is short, as it is executed once a tile.
+    // Phases 0 and 1 of two positions, of one of the channels.
+    __device__ __forceinline__ float4 four_outputs(int j, int half, const float (&phase0)[kBlockN / 2], const float (&phase1)[kBlockN / 2]) const {
+        const int i = j * 4 + half * 2;
+        return make_float4(output(phase0[i], half), output(phase1[i], half), output(phase0[i + 1], half), output(phase1[i + 1], half));
+    }
+    __device__ __forceinline__ void store_four(const Outputs& to, int j, int offset, const float (&phase0)[kBlockN / 2], const float (&phase1)[kBlockN / 2]) const {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float4 four = four_outputs(j, half, phase0, phase1);
+            if (channels[half].exists) *reinterpret_cast<float4*>((half ? to.second : to.first) + offset) = four;
+        }
+    }
+
+    // Stores all outputs of a consumer, where rows are whole vectors. The code is short, as it is executed once a tile.
     __device__ __forceinline__ void store_whole(const Outputs& to, const float (&phase0)[kBlockN / 2], const float (&phase1)[kBlockN / 2]) const {
 #pragma unroll
         for (int j = 0; j < kBlockN / 8; j++) {
             if (offsets[j] < 0) continue;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int i = j * 4 + half * 2;
-                const float4 four = make_float4(output(phase0[i], half), output(phase1[i], half), output(phase0[i + 1], half), output(phase1[i + 1], half));
-                if (channels[half].exists) *reinterpret_cast<float4*>((half ? to.second : to.first) + offsets[j]) = four;
-            }
+            store_four(to, j, offsets[j], phase0, phase1);
         }
     }
 
-    // Stores those that there are, both phases of a position at a time, or where rows are of odd length one by one.
+    // Stores those that there are, where rows are whole vectors.
     __device__ __forceinline__ void store_part(const Outputs& to, const float (&phase0)[kBlockN / 2], const float (&phase1)[kBlockN / 2]) const {
-        const Plan& p = a.p;
-        const bool pairs = p.W % 2 == 0;
         const int first = first_column();
 #pragma unroll
         for (int j = 0; j < kBlockN / 8; j++) {
-            Column at = column_at(p, j * 8 + first);
+            const Column at = column_at(a.p, j * 8 + first);
+            if (to.count(at) == 0) continue;
+            store_four(to, j, offset_of(at), phase0, phase1);
+        }
+    }
+
+    // Stores outputs of rows that begin anywhere: a warp's are staged, eight channels at a time, of which it stores rows.
+    __device__ __forceinline__ void store_staged(const Outputs& to, const float (&phase0)[kBlockN / 2], const float (&phase1)[kBlockN / 2]) const {
+        const Plan& p = a.p;
+        float* const staged = shared.staged + (warpgroup * 4 + warp) * (8 * p.staged_channel());
+        const int64_t volume = int64_t(p.D) * p.H * p.W;
 #pragma unroll
-            for (int k = 0; k < 2; k++, at = next_column(p, at)) {
-                if (!to.has(at)) continue;
-                const int offset = offset_of(at);
+        for (int half = 0; half < 2; half++) {
+            __syncwarp();
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int i = j * 4 + half * 2 + k;
-                    float* const place = (half ? to.second : to.first) + offset;
-                    const float2 two = make_float2(output(phase0[i], half), output(phase1[i], half));
-                    if (!channels[half].exists) continue;
-                    if (pairs) {
-                        *reinterpret_cast<float2*>(place) = two;
-                    } else {
-                        place[0] = two.x;
-                        if (to.has_both(at)) place[1] = two.y;
+            for (int j = 0; j < kBlockN / 8; j++)
+                if (offsets[j] >= 0) *reinterpret_cast<float4*>(staged + lane / 4 * p.staged_channel() + offsets[j]) = four_outputs(j, half, phase0, phase1);
+            __syncwarp();
+            const int channel = warp * 16 + half * 8, channels = p.C_out - to.channel0 - channel;
+            float* const out = to.tile + channel * volume + lane;
+            for (int plane = 0; plane < to.planes; plane++)
+                for (int y = 0; y < to.rows; y++) {
+                    const float* const from = staged + (plane * p.rows + y) * p.staged_row() + lane;
+                    float* const row = out + offset_of({plane, y, 0});
+#pragma unroll 1
+                    for (int k = 0; k < to.width - lane; k += 32) {
+                        float v[8];
+#pragma unroll
+                        for (int c = 0; c < 8; c++) v[c] = from[c * p.staged_channel() + k];
+#pragma unroll
+                        for (int c = 0; c < 8; c++)
+                            if (c < channels) row[c * volume + k] = v[c];
                     }
                 }
-            }
         }
     }
 
@@ -9798,9 +9819,8 @@ template <int kBlockN, int kTapsW> struct Consumer {
             const int first = first_column();
 #pragma unroll 1
             for (int j = 0; j < kBlockN / 8; j++) {
-                Column at = column_at(a.p, j * 8 + first);
-#pragma unroll
-                for (int k = 0; k < 2; k++, at = next_column(a.p, at)) masks.phase0[k] |= uint32_t(to.has(at)) << j, masks.phase1[k] |= uint32_t(to.has(at) && to.has_both(at)) << j;
+                const int count = to.count(column_at(a.p, j * 8 + first));
+                masks.phase0[0] |= uint32_t(count > 0) << j, masks.phase1[0] |= uint32_t(count > 1) << j, masks.phase0[1] |= uint32_t(count > 2) << j, masks.phase1[1] |= uint32_t(count > 3) << j;
             }
         }
         return masks;
@@ -9833,6 +9853,10 @@ template <int kBlockN, int kTapsW> struct Consumer {
     __device__ __forceinline__ void finish(const Tile& tile, uint32_t turn, const float (&phase0)[kBlockN / 2], const float (&phase1)[kBlockN / 2]) const {
         const Outputs to = outputs_of(tile);
         if (a.sets.moments) leave_moments(tile, to, phase0, phase1);
+        if (!a.p.stores_vectors()) {
+            store_staged(to, phase0, phase1);
+            return;
+        }
         // One consumer after the other: the first waits for the second's outputs of the tile before, the second for the first's of this tile.
         mbarrier_wait(shared.head.stored + (warpgroup ^ 1), turn ^ (warpgroup ^ 1));
         if (are_whole(to)) store_whole(to, phase0, phase1);

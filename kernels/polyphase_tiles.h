@@ -39,7 +39,7 @@ struct Plan {
     double cycles;                         // estimated, of a multiprocessor
     Divisor by_phases, by_last_places, by_channel_tiles, by_strips, by_row_tiles, by_plane_groups, by_pitch, by_box_rows;
     HOST_DEVICE int positions_w() const { return (W + kPhasesW - 1) / kPhasesW; }
-    HOST_DEVICE bool stores_vectors() const { return W % 4 == 0 && pitch % 2 == 0; }    // of four outputs
+    HOST_DEVICE bool stores_vectors() const { return W % 4 == 0; }    // of four outputs; else outputs are staged
     HOST_DEVICE int sample_places() const { return strips * row_tiles * plane_groups; }
     HOST_DEVICE int parts() const { return phases * sample_places() * kConsumers; }    // of a sample, each a consumer's outputs of a tile
     HOST_DEVICE int box_bytes() const { return planes * box_rows * pitch * kChunk * 2; }
@@ -49,7 +49,10 @@ struct Plan {
         return ((bytes > box_bytes() ? bytes : box_bytes()) + 1023) / 1024 * 1024;
     }
     HOST_DEVICE int weight_bytes() const { return taps_w * kRows * kChunk * 2; }
-    HOST_DEVICE int shared_bytes() const { return kHeadBytes + boxes * box_stage_bytes() + weights * weight_bytes(); }
+    HOST_DEVICE int staged_row() const { return (tile_w + 1) / 2 * 2 * kPhasesW; }    // outputs, where they are staged
+    HOST_DEVICE int staged_channel() const { return (run_planes * rows * staged_row() + 15) / 32 * 32 + 16; }    // without bank conflicts
+    HOST_DEVICE int staged_bytes() const { return stores_vectors() ? 0 : kConsumers * kRows / 2 * staged_channel() * 4; }
+    HOST_DEVICE int shared_bytes() const { return kHeadBytes + boxes * box_stage_bytes() + weights * weight_bytes() + staged_bytes(); }
 };
 
 // The rows from which a phase of H reads the source, for position 0.
@@ -100,28 +103,20 @@ HOST_DEVICE Column column_at(const Plan& p, int c) {
     return {plane, row - plane * p.box_rows, c - row * p.pitch};
 }
 
-// The next column's.
-HOST_DEVICE Column next_column(const Plan& p, Column at) {
-    if (++at.x == p.pitch) at.x = 0, at.y++;
-    if (at.y == p.box_rows && p.run_planes > 1) at.y = 0, at.plane++;
-    return at;
-}
-
-// Bytes of outputs that a consumer stores in a cycle: where rows begin in the middle of sectors, or are stored output by output, many more sectors are written.
-inline double store_rate(const Plan& p) {
-    if (p.W % 2 == 1) return 2.4;
-    if (!p.stores_vectors()) return 4.8;
-    return p.pitch % 4 == 0 ? 16 : 14;
+// Cycles that a consumer takes to store its outputs: by bytes, where vectors begin in the middle of sectors more; or, staged, by rows and requests of up to 32 outputs, channels that there are not included.
+inline double store_cycles(const Plan& p) {
+    const double rows = double(p.run_planes) * p.rows;
+    if (p.stores_vectors()) return double(p.C_out) / p.channel_tiles * rows * p.tile_w * kPhasesW * 4 / (p.pitch % 4 == 0 ? 16 : 14);
+    return kRows * rows * (8 + 10 * ceil_div(p.tile_w * kPhasesW, 32));
 }
 
 // Estimated cycles of the busiest multiprocessor. The numbers are fitted to 441 times of 33 layers (NOTES.md).
 inline double time_of(const Plan& p, int multiprocessors) {
-    const double outputs = 4.0 * p.C_out / p.channel_tiles * p.run_planes * p.rows * p.tile_w * kPhasesW;    // bytes, of a consumer
     const double stage = 1.06 * p.taps_w * (kChunk / 16) * kConsumers * p.block_n / 2 + 70, box = (1900 + p.box_bytes() / 60) / (p.boxes - 1);    // its products; its load, others under way
     double all = 0, longest = 0, shortest = 1e30;
     for (int i = 0; i < p.phases; i++) {
         const int taps_d = p.phase_d[p.order[i] / p.phases_h].taps, taps_h = p.phase_h[p.order[i] % p.phases_h].taps;
-        const double products = taps_d * p.chunks * std::max(taps_h * stage, box), stores = kConsumers * outputs / store_rate(p);    // one consumer after the other
+        const double products = taps_d * p.chunks * std::max(taps_h * stage, box), stores = kConsumers * store_cycles(p);    // one consumer after the other
         const double tile = std::max(products, stores) + 0.46 * std::min(products, stores) + 850;
         all += tile * p.places / multiprocessors, longest = std::max(longest, tile), shortest = std::min(shortest, tile);
     }
@@ -165,7 +160,7 @@ inline bool cut(Plan& p, const Geometry& g, int strips, int unit) {
     p.tile_w = int(ceil_div(positions_w, strips)), p.strips = strips;
     if (strips > 1) p.tile_w += p.tile_w % 2, p.strips = int(ceil_div(positions_w, p.tile_w));
     p.pitch = conv::round_up(conv::box_pitch(p.span_w, -p.first_w, positions_w + p.first_w + p.span_w - int(g.axis[2].in), p.tile_w, p.strips), unit);
-    if (p.tile_w > p.block_n || p.pitch > 256 || (unit > 1 && p.W % 4 != 0)) return false;    // without vectors of four outputs, units are no use
+    if (p.tile_w > p.block_n || p.pitch > 256) return false;
     p.rows = (p.block_n - p.tile_w) / p.pitch + 1;
     if (p.consumers_have_planes) {
         if (p.rows < positions_h || positions_d == 1) return false;
@@ -187,7 +182,7 @@ inline bool cut(Plan& p, const Geometry& g, int strips, int unit) {
 
 // Boxes of the stages that there is room for, but for those of four stages of weights. False where there is too little.
 inline bool lay_out_stages(Plan& p, int64_t most_shared) {
-    const auto room = [&] { return most_shared - kHeadBytes - int64_t(p.boxes) * p.box_stage_bytes(); };
+    const auto room = [&] { return most_shared - kHeadBytes - int64_t(p.boxes) * p.box_stage_bytes() - p.staged_bytes(); };
     for (p.boxes = kMaxBoxes; p.boxes > 2 && room() < 4 * p.weight_bytes();) p.boxes--;
     p.weights = int(std::min(room() / p.weight_bytes(), int64_t(kMaxWeights)));
     return p.weights >= 3;
@@ -203,7 +198,7 @@ inline Plan make_plan(const Geometry& g, int64_t most_shared, int multiprocessor
     for (int block_n : {72, 80, 104, 144})
     for (bool consumers_have_planes : {false, true})
     for (int strips = 1; strips <= 16; strips++)
-    for (int unit : {1, 2, 4, 8}) {
+    for (int unit : {2, 4, 8}) {
         p.block_n = block_n, p.consumers_have_planes = consumers_have_planes;
         if (!cut(p, g, strips, unit) || !lay_out_stages(p, most_shared)) continue;
         p.last_places = std::min(p.places, int(ceil_div(2 * multiprocessors, p.phases)));
