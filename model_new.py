@@ -6586,6 +6586,7 @@ struct Tiling {
     int dout_bytes, x_bytes;           // of a box
     int dout_boxes, x_boxes, stage_bytes, stages;
     int groups_m, groups_n, groups_h, groups_w, groups, splits;
+    double plane_cycles, cycles;       // estimated, of a plane of a sample in a block, and of a multiprocessor
 };
 
 struct Problem {
@@ -6726,7 +6727,6 @@ inline bool cut_boxes(Problem& p, int shared_bytes) {
     const int jobs = t.joint ? conv::count_bits(t.live_jobs) : t.m_over_taps ? (h.taps < kConsumers ? h.taps : kConsumers) : t.dout_boxes;
     const double product = t.block_n / 2.0, operands = (kRows * 32 + t.block_n * 32) / 128.0;
     Tiling best = {};
-    double best_time = 0;
     for (int strips = 1; strips <= 16 && strips <= w.positions; strips++)
     for (int rows = 1; rows <= h.positions && rows <= 64; rows++) {
         t.strips = strips, t.rows = rows;
@@ -6747,14 +6747,14 @@ inline bool cut_boxes(Problem& p, int shared_bytes) {
         const double dout = t.packs ? double(p.C_out) * s.axis[0].phases * h.phases * rows * (row_elements(p) + 16) * 4 : t.dout_boxes * double(rows) * t.tile_w * 128;
         const double loads = (dout + double(x_boxes_of(t, Group(t, s, 0))) * box * row_bytes) / 18, packing = t.packs ? ceil_div(units_of_box(p), kPackerWarps) * 1250.0 : 0;
         const double time = (std::max({products, loads, packing}) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
-        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+        if (best.block_n == 0 || time < best.plane_cycles) best = t, best.plane_cycles = time;
     }
     t = best;
     return t.block_n > 0;
 }
 
-// Parts of GEMM_K that make full waves of blocks, as few as that takes.
-inline int splits_of(const Problem& p, int multiprocessors) {
+// Sets the parts of GEMM_K that make full waves of blocks, as few as that takes.
+inline void split(Problem& p, int multiprocessors) {
     int64_t live = 0, boxes = 0;
     for (int group = 0; group < p.t.groups; group++) {
         const Group g(p.t, p.s, group);
@@ -6769,7 +6769,9 @@ inline int splits_of(const Problem& p, int multiprocessors) {
         const double waste = double(ceil_div(splits * live, multiprocessors)) / splits * (1 + 0.02 * waves);
         if (waste < best_waste) best_waste = waste, best = int(splits);
     }
-    return best;
+    p.t.splits = best;
+    const double planes = double(boxes) / (p.t.strips * p.t.row_groups);
+    p.t.cycles = ceil_div(live * best, multiprocessors) * (p.t.plane_cycles * planes / best + 2000.0 * ceil_div(p.N, best) + 3000) + double(best + 1) * p.C_in * p.C_out / p.groups * kernel_volume(p.s) * 4 / 500 + 8000;
 }
 
 // Whether a block can pack dout: it reads all of a box, and lanes have the same phase in all of a row's units. Known when products are cut.
@@ -6787,7 +6789,7 @@ inline Tiling choose_tiling(Problem p, int64_t phase_channels_x, int multiproces
     for (bool joint : {true, false}) {
         if ((packs && !joint) || !cut_products(p, phase_channels_x, joint, packs) || (packs && !can_pack(p))) continue;
         if (!cut_boxes(p, shared_bytes) || (packs && !pays_to_pack(p, multiprocessors))) continue;
-        p.t.splits = splits_of(p, multiprocessors);
+        split(p, multiprocessors);
         return p.t;
     }
     return {};
@@ -7034,6 +7036,106 @@ __device__ __forceinline__ void add_sums(float4& sums, bool first, const ScaleBa
 }  // namespace dweight
 '''
 
+_SOURCES['dweight_taps_tiles.h'] = r'''
+// How dweight of small grids and many channels is cut, element by element of the kernel (dweight_taps_sm90.cuh).
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "conv_tiling.h"
+
+namespace dweight_taps {
+
+constexpr int kBlock = 64;                 // channels of a box
+constexpr int kConsumers = 2;              // warpgroups that multiply
+constexpr int kMaxSteps = 7, kMinStages = 3, kMaxStages = 8;
+constexpr int kHeadBytes = 1024;
+
+// GEMM_M = input channels, GEMM_N = output channels, GEMM_K = positions, for one element of the kernel. A stage has a box of positions, of x and of dout's phase, in 16 * steps rows; those behind the
+// box are zeros. So no positions are wasted on gaps between rows, of which small grids would have many, and every element loads its own boxes.
+struct Plan {
+    Stencil s;                             // the forward's
+    int N, C_in, C_out, dout_phase_channels;
+    int x_blocks, dout_blocks;             // channels of x of a consumer, and of dout, in blocks
+    int row_tiles, column_tiles;
+    int box[3], boxes[3];                  // positions of a box along D, H, W; boxes of a sample
+    int steps, stages, splits;             // splits: parts of GEMM_K
+    double cycles;                         // estimated, of a multiprocessor; 0: the layer does not fit
+    HOST_DEVICE int rows() const { return row_tiles * kConsumers * x_blocks * kBlock; }
+    HOST_DEVICE int columns() const { return column_tiles * dout_blocks * kBlock; }
+    HOST_DEVICE int sample_boxes() const { return boxes[0] * boxes[1] * boxes[2]; }
+    HOST_DEVICE int positions() const { return box[0] * box[1] * box[2]; }
+    HOST_DEVICE int block_bytes() const { return steps * 16 * kBlock * 2; }
+    HOST_DEVICE int stage_blocks() const { return kConsumers * x_blocks + dout_blocks; }
+    HOST_DEVICE int stage_bytes() const { return stage_blocks() * block_bytes(); }
+    HOST_DEVICE int shared_bytes() const { return kHeadBytes + stages * stage_bytes(); }
+    HOST_DEVICE int tiles() const { return kernel_volume(s) * row_tiles * column_tiles; }
+    HOST_DEVICE int begin_of(int split) const { return int(int64_t(N) * sample_boxes() * split / splits); }    // boxes
+    HOST_DEVICE int64_t partial_count() const { return cycles > 0 ? int64_t(splits) * kernel_volume(s) * rows() * columns() : 0; }    // (splits, kernel, rows, columns)
+};
+
+// A block's tile, and its part of GEMM_K.
+struct Tile { int k, row, column, split; };    // element of the kernel; first channels
+HOST_DEVICE Tile tile_of(const Plan& p, int index) {
+    Tile t;
+    t.column = index % p.column_tiles * p.dout_blocks * kBlock, index /= p.column_tiles;
+    t.row = index % p.row_tiles * kConsumers * p.x_blocks * kBlock, index /= p.row_tiles;
+    t.k = index % kernel_volume(p.s), t.split = index / kernel_volume(p.s);
+    return t;
+}
+
+// A box: its sample and first position.
+struct Box { int n, d, h, w; };
+HOST_DEVICE Box box_of(const Plan& p, int index) {
+    Box b;
+    b.w = index % p.boxes[2] * p.box[2], index /= p.boxes[2];
+    b.h = index % p.boxes[1] * p.box[1], index /= p.boxes[1];
+    b.d = index % p.boxes[0] * p.box[0], b.n = index / p.boxes[0];
+    return b;
+}
+
+// The parts of GEMM_K of least estimated time, and that.
+inline void split(Plan& p, int multiprocessors) {
+    const int64_t boxes = int64_t(p.N) * p.sample_boxes();
+    // A stage: its products, or what comes from the L2 cache.
+    const double stage = std::max(p.steps * kConsumers * p.x_blocks * p.dout_blocks * kBlock / 2.0, p.stage_blocks() * double(p.positions()) * kBlock * 2 / 20) + 60;
+    for (int splits = 1; splits <= 64 && splits <= boxes; splits++) {
+        const double added = double(splits + 1) * kernel_volume(p.s) * p.C_in * p.C_out * 4;    // bytes
+        const double time = ceil_div(int64_t(p.tiles()) * splits, multiprocessors) * (ceil_div(boxes, splits) * stage + 5000) + added / 1500 + 4000;
+        if (p.cycles == 0 || time < p.cycles) p.cycles = time, p.splits = splits;
+    }
+}
+
+// The plan of least estimated time, of no cycles where the layer does not fit. most_shared: bytes that a block can have.
+inline Plan make_plan(const Stencil& s, const Geometry& g, int dout_phase_channels, int most_shared, int multiprocessors) {
+    Plan best = {}, p = {};
+    if (g.groups > 1 || g.C_in <= kBlock / 2 || g.C_out <= kBlock / 2 || g.N == 0 || g.C_in >= 1 << 20 || g.C_out >= 1 << 20) return best;
+    p.s = s, p.N = int(g.N), p.C_in = int(g.C_in), p.C_out = int(g.C_out), p.dout_phase_channels = dout_phase_channels;
+    const int d = s.axis[0].positions, h = s.axis[1].positions, w = s.axis[2].positions;
+    for (int x_blocks : {2, 1})
+    for (int dout_blocks : {2, 1})
+    for (int box_w = std::min(w, 16 * kMaxSteps); box_w > 0 && box_w * 2 > std::min(w, 16 * kMaxSteps); box_w--)    // whole rows, or long pieces
+    for (int box_h = 1; box_h <= h && box_h * box_w <= 16 * kMaxSteps; box_h++)
+    for (int box_d = 1; box_d <= d && box_d * box_h * box_w <= 16 * kMaxSteps; box_d++) {
+        p.x_blocks = x_blocks, p.dout_blocks = dout_blocks;
+        p.row_tiles = int(ceil_div(p.C_in, kConsumers * x_blocks * kBlock)), p.column_tiles = int(ceil_div(p.C_out, dout_blocks * kBlock));
+        p.box[0] = box_d, p.box[1] = box_h, p.box[2] = box_w;
+        p.boxes[0] = int(ceil_div(d, box_d)), p.boxes[1] = int(ceil_div(h, box_h)), p.boxes[2] = int(ceil_div(w, box_w));
+        if (double(p.N) * p.boxes[0] * p.boxes[1] * p.boxes[2] > 1 << 28) continue;
+        p.steps = int(ceil_div(p.positions(), 16));
+        p.stages = std::min((most_shared - kHeadBytes) / p.stage_bytes(), kMaxStages);
+        if (p.stages < kMinStages || int64_t(p.tiles()) * 64 > 1 << 30) continue;
+        p.cycles = 0;
+        split(p, multiprocessors);
+        if (best.cycles == 0 || p.cycles < best.cycles) best = p;
+    }
+    return best;
+}
+
+}  // namespace dweight_taps
+'''
+
 _SOURCES['conv_transpose3d_gradients.cuh'] = r'''
 // Gradients of a transposed convolution's input and weight on the tensor cores.
 //
@@ -7046,24 +7148,32 @@ _SOURCES['conv_transpose3d_gradients.cuh'] = r'''
 #pragma once
 
 #include "dweight.cuh"
+#include "dweight_taps_tiles.h"
 #include "group_norm_backward.cuh"
 
 namespace conv {
 
-// dweight from dout's packed copy, and from float32 dout; the latter has block_n 0 where that does not pay.
-struct DweightPlans { dweight::Problem plain, packing; };
+// dweight from dout's packed copy, from float32 dout, and element by element of the kernel; the latter two have block_n 0 and no cycles where that does not pay.
+struct DweightPlans {
+    dweight::Problem plain, packing;
+    dweight_taps::Plan taps;
+};
 
 template <typename Path> static const DweightPlans& dweight_plans_of(const Geometry& g, int device) {
     static Memo<DweightPlans> plans;
     return plans.get(g, Direction::kDInput, device, [&] {
         dweight::Problem p = {};
-        if (!has_stencil(g)) return DweightPlans{p, p};
+        if (!has_stencil(g)) return DweightPlans{p, p, {}};
         p.s = make_stencil(Direction::kForward, g);
         p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
         const int multiprocessors = plan_of<Path>(g, Direction::kDInput, device).multiprocessors;
-        DweightPlans both = {p, p};
+        DweightPlans both = {p, p, {}};
         both.plain.t = dweight::choose_tiling(p, padded_channels(g.C_in), multiprocessors, Path::shared_bytes(device), false);
-        if constexpr (Path::kPacks) both.packing.t = dweight::choose_tiling(p, padded_channels(g.C_in), multiprocessors, Path::kPackingSharedBytes, true);
+        if constexpr (Path::kHopper) {
+            both.packing.t = dweight::choose_tiling(p, padded_channels(g.C_in), multiprocessors, Path::kPackingSharedBytes, true);
+            both.taps = dweight_taps::make_plan(p.s, g, int(p.dout_phase_channels), block_shared_bytes(device), multiprocessors);
+            if (both.taps.cycles > 0.9 * both.plain.t.cycles) both.taps = {};
+        }
         return both;
     });
 }
@@ -7080,7 +7190,7 @@ struct GradientsMemory {
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, 0, dout_data);
         weight = take_weight(scratch, plan, g, weight_max, w);
         x = take_activation(packed, dweight.plain.s, g.N, g.C_in, 0, 0, x_data);
-        partial = scratch.take<float>(std::max(dweight::partial_count(dweight.plain.t), dweight::partial_count(dweight.packing.t)));
+        partial = scratch.take<float>(std::max({dweight::partial_count(dweight.plain.t), dweight::partial_count(dweight.packing.t), dweight.taps.partial_count()}));
     }
 };
 
@@ -7098,7 +7208,7 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     const auto pack_x = [&] { return x ? scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream) : int(cudaSuccess); };
     const auto parameters = [&](const dweight::Problem& p) { return dweight::Parameters{p, memory.x.max, memory.dout.max, memory.partial}; };
     const bool packs = dweight && dweight_plans.packing.t.block_n > 0 && dtype == kFloat32 && !norm.r;
-    if constexpr (Path::kPacks) {
+    if constexpr (Path::kHopper) {
         if (packs) {
             RETURN_IF_ERROR(pack_x());
             RETURN_IF_ERROR(Path::pack_and_differentiate(parameters(dweight_plans.packing), memory.x, memory.dout, weight, dweight, stream));
@@ -7109,6 +7219,9 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight || packs) return cudaSuccess;
     RETURN_IF_ERROR(pack_x());
+    if constexpr (Path::kHopper) {
+        if (dweight_plans.taps.cycles > 0) return Path::differentiate_taps({dweight_plans.taps, memory.x.max, memory.dout.max, memory.partial}, memory.x, memory.dout, dtype, dweight, stream);
+    }
     return Path::differentiate(parameters(dweight_plans.plain), memory.x, memory.dout, dtype, dweight, stream);
 }
 
@@ -7933,7 +8046,7 @@ _SOURCES['conv_transpose3d_gradients_sm80.cu'] = r'''
 namespace gradients_sm80 {
 
 struct Path : conv_sm80::Path {
-    static constexpr bool kPacks = false;
+    static constexpr bool kHopper = false;
     static int shared_bytes(int device) { return block_shared_bytes(device); }
     static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
         return dweight_sm80::differentiate(a, x, dout, dtype, dweight, stream);
@@ -11180,20 +11293,233 @@ inline int pack_and_differentiate(const Parameters& a, const scaled_half::Activa
 }  // namespace dweight_sm90
 '''
 
+_SOURCES['dweight_taps_sm90.cuh'] = r'''
+// dweight.cuh's product on Hopper for small grids and many channels: one element of the kernel at a time.
+//
+//   dweight[ci, co, k] = sum over n, p of x[n, first + p - shift, ci] * dout[n, p, (phase, co)],   (shift, phase) of k
+//
+// A block is a warp that loads and two warpgroups that multiply: an element of the kernel, 128 or 256 input channels, 64 or 128 output channels, a part of GEMM_K (dweight_taps_tiles.h). Both operands
+// are transposed ones, a row of shared memory for each position. Sums go to scratch memory, from which a second kernel adds the parts and puts the elements of a kernel together.
+#pragma once
+
+#include "dweight.cuh"
+#include "dweight_taps_tiles.h"
+#include "pipeline_sm90.cuh"
+
+namespace dweight_taps {
+
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kLoadRegisters = 40, kMultiplyRegisters = 208;
+constexpr int kMostRescaled = 32;    // by which powers of two sums are scaled again, rather than added to scratch memory, when the scale changes
+
+struct Parameters {
+    Plan p;
+    const scaled_half::SampleMax *x_max, *dout_max;    // (N)
+    float* partial;                                    // (splits, kernel, rows, columns)
+};
+
+struct SharedHead { uint64_t full[kMaxStages], empty[kMaxStages]; };
+static_assert(sizeof(SharedHead) <= kHeadBytes, "the stages begin behind the head");
+
+#ifdef HAS_SM90A
+
+// A thread: loads a tile's boxes, of x's channels, then of dout's.
+__device__ __forceinline__ void load_all(const Plan& p, const Tile& tile, SharedHead& head, uint8_t* stages, const CUtensorMap* x_map, const CUtensorMap* dout_map) {
+    const StencilAxis &ad = p.s.axis[0], &ah = p.s.axis[1], &aw = p.s.axis[2];
+    const TapPhase place = place_of_kernel(p.s, tile.k);
+    const int tap_dh = place.tap / aw.taps, shift_d = ad.first - ad.shift[tap_dh / ah.taps], shift_h = ah.first - ah.shift[tap_dh % ah.taps], shift_w = aw.first - aw.shift[place.tap % aw.taps];
+    const int channel = place.phase * p.dout_phase_channels + tile.column, x_blocks = kConsumers * p.x_blocks;
+    RingPosition stage;
+    const int end = p.begin_of(tile.split + 1);
+    for (int i = p.begin_of(tile.split); i < end; i++) {
+        const Box b = box_of(p, i);
+        mbarrier_wait(head.empty + stage.stage, stage.phase ^ 1);
+        uint64_t* full = head.full + stage.stage;
+        mbarrier_arrive_expect_tx(full, p.stage_blocks() * p.positions() * kBlock * 2);
+        uint8_t* to = stages + stage.stage * p.stage_bytes();
+        for (int j = 0; j < x_blocks; j++, to += p.block_bytes()) tma_load_5d(to, x_map, full, tile.row + j * kBlock, b.w + shift_w, b.h + shift_h, b.d + shift_d, b.n);
+        for (int j = 0; j < p.dout_blocks; j++, to += p.block_bytes()) tma_load_5d(to, dout_map, full, channel + j * kBlock, b.w, b.h, b.d, b.n);
+        stage.advance(p.stages);
+    }
+}
+
+// A consumer warpgroup.
+template <int kXBlocks, int kDoutBlocks> struct Consumer {
+    static constexpr int kSums = kDoutBlocks * kBlock / 2;
+    const Parameters& a;
+    const Tile& tile;
+    int consumer, lane;
+    bool first = true;                         // nothing is in scratch memory yet
+    int shift_x = 0, shift_dout = 0;           // the scales of the sums
+    float d[kXBlocks][kSums] = {};
+
+    __device__ __forceinline__ Consumer(const Parameters& a, const Tile& tile) : a(a), tile(tile), consumer(threadIdx.x / 128 - 1), lane(threadIdx.x % 32) {}
+
+    // Adds the sums to scratch memory, scaled back, and clears them: what no wgmma adds to any more.
+    __device__ __forceinline__ void flush() {
+        const Plan& p = a.p;
+        const dweight::ScaleBack back(shift_x, shift_dout);
+        const int row = tile.row + consumer * kXBlocks * kBlock + threadIdx.x / 32 % 4 * 16 + lane / 4;
+        float* const to = a.partial + ((int64_t(tile.split) * kernel_volume(p.s) + tile.k) * p.rows() + row) * p.columns() + tile.column + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < kXBlocks; i++)
+#pragma unroll
+            for (int j = 0; j < kSums; j += 2) {
+                float2& sums = *reinterpret_cast<float2*>(to + (i * kBlock + j / 2 % 2 * 8) * p.columns() + j / 4 * 8);
+                const float2 before = first ? make_float2(0, 0) : sums;
+                sums = make_float2(before.x + back(d[i][j]), before.y + back(d[i][j + 1]));
+                d[i][j] = d[i][j + 1] = 0;
+            }
+        first = false;
+    }
+
+    __device__ __forceinline__ void run(SharedHead& head, uint8_t* stages) {
+        const Plan& p = a.p;
+        const int begin = p.begin_of(tile.split), end = p.begin_of(tile.split + 1), block = p.block_bytes() / 16;
+        const uint64_t x_descriptor = wgmma_descriptor_base(kBlock * 2), dout_descriptor = wgmma_descriptor_base(kBlock * 2, p.block_bytes());
+        int sample_end = begin, base = 0, chain = 0, reading = -1;    // base: the scale at the last flush; the stage that wgmmas in flight read
+        RingPosition stage;
+        const auto wait = [&] {
+            wgmma_wait_group<0>();
+            if (lane == 0 && reading >= 0) mbarrier_arrive(head.empty + reading);
+            reading = -1;
+#pragma unroll
+            for (int i = 0; i < kXBlocks; i++)
+#pragma unroll
+                for (int j = 0; j < kSums; j++) keep_after(d[i][j]);
+        };
+        for (int i = begin; i < end; i++) {
+            if (i == sample_end) {
+                const int n = i / p.sample_boxes(), next_x = scaled_half::shift_of(a.x_max[n]), next_dout = scaled_half::shift_of(a.dout_max[n]), change = next_x + next_dout - shift_x - shift_dout;
+                if (i > begin && change != 0) {
+                    wait();
+                    if (abs(next_x + next_dout - base) > kMostRescaled || abs(change) > kMostRescaled) {
+                        flush(), chain = 0, base = next_x + next_dout;
+                    } else {
+                        const float scale = scaled_half::power_of_two(change);
+#pragma unroll
+                        for (int k = 0; k < kXBlocks; k++)
+#pragma unroll
+                            for (int j = 0; j < kSums; j++) d[k][j] *= scale;
+                    }
+                } else if (i == begin) {
+                    base = next_x + next_dout;
+                }
+                sample_end = (n + 1) * p.sample_boxes(), shift_x = next_x, shift_dout = next_dout;
+            }
+            if (chain >= dweight::kChain) wait(), flush(), chain = 0, base = shift_x + shift_dout;
+            chain += p.steps * 16;
+            mbarrier_wait(head.full + stage.stage, stage.phase);
+            const uint32_t at = shared_vector(stages + stage.stage * p.stage_bytes()), x = at + consumer * kXBlocks * block, dout = at + kConsumers * kXBlocks * block;
+            wgmma_fence();
+#pragma unroll 1
+            for (int step = 0; step < p.steps; step++)
+#pragma unroll
+                for (int k = 0; k < kXBlocks; k++) wgmma_m64k16_f16<1>(d[k], wgmma_descriptor(x_descriptor, x + k * block + step * kBlock * 2), wgmma_descriptor(dout_descriptor, dout + step * kBlock * 2));
+            wgmma_commit_group();
+            wgmma_wait_group<1>();
+            if (lane == 0 && reading >= 0) mbarrier_arrive(head.empty + reading);
+            reading = stage.stage;
+            stage.advance(p.stages);
+        }
+        wait();
+        flush();
+    }
+};
+
+#endif  // HAS_SM90A
+
+template <int kXBlocks, int kDoutBlocks>
+__global__ void __launch_bounds__(kThreads, 1) dweight_taps_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ Parameters a) {
+#ifdef HAS_SM90A
+    extern __shared__ __align__(1024) uint8_t base[];
+    SharedHead& head = *reinterpret_cast<SharedHead*>(base);
+    uint8_t* const stages = base + kHeadBytes;
+    const Plan& p = a.p;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < p.stages; i++) mbarrier_init(head.full + i, 1), mbarrier_init(head.empty + i, kConsumers * 4);
+        fence_mbarrier_init();
+    }
+    // Zeros behind the box.
+    const int rest = p.block_bytes() - p.positions() * kBlock * 2;
+    for (int i = threadIdx.x * 16; i < p.stages * p.stage_blocks() * rest; i += kThreads * 16) *reinterpret_cast<uint4*>(stages + i / rest * p.block_bytes() + p.positions() * kBlock * 2 + i % rest) = make_uint4(0, 0, 0, 0);
+    fence_proxy_async();
+    __syncthreads();
+    wait_for_previous_kernel();
+    const Tile tile = tile_of(p, blockIdx.x);
+    if (threadIdx.x < 128) {
+        setmaxnreg_dec<kLoadRegisters>();
+        if (threadIdx.x == 0) load_all(p, tile, head, stages, &x_map, &dout_map);
+    } else {
+        setmaxnreg_inc<kMultiplyRegisters>();
+        Consumer<kXBlocks, kDoutBlocks>(a, tile).run(head, stages);
+    }
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------- Adding
+
+constexpr int kAddThreads = 256, kAddOutputs = 32;
+
+// dweight (C_in, C_out, kernel) from the parts: a block has some output channels of an input channel, whose kernels are neighbours in memory.
+__global__ void __launch_bounds__(kAddThreads) add_taps_kernel(const __grid_constant__ Plan p, const float* __restrict__ partial, int dtype, void* __restrict__ dweight) {
+    extern __shared__ __align__(16) uint8_t memory[];
+    float* const values = reinterpret_cast<float*>(memory);    // (outputs, volume)
+    const int volume = kernel_volume(p.s), tiles = (p.C_out + kAddOutputs - 1) / kAddOutputs, ci = blockIdx.x / tiles, co0 = blockIdx.x % tiles * kAddOutputs, outputs = min(kAddOutputs, p.C_out - co0);
+    const int output = threadIdx.x % kAddOutputs;
+    const int64_t element = int64_t(p.rows()) * p.columns();
+    wait_for_previous_kernel();
+    const float* const from = partial + int64_t(ci) * p.columns() + co0 + output;    // there are columns() of them
+    constexpr int kAtOnce = 4, kStep = kAddThreads / kAddOutputs;    // elements of the kernel
+    for (int k0 = threadIdx.x / kAddOutputs; k0 < volume; k0 += kAtOnce * kStep) {
+        float sums[kAtOnce] = {};
+        for (int split = 0; split < p.splits; split++)
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++)
+                if (k0 + i * kStep < volume) sums[i] += from[(int64_t(split) * volume + k0 + i * kStep) * element];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+            if (k0 + i * kStep < volume) values[output * volume + k0 + i * kStep] = sums[i];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < outputs * volume; i += kAddThreads) store_as(dweight, dtype, (int64_t(ci) * p.C_out + co0) * volume + i, values[i]);
+}
+
+// ------------------------------------------------------------------------------------------------------- Launcher
+
+// dweight from packed x and dout.
+inline int differentiate(const Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
+    const Plan& p = a.p;
+    const StencilAxis* axis = p.s.axis;
+    CUtensorMap x_map, dout_map;
+    RETURN_IF_ERROR(make_tensor_map<5>(&x_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(kBlock * 2), x.copy, {x.phase_channels, axis[2].sources, axis[1].sources, axis[0].sources, p.N}, {kBlock, p.box[2], p.box[1], p.box[0], 1}));
+    RETURN_IF_ERROR(make_tensor_map<5>(&dout_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, swizzle_of(kBlock * 2), dout.copy, {dout.phase_channels * dout.phases(), axis[2].positions, axis[1].positions, axis[0].positions, p.N}, {kBlock, p.box[2], p.box[1], p.box[0], 1}));
+    const auto kernel = p.x_blocks == 2 ? (p.dout_blocks == 2 ? dweight_taps_kernel<2, 2> : dweight_taps_kernel<2, 1>) : (p.dout_blocks == 2 ? dweight_taps_kernel<1, 2> : dweight_taps_kernel<1, 1>);
+    RETURN_IF_ERROR(launch_with_shared(kernel, p.tiles() * p.splits, kThreads, p.shared_bytes(), stream, x_map, dout_map, a));
+    return launch_with_shared(add_taps_kernel, int64_t(p.C_in) * ceil_div(p.C_out, kAddOutputs), kAddThreads, kAddOutputs * kernel_volume(p.s) * 4, stream, p, a.partial, dtype, dweight);
+}
+
+}  // namespace dweight_taps
+'''
+
 _SOURCES['conv_transpose3d_gradients_sm90.cu'] = r'''
 // Gradients of a transposed convolution on Hopper: wgmma, TMA.
 
 #include "conv_transpose3d_gradients.cuh"
 #include "dweight_packing_sm90.cuh"
+#include "dweight_taps_sm90.cuh"
 
 namespace gradients_sm90 {
 
 struct Path : conv_sm90::Path {
-    static constexpr bool kPacks = true;
+    static constexpr bool kHopper = true;
     static constexpr int kPackingSharedBytes = dweight_sm90::kPackingSharedBytes;
     static int shared_bytes(int) { return conv_sm90::kSharedBytes - dweight_sm90::kTailBytes; }
     static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
         return dweight_sm90::differentiate(a, x, dout, dtype, dweight, stream);
+    }
+    static int differentiate_taps(const dweight_taps::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
+        return dweight_taps::differentiate(a, x, dout, dtype, dweight, stream);
     }
     static int pack_and_differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, const scaled_half::Weight& weight, void* dweight, cudaStream_t stream) {
         return dweight_sm90::pack_and_differentiate(a, x, dout, weight, dweight, stream);

@@ -50,6 +50,7 @@ SOURCES = (
     "dweight_tiles.h",
     "dweight_parts.cuh",
     "dweight.cuh",
+    "dweight_taps_tiles.h",
     "conv_transpose3d_gradients.cuh",
     "tiling_sm80.h",
     "conv_epilogue_sm80.cuh",
@@ -75,6 +76,7 @@ SOURCES = (
     "dweight_units.h",
     "dout_packer_sm90.cuh",
     "dweight_packing_sm90.cuh",
+    "dweight_taps_sm90.cuh",
     "conv_transpose3d_gradients_sm90.cu",
     "cpu_backend.cpp",
 )

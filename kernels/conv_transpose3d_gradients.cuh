@@ -9,24 +9,32 @@
 #pragma once
 
 #include "dweight.cuh"
+#include "dweight_taps_tiles.h"
 #include "group_norm_backward.cuh"
 
 namespace conv {
 
-// dweight from dout's packed copy, and from float32 dout; the latter has block_n 0 where that does not pay.
-struct DweightPlans { dweight::Problem plain, packing; };
+// dweight from dout's packed copy, from float32 dout, and element by element of the kernel; the latter two have block_n 0 and no cycles where that does not pay.
+struct DweightPlans {
+    dweight::Problem plain, packing;
+    dweight_taps::Plan taps;
+};
 
 template <typename Path> static const DweightPlans& dweight_plans_of(const Geometry& g, int device) {
     static Memo<DweightPlans> plans;
     return plans.get(g, Direction::kDInput, device, [&] {
         dweight::Problem p = {};
-        if (!has_stencil(g)) return DweightPlans{p, p};
+        if (!has_stencil(g)) return DweightPlans{p, p, {}};
         p.s = make_stencil(Direction::kForward, g);
         p.N = g.N, p.C_in = g.C_in, p.C_out = g.C_out, p.groups = g.groups, p.dout_phase_channels = padded_channels(g.C_out);
         const int multiprocessors = plan_of<Path>(g, Direction::kDInput, device).multiprocessors;
-        DweightPlans both = {p, p};
+        DweightPlans both = {p, p, {}};
         both.plain.t = dweight::choose_tiling(p, padded_channels(g.C_in), multiprocessors, Path::shared_bytes(device), false);
-        if constexpr (Path::kPacks) both.packing.t = dweight::choose_tiling(p, padded_channels(g.C_in), multiprocessors, Path::kPackingSharedBytes, true);
+        if constexpr (Path::kHopper) {
+            both.packing.t = dweight::choose_tiling(p, padded_channels(g.C_in), multiprocessors, Path::kPackingSharedBytes, true);
+            both.taps = dweight_taps::make_plan(p.s, g, int(p.dout_phase_channels), block_shared_bytes(device), multiprocessors);
+            if (both.taps.cycles > 0.9 * both.plain.t.cycles) both.taps = {};
+        }
         return both;
     });
 }
@@ -43,7 +51,7 @@ struct GradientsMemory {
         dout = take_activation(scratch, plan.problem.s, g.N, g.C_out, 0, 0, dout_data);
         weight = take_weight(scratch, plan, g, weight_max, w);
         x = take_activation(packed, dweight.plain.s, g.N, g.C_in, 0, 0, x_data);
-        partial = scratch.take<float>(std::max(dweight::partial_count(dweight.plain.t), dweight::partial_count(dweight.packing.t)));
+        partial = scratch.take<float>(std::max({dweight::partial_count(dweight.plain.t), dweight::partial_count(dweight.packing.t), dweight.taps.partial_count()}));
     }
 };
 
@@ -61,7 +69,7 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     const auto pack_x = [&] { return x ? scaled_half::pack(memory.x, none, dtype, plan.multiprocessors, stream) : int(cudaSuccess); };
     const auto parameters = [&](const dweight::Problem& p) { return dweight::Parameters{p, memory.x.max, memory.dout.max, memory.partial}; };
     const bool packs = dweight && dweight_plans.packing.t.block_n > 0 && dtype == kFloat32 && !norm.r;
-    if constexpr (Path::kPacks) {
+    if constexpr (Path::kHopper) {
         if (packs) {
             RETURN_IF_ERROR(pack_x());
             RETURN_IF_ERROR(Path::pack_and_differentiate(parameters(dweight_plans.packing), memory.x, memory.dout, weight, dweight, stream));
@@ -72,6 +80,9 @@ int gradients(const Geometry& g, int dtype, int device, cudaStream_t stream, voi
     if (dx && !norm.r) RETURN_IF_ERROR(repair<Direction::kDInput>(plan, g, dtype, memory.dout.max, dout, w, nullptr, false, dx, stream));
     if (!dweight || packs) return cudaSuccess;
     RETURN_IF_ERROR(pack_x());
+    if constexpr (Path::kHopper) {
+        if (dweight_plans.taps.cycles > 0) return Path::differentiate_taps({dweight_plans.taps, memory.x.max, memory.dout.max, memory.partial}, memory.x, memory.dout, dtype, dweight, stream);
+    }
     return Path::differentiate(parameters(dweight_plans.plain), memory.x, memory.dout, dtype, dweight, stream);
 }
 

@@ -7,7 +7,7 @@
 namespace gradients_sm80 {
 
 struct Path : conv_sm80::Path {
-    static constexpr bool kPacks = false;
+    static constexpr bool kHopper = false;
     static int shared_bytes(int device) { return block_shared_bytes(device); }
     static int differentiate(const dweight::Parameters& a, const scaled_half::Activation& x, const scaled_half::Activation& dout, int dtype, void* dweight, cudaStream_t stream) {
         return dweight_sm80::differentiate(a, x, dout, dtype, dweight, stream);

@@ -33,6 +33,7 @@ struct Tiling {
     int dout_bytes, x_bytes;           // of a box
     int dout_boxes, x_boxes, stage_bytes, stages;
     int groups_m, groups_n, groups_h, groups_w, groups, splits;
+    double plane_cycles, cycles;       // estimated, of a plane of a sample in a block, and of a multiprocessor
 };
 
 struct Problem {
@@ -173,7 +174,6 @@ inline bool cut_boxes(Problem& p, int shared_bytes) {
     const int jobs = t.joint ? conv::count_bits(t.live_jobs) : t.m_over_taps ? (h.taps < kConsumers ? h.taps : kConsumers) : t.dout_boxes;
     const double product = t.block_n / 2.0, operands = (kRows * 32 + t.block_n * 32) / 128.0;
     Tiling best = {};
-    double best_time = 0;
     for (int strips = 1; strips <= 16 && strips <= w.positions; strips++)
     for (int rows = 1; rows <= h.positions && rows <= 64; rows++) {
         t.strips = strips, t.rows = rows;
@@ -194,14 +194,14 @@ inline bool cut_boxes(Problem& p, int shared_bytes) {
         const double dout = t.packs ? double(p.C_out) * s.axis[0].phases * h.phases * rows * (row_elements(p) + 16) * 4 : t.dout_boxes * double(rows) * t.tile_w * 128;
         const double loads = (dout + double(x_boxes_of(t, Group(t, s, 0))) * box * row_bytes) / 18, packing = t.packs ? ceil_div(units_of_box(p), kPackerWarps) * 1250.0 : 0;
         const double time = (std::max({products, loads, packing}) + 150) * strips * t.row_groups * (t.stages == 2 ? 1.15 : 1.0);
-        if (best.block_n == 0 || time < best_time) best = t, best_time = time;
+        if (best.block_n == 0 || time < best.plane_cycles) best = t, best.plane_cycles = time;
     }
     t = best;
     return t.block_n > 0;
 }
 
-// Parts of GEMM_K that make full waves of blocks, as few as that takes.
-inline int splits_of(const Problem& p, int multiprocessors) {
+// Sets the parts of GEMM_K that make full waves of blocks, as few as that takes.
+inline void split(Problem& p, int multiprocessors) {
     int64_t live = 0, boxes = 0;
     for (int group = 0; group < p.t.groups; group++) {
         const Group g(p.t, p.s, group);
@@ -216,7 +216,9 @@ inline int splits_of(const Problem& p, int multiprocessors) {
         const double waste = double(ceil_div(splits * live, multiprocessors)) / splits * (1 + 0.02 * waves);
         if (waste < best_waste) best_waste = waste, best = int(splits);
     }
-    return best;
+    p.t.splits = best;
+    const double planes = double(boxes) / (p.t.strips * p.t.row_groups);
+    p.t.cycles = ceil_div(live * best, multiprocessors) * (p.t.plane_cycles * planes / best + 2000.0 * ceil_div(p.N, best) + 3000) + double(best + 1) * p.C_in * p.C_out / p.groups * kernel_volume(p.s) * 4 / 500 + 8000;
 }
 
 // Whether a block can pack dout: it reads all of a box, and lanes have the same phase in all of a row's units. Known when products are cut.
@@ -234,7 +236,7 @@ inline Tiling choose_tiling(Problem p, int64_t phase_channels_x, int multiproces
     for (bool joint : {true, false}) {
         if ((packs && !joint) || !cut_products(p, phase_channels_x, joint, packs) || (packs && !can_pack(p))) continue;
         if (!cut_boxes(p, shared_bytes) || (packs && !pays_to_pack(p, multiprocessors))) continue;
-        p.t.splits = splits_of(p, multiprocessors);
+        split(p, multiprocessors);
         return p.t;
     }
     return {};

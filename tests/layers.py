@@ -30,6 +30,15 @@ def gradients(function, x, w, grad, sizes):
     return torch.autograd.grad(function(x, w, None, *sizes), (x, w), grad)
 
 
+def gradients_by(kernel, x, w, grad, sizes):
+    """The gradients, when a kernel of this name has run."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        result = gradients(model_new.conv_transpose3d, x, w, grad, sizes)
+        torch.cuda.synchronize()
+    assert any(kernel in event.name for event in profile.events())
+    return result
+
+
 @contextlib.contextmanager
 def tf32_allowed(allowed):
     before = torch.backends.cudnn.allow_tf32

@@ -100,13 +100,17 @@ int main(int, char** arguments) {
             if (same && !single) a.stride = stride, a.out = (a.in - 1) * a.stride - 2 * a.padding + a.dilation * (a.kernel - 1) + among(0, stride - 1) + 1;
             exists &= a.out > 0;
         }
-        const int device = among(0, 2), kinds[] = {kFloat32, kWithNorm, kFloat16, kBFloat16}, kind = kinds[large == 0 ? 1 : large == 1 ? 0 : among(0, 3)], offset = random() % 3 ? 0 : among(1, 3);
+        const int device = among(0, 2), kinds[] = {kFloat32, kWithNorm, kFloat16, kBFloat16}, kind = kinds[large == 0 ? 1 : large <= 2 ? 0 : among(0, 3)], offset = random() % 3 ? 0 : among(1, 3);
         if (large == 0) {    // so many samples and products that some blocks normalize; so much of dout that dweight's kernel packs it
             g = {4, 32, 32, 1, {{12, 12, 1, 1, 0, 1}, {among(8, 10), 0, 3, 1, 1, 1}, {12, 12, 3, 1, 1, 1}}};
             g.axis[1].out = g.axis[1].in;
         } else if (large == 1) {
             g = {3, among(4, 8), among(9, 12), 1, {{11, 21, 3, 2, 1, 1}, {12, 23, 3, 2, 1, 1}, {among(20, 24), 0, 3, 2, 1, 1}}};
             g.axis[2].out = 2 * g.axis[2].in - 1;
+        } else if (large == 2) {    // many channels of small grids
+            g = {among(1, 2), among(33, 150), among(33, 150), 1, {}};
+            for (Axis& a : g.axis) a = {among(1, 4), 0, among(1, 3), among(1, 2), 0, 1}, a.padding = among(0, a.kernel - 1), a.out = (a.in - 1) * a.stride - 2 * a.padding + a.kernel + among(0, a.stride - 1);
+            if (std::min({g.axis[0].out, g.axis[1].out, g.axis[2].out}) < 1) continue;
         } else if (!exists || products_of(g) > 3e6) {
             continue;
         }

@@ -4,4 +4,4 @@
 #define PATH sm90
 #include "conv.h"
 
-static bool all_ran() { return normalized_inside > 0 && with_joined_planes > 0 && ran(parts::add_kernel) && ran(dweight_sm90::packing_dweight_kernel); }
+static bool all_ran() { return normalized_inside > 0 && with_joined_planes > 0 && ran(parts::add_kernel) && ran(dweight_sm90::packing_dweight_kernel) && ran(dweight_taps::add_taps_kernel); }

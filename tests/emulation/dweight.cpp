@@ -185,7 +185,7 @@ int main(int, char** arguments) {
         if (p.t.block_n == 0) continue;
         bool right = fits(p.t, shared_bytes) && emulate(g, p, done % 4 == 0);
         if (right && cut_products(p, conv::padded_channels(g.C_in), true, true) && can_pack(p) && cut_boxes(p, shared_bytes)) {    // whether it pays or not
-            p.t.splits = splits_of(p, multiprocessors);
+            split(p, multiprocessors);
             right = fits(p.t, shared_bytes) && packs_all(p) && emulate(g, p, done % 4 == 0);
             packing++;
         }
