@@ -4810,6 +4810,7 @@ struct Tiling {
     bool contiguous;                           // the outputs of a run are neighbours in memory
     bool bulk, dense, vectors;                 // staged outputs are aligned as in memory; position q is float q of its region; with two phases of W, pairs of positions are aligned vectors
     bool tensor_store;                         // one copy of the whole run
+    bool pairs;                                // positions 2 i and 2 i + 1 are aligned pairs of outputs, or none, which float32 is stored by, not staged (mma.sync)
     int staging_unit;                          // contiguous outputs are staged as they are aligned to so many floats in memory
     int region_channels, region_stride;        // channels of a row tile that are staged; floats of the staged outputs of a channel
     int buffers, table_bytes;                  // one for each warpgroup, or one for all; what tells a warpgroup where to stage
@@ -5316,9 +5317,9 @@ HOST_DEVICE int alignment_of_region(const Problem& p, int channel, int plane) {
 // Outputs of a region, where they are neighbours in memory.
 HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
 
-// Where position q of a phase is staged in its region, or, of a run of several planes, behind the channel's first one; or -1; from contiguous_count() on: the next run's.
+// Where position q of a phase is in its region, whose rows and planes are so far apart, or, of a run of several planes, behind the channel's first one; or -1; from contiguous_count() on: the next run's.
 // Positions count the gaps, from column 0 of the run's first row on.
-HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
+HOST_DEVICE int place_of_position(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w, int row_stride, int plane_stride) {
     const Tiling& t = p.t;
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     int row = q, region = 0;
@@ -5326,13 +5327,22 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
     if (t.run_planes > 1) {
         const int plane = row / t.box_rows;
         if (plane >= t.run_planes || !(run.live >> plane & 1)) return -1;
-        row -= plane * t.box_rows, region = plane * t.region_stride;
+        row -= plane * t.box_rows, region = plane * plane_stride;
     }
     const int oh = (run.h0 + row) * ah.phases + (t.packed[1] ? packed_h : run.phase_h) - ah.crop, ow = (tile.w0 + column) * aw.phases + phase_w - aw.crop;
     if (column >= tile.columns || oh < 0 || oh >= ah.out || ow < 0 || ow >= aw.out) return -1;
-    const int place = (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first;
+    const int place = (t.packed[1] ? oh - run.oh0 : row) * row_stride + ow - run.ow0 - run.first;
     const bool own = row * t.tile_w + column - run.q0 < run.count, of_next = t.whole_sectors && place < contiguous_count(p, run) + kSector - 1;
     return own || of_next ? region + place : -1;
+}
+
+// The same where outputs are staged, and in memory.
+HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
+    return place_of_position(p, tile, run, q, packed_h, phase_w, staged_row(p), p.t.region_stride);
+}
+HOST_DEVICE int place_in_memory(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    return place_of_position(p, tile, run, q, packed_h, phase_w, (p.t.packed[1] ? 1 : ah.phases) * aw.out, region_plane_step(p.t, p.s) * ah.out * aw.out);
 }
 
 // The first position of a row of GEMM_M that is an output, given its staged places: columns 0 and 1 or the first row of the grid may be cropped, and the first plane
@@ -5441,13 +5451,14 @@ __device__ __forceinline__ int4 table_key(const Problem& p, const Tile& tile, co
 }
 __device__ __forceinline__ bool same_key(int4 a, int4 b) { return a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w; }
 
-// A warpgroup: table() = (packed phases of H and W, kBlockN positions) places.
-template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(const Problem& p, const Tile& tile, const Run& run, F table) {
+// A warpgroup: table() = (packed phases of H and W, kBlockN positions) places, where outputs are staged or in memory.
+template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(const Problem& p, const Tile& tile, const Run& run, F table, bool in_memory = false) {
     const StencilAxis& aw = p.s.axis[2];
     const int phases_hw = packed_phases(p.t, p.s, 1) * aw.phases;
     for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128) {
         const int phase = i / kBlockN, phase_h = divide_by_phases(phase, aw.phases);
-        table()[i] = staged_place(p, tile, run, run.q0 + i - phase * kBlockN, phase_h, phase - phase_h * aw.phases);
+        const int q = run.q0 + i - phase * kBlockN, phase_w = phase - phase_h * aw.phases;
+        table()[i] = in_memory ? place_in_memory(p, tile, run, q, phase_h, phase_w) : staged_place(p, tile, run, q, phase_h, phase_w);
     }
 }
 
@@ -7337,7 +7348,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.chunk = chunk;
         t.item_taps = t.items = 1;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
-        t.pitch = box_pitch(w, t.tile_w, strips);
+        t.pairs = w.phases == 1 && w.out % 2 == 0 && t.tile_w % 2 == 0;
+        t.pitch = round_up(box_pitch(w, t.tile_w, strips), t.pairs ? 2 : 1);
         if (!cut_runs(t, s, false) || (joins_planes && !join_planes(t, s, 1))) continue;
         lay_out_regions(t, s, t.rows.octets * 8, false);    // halves of all rows take turns
         const int halo_w = w.shift[w.taps - 1], halo_h = taps_per_box == 1 ? 0 : h.shift[h.taps - 1], row_bytes = 2 * chunk;
@@ -7376,8 +7388,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
 '''
 
 _SOURCES['conv_epilogue_sm80.cuh'] = r'''
-// The epilogue of the mma.sync convolution (conv_sm80.cuh): outputs are staged where the pipeline's stages were, half a row tile at a time,
-// and whole warps store rows of memory. Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
+// The epilogue of the mma.sync convolution (conv_sm80.cuh). Where neighbouring positions are aligned pairs of outputs, each warp stores its own from its registers; else they are staged where the pipeline's
+// stages were, half a row tile at a time, and whole warps store rows of memory. Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -7385,7 +7397,7 @@ _SOURCES['conv_epilogue_sm80.cuh'] = r'''
 
 namespace conv_sm80 {
 
-// What a lane needs of a row of a row tile: its factor and bias, where it is staged (-1: it is nobody's output), and its phase of (H, W).
+// What a lane needs of a row of a row tile: its factor and bias, where it is staged, or how many output planes it is behind the run's first in memory (-1: it is nobody's output), and its phase of (H, W).
 struct Row { float scale, bias; int region, phase_hw; };
 constexpr int kMostPhases = 8;         // of (H, W) in a row tile
 
@@ -7395,6 +7407,9 @@ struct Epilogue {
     float2 counts[kColumnWarps][kMostPhases];    // of a warp's outputs, and 1 / count
     int4 table_key;                    // what the table was made for
 };
+
+// Whether outputs are stored from registers.
+__device__ __forceinline__ bool stores_pairs(const Parameters& a) { return a.p.t.pairs && a.dtype == kFloat32; }
 
 // Element (granule, j, e) of a lane: row granule * 8 + lane / 4 of the row tile, position j * 8 + lane % 4 * 2 + e of the warp's.
 template <int kColumns> struct Sums {
@@ -7416,7 +7431,7 @@ __device__ __forceinline__ void find_row(const Parameters& a, const Run& run, Ep
     const int slot = t.run_planes > 1 ? channel % (t.rows.octets * 4) * t.run_planes : slot_of(p, region);
     const int alignment = (run.alignment + alignment_of_region(p, channel, packed_d)) & (t.staging_unit - 1);
     shared.rows[threadIdx.x] = {live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[run.channel0 + channel])) : 0.0f, live && a.bias ? load_as_float(a.bias, a.dtype, run.channel0 + channel) : 0.0f,
-                              live ? slot * t.region_stride + alignment : -1, phase & ((1 << log_hw) - 1)};
+                              !live ? -1 : stores_pairs(a) ? channel * p.s.axis[0].out + packed_d : slot * t.region_stride + alignment, phase & ((1 << log_hw) - 1)};
     shared.moments[threadIdx.x] = phase * t.channels() + run.channel0 + channel;
 }
 
@@ -7445,29 +7460,54 @@ template <int kColumns, typename F> __device__ __forceinline__ void for_each_out
     }
 }
 
-// Scales half of a lane's rows back, adds the bias, applies ReLU and stages them; moments: (mean, sum of squared deviations) of the warp's outputs of each row, or null.
+// Leaves the moments of a lane's row `granule`, given the sum of its outputs: the mean, and the sum of squared deviations.
+template <int kColumns> __device__ __forceinline__ void leave_moments(const Epilogue& shared, const Row& row, int granule, const int* places, float sum, float2* moments, Sums<kColumns>& sums) {
+    const int lane = threadIdx.x % 32;
+    const float mean = quad_sum(sum) * shared.counts[threadIdx.x / 32][row.phase_hw].y;
+    float squares = 0;
+    for_each_output(sums, granule, places, [&](float v, int place) {
+        if (place >= 0) squares = fmaf(v - mean, v - mean, squares);
+    });
+    squares = quad_sum(squares);
+    if (lane % 4 == 0 && row.region >= 0) moments[shared.moments[granule * 8 + lane / 4]] = make_float2(mean, squares);
+}
+
+// Scales half of a lane's rows back, adds the bias, applies ReLU and stages them; moments: of the warp's outputs of each row, or null.
 template <int kColumns, int kHalf>
 __device__ __forceinline__ void stage(const Epilogue& shared, const int* table, float* staged, float first_scale, float lowest, float2* moments, Sums<kColumns>& sums) {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int granule = kHalf * 4; granule < kHalf * 4 + 4; granule++) {
-        const Row row = shared.rows[granule * 8 + lane / 4];
+        const Row row = shared.rows[granule * 8 + threadIdx.x % 32 / 4];
         const int* places = table + row.phase_hw * (kColumns * kColumnWarps);
         float* region = staged + row.region;
-        float sum = 0, squares = 0;
+        float sum = 0;
         for_each_output(sums, granule, places, [&](float& v, int place) {
             v = max_nan(fmaf(v * first_scale, row.scale, row.bias), lowest);
             if (row.region >= 0 && place >= 0) region[place] = v;
             if (place >= 0) sum += v;
         });
-        if (!moments) continue;
-        const float2 count = shared.counts[threadIdx.x / 32][row.phase_hw];
-        const float mean = quad_sum(sum) * count.y;
-        for_each_output(sums, granule, places, [&](float v, int place) {
-            if (place >= 0) squares = fmaf(v - mean, v - mean, squares);
-        });
-        squares = quad_sum(squares);
-        if (lane % 4 == 0 && row.region >= 0) moments[shared.moments[granule * 8 + lane / 4]] = make_float2(mean, squares);
+        if (moments) leave_moments(shared, row, granule, places, sum, moments, sums);
+    }
+}
+
+// The same of all rows, which it stores, in pairs. origin: the run's first output.
+template <int kColumns>
+__device__ __forceinline__ void store_pairs(const Epilogue& shared, const int* table, float* origin, int64_t area, float first_scale, float lowest, float2* moments, Sums<kColumns>& sums) {
+#pragma unroll
+    for (int granule = 0; granule < 8; granule++) {
+        const Row row = shared.rows[granule * 8 + threadIdx.x % 32 / 4];
+        const int* places = table + row.phase_hw * (kColumns * kColumnWarps);
+        float* const out = origin + row.region * area;
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; j++) {
+            const int place = places[j * 8];
+            float &v0 = sums.at(granule, j, 0), &v1 = sums.at(granule, j, 1);
+            v0 = max_nan(fmaf(v0 * first_scale, row.scale, row.bias), lowest), v1 = max_nan(fmaf(v1 * first_scale, row.scale, row.bias), lowest);
+            if (row.region >= 0 && place >= 0) *reinterpret_cast<float2*>(out + place) = make_float2(v0, v1);
+            if (place >= 0) sum += v0 + v1;
+        }
+        if (moments) leave_moments(shared, row, granule, places, sum, moments, sums);
     }
 }
 
@@ -7515,29 +7555,39 @@ template <typename T> __device__ __forceinline__ void store_half(const Parameter
     }
 }
 
-// Stages and stores a tile's outputs, and leaves the moments where they are wanted.
-template <int kColumns> __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, Epilogue& shared, int* table, float* staged, Sums<kColumns>& sums) {
+// All threads, in advance: what finish() needs to know of a tile, when the tile before is finished with. True where the table is the one of the tile before. There must be a barrier between the two.
+template <int kColumns> __device__ __forceinline__ bool prepare_finish(const Parameters& a, const Tile& tile, Epilogue& shared, int* table) {
+    const Run& run = tile.run[0];
+    if (threadIdx.x < kRows) find_row(a, run, shared);
+    const bool same = same_key(table_key(a.p, tile, run), shared.table_key);
+    if (!same) fill_table<kColumns * kColumnWarps>(a.p, tile, run, [&] { return table; }, stores_pairs(a));
+    return same;
+}
+
+// Stores a tile's outputs, and leaves the moments where they are wanted.
+template <int kColumns> __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, Epilogue& shared, bool same_table, int* table, float* staged, Sums<kColumns>& sums) {
     const Problem& p = a.p;
     const Tiling& t = p.t;
     const Run& run = tile.run[0];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, phases_hw = packed_phases(t, p.s, 1) * p.s.axis[2].phases;
     const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.sample])), lowest = a.apply_relu ? 0.0f : -INFINITY;
-    if (threadIdx.x < kRows) find_row(a, run, shared);
-    const int4 key = table_key(p, tile, run);
-    const bool same = same_key(key, shared.table_key);
-    if (!same) fill_table<kColumns * kColumnWarps>(p, tile, run, [&] { return table; });
-    __syncthreads();
     const int* own_table = table + warp * kColumns;
     float2* moments = nullptr;
     if (a.workspace.sets.moments) {
-        if (!same) count_outputs<kColumns>(own_table, phases_hw, shared.counts[warp]);
+        if (!same_table) count_outputs<kColumns>(own_table, phases_hw, shared.counts[warp]);
         __syncwarp();
         const int64_t set = (index_of_run(p, tile, 0) * kColumnWarps + warp) * p.s.phases() + run.outer * t.rows.packed_phases;
         const int phases_d = packed_phases(t, p.s, 0);
         if (lane < t.rows.packed_phases && has_outputs(t, run, lane * phases_d / t.rows.packed_phases)) a.workspace.sets.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
         moments = a.workspace.sets.moments + set * t.channels();
     }
-    if (threadIdx.x == 0) shared.table_key = key;
+    if (threadIdx.x == 0) shared.table_key = table_key(p, tile, run);
+    if (stores_pairs(a)) {
+        const int64_t origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0);
+        store_pairs(shared, own_table + lane % 4 * 2, static_cast<float*>(a.out) + origin, int64_t(p.s.axis[1].out) * p.s.axis[2].out, first_scale, lowest, moments, sums);
+        return;
+    }
+    __syncthreads();    // the stages are not read any more
 #pragma unroll 1
     for (int half = 0; half < 2; half++) {
         if (half == 0) stage<kColumns, 0>(shared, own_table + lane % 4 * 2, staged, first_scale, lowest, moments, sums);
@@ -7770,6 +7820,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
         int published = 2 * kStepBatch;
         if (warp == 0) publish_steps(o, head, 0, published);
         __syncthreads();
+        const bool same_table = prepare_finish<kColumns>(o.a, head.tile, head.epilogue, table);
         Sums<kColumns> sums = {};
         Loader<kChunk> loader(o, head, places, shared_address(stages));
         const int first_row = head.tile.run[0].b_row + warp * kColumns;    // of the box
@@ -7777,6 +7828,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
         int rows = loader.step().rows;    // of the next one: read in advance
         bool more = !(rows & kNoMore);
         if (more) loader.load_box(0), loader.load_weights();
+        else __syncthreads();    // as there is in each of the rounds below
         for (int done = 0; more;) {
             cp_async_wait_all();
             __syncthreads();
@@ -7797,7 +7849,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
                 loader.load_box(next);
             }
         }
-        finish<kColumns>(o.a, head.tile, head.epilogue, table, reinterpret_cast<float*>(stages), sums);
+        finish<kColumns>(o.a, head.tile, head.epilogue, same_table, table, reinterpret_cast<float*>(stages), sums);
     }
 }
 

@@ -54,13 +54,14 @@ __device__ __forceinline__ int4 table_key(const Problem& p, const Tile& tile, co
 }
 __device__ __forceinline__ bool same_key(int4 a, int4 b) { return a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w; }
 
-// A warpgroup: table() = (packed phases of H and W, kBlockN positions) places.
-template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(const Problem& p, const Tile& tile, const Run& run, F table) {
+// A warpgroup: table() = (packed phases of H and W, kBlockN positions) places, where outputs are staged or in memory.
+template <int kBlockN, typename F> __device__ __forceinline__ void fill_table(const Problem& p, const Tile& tile, const Run& run, F table, bool in_memory = false) {
     const StencilAxis& aw = p.s.axis[2];
     const int phases_hw = packed_phases(p.t, p.s, 1) * aw.phases;
     for (int i = threadIdx.x % 128; i < phases_hw * kBlockN; i += 128) {
         const int phase = i / kBlockN, phase_h = divide_by_phases(phase, aw.phases);
-        table()[i] = staged_place(p, tile, run, run.q0 + i - phase * kBlockN, phase_h, phase - phase_h * aw.phases);
+        const int q = run.q0 + i - phase * kBlockN, phase_w = phase - phase_h * aw.phases;
+        table()[i] = in_memory ? place_in_memory(p, tile, run, q, phase_h, phase_w) : staged_place(p, tile, run, q, phase_h, phase_w);
     }
 }
 

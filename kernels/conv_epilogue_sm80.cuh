@@ -1,5 +1,5 @@
-// The epilogue of the mma.sync convolution (conv_sm80.cuh): outputs are staged where the pipeline's stages were, half a row tile at a time,
-// and whole warps store rows of memory. Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
+// The epilogue of the mma.sync convolution (conv_sm80.cuh). Where neighbouring positions are aligned pairs of outputs, each warp stores its own from its registers; else they are staged where the pipeline's
+// stages were, half a row tile at a time, and whole warps store rows of memory. Fused: it leaves the moments of relu(out), a second kernel makes statistics of them.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -7,7 +7,7 @@
 
 namespace conv_sm80 {
 
-// What a lane needs of a row of a row tile: its factor and bias, where it is staged (-1: it is nobody's output), and its phase of (H, W).
+// What a lane needs of a row of a row tile: its factor and bias, where it is staged, or how many output planes it is behind the run's first in memory (-1: it is nobody's output), and its phase of (H, W).
 struct Row { float scale, bias; int region, phase_hw; };
 constexpr int kMostPhases = 8;         // of (H, W) in a row tile
 
@@ -17,6 +17,9 @@ struct Epilogue {
     float2 counts[kColumnWarps][kMostPhases];    // of a warp's outputs, and 1 / count
     int4 table_key;                    // what the table was made for
 };
+
+// Whether outputs are stored from registers.
+__device__ __forceinline__ bool stores_pairs(const Parameters& a) { return a.p.t.pairs && a.dtype == kFloat32; }
 
 // Element (granule, j, e) of a lane: row granule * 8 + lane / 4 of the row tile, position j * 8 + lane % 4 * 2 + e of the warp's.
 template <int kColumns> struct Sums {
@@ -38,7 +41,7 @@ __device__ __forceinline__ void find_row(const Parameters& a, const Run& run, Ep
     const int slot = t.run_planes > 1 ? channel % (t.rows.octets * 4) * t.run_planes : slot_of(p, region);
     const int alignment = (run.alignment + alignment_of_region(p, channel, packed_d)) & (t.staging_unit - 1);
     shared.rows[threadIdx.x] = {live ? scaled_half::power_of_two(-scaled_half::shift_of(a.weight_max[run.channel0 + channel])) : 0.0f, live && a.bias ? load_as_float(a.bias, a.dtype, run.channel0 + channel) : 0.0f,
-                              live ? slot * t.region_stride + alignment : -1, phase & ((1 << log_hw) - 1)};
+                              !live ? -1 : stores_pairs(a) ? channel * p.s.axis[0].out + packed_d : slot * t.region_stride + alignment, phase & ((1 << log_hw) - 1)};
     shared.moments[threadIdx.x] = phase * t.channels() + run.channel0 + channel;
 }
 
@@ -67,29 +70,54 @@ template <int kColumns, typename F> __device__ __forceinline__ void for_each_out
     }
 }
 
-// Scales half of a lane's rows back, adds the bias, applies ReLU and stages them; moments: (mean, sum of squared deviations) of the warp's outputs of each row, or null.
+// Leaves the moments of a lane's row `granule`, given the sum of its outputs: the mean, and the sum of squared deviations.
+template <int kColumns> __device__ __forceinline__ void leave_moments(const Epilogue& shared, const Row& row, int granule, const int* places, float sum, float2* moments, Sums<kColumns>& sums) {
+    const int lane = threadIdx.x % 32;
+    const float mean = quad_sum(sum) * shared.counts[threadIdx.x / 32][row.phase_hw].y;
+    float squares = 0;
+    for_each_output(sums, granule, places, [&](float v, int place) {
+        if (place >= 0) squares = fmaf(v - mean, v - mean, squares);
+    });
+    squares = quad_sum(squares);
+    if (lane % 4 == 0 && row.region >= 0) moments[shared.moments[granule * 8 + lane / 4]] = make_float2(mean, squares);
+}
+
+// Scales half of a lane's rows back, adds the bias, applies ReLU and stages them; moments: of the warp's outputs of each row, or null.
 template <int kColumns, int kHalf>
 __device__ __forceinline__ void stage(const Epilogue& shared, const int* table, float* staged, float first_scale, float lowest, float2* moments, Sums<kColumns>& sums) {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int granule = kHalf * 4; granule < kHalf * 4 + 4; granule++) {
-        const Row row = shared.rows[granule * 8 + lane / 4];
+        const Row row = shared.rows[granule * 8 + threadIdx.x % 32 / 4];
         const int* places = table + row.phase_hw * (kColumns * kColumnWarps);
         float* region = staged + row.region;
-        float sum = 0, squares = 0;
+        float sum = 0;
         for_each_output(sums, granule, places, [&](float& v, int place) {
             v = max_nan(fmaf(v * first_scale, row.scale, row.bias), lowest);
             if (row.region >= 0 && place >= 0) region[place] = v;
             if (place >= 0) sum += v;
         });
-        if (!moments) continue;
-        const float2 count = shared.counts[threadIdx.x / 32][row.phase_hw];
-        const float mean = quad_sum(sum) * count.y;
-        for_each_output(sums, granule, places, [&](float v, int place) {
-            if (place >= 0) squares = fmaf(v - mean, v - mean, squares);
-        });
-        squares = quad_sum(squares);
-        if (lane % 4 == 0 && row.region >= 0) moments[shared.moments[granule * 8 + lane / 4]] = make_float2(mean, squares);
+        if (moments) leave_moments(shared, row, granule, places, sum, moments, sums);
+    }
+}
+
+// The same of all rows, which it stores, in pairs. origin: the run's first output.
+template <int kColumns>
+__device__ __forceinline__ void store_pairs(const Epilogue& shared, const int* table, float* origin, int64_t area, float first_scale, float lowest, float2* moments, Sums<kColumns>& sums) {
+#pragma unroll
+    for (int granule = 0; granule < 8; granule++) {
+        const Row row = shared.rows[granule * 8 + threadIdx.x % 32 / 4];
+        const int* places = table + row.phase_hw * (kColumns * kColumnWarps);
+        float* const out = origin + row.region * area;
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; j++) {
+            const int place = places[j * 8];
+            float &v0 = sums.at(granule, j, 0), &v1 = sums.at(granule, j, 1);
+            v0 = max_nan(fmaf(v0 * first_scale, row.scale, row.bias), lowest), v1 = max_nan(fmaf(v1 * first_scale, row.scale, row.bias), lowest);
+            if (row.region >= 0 && place >= 0) *reinterpret_cast<float2*>(out + place) = make_float2(v0, v1);
+            if (place >= 0) sum += v0 + v1;
+        }
+        if (moments) leave_moments(shared, row, granule, places, sum, moments, sums);
     }
 }
 
@@ -137,29 +165,39 @@ template <typename T> __device__ __forceinline__ void store_half(const Parameter
     }
 }
 
-// Stages and stores a tile's outputs, and leaves the moments where they are wanted.
-template <int kColumns> __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, Epilogue& shared, int* table, float* staged, Sums<kColumns>& sums) {
+// All threads, in advance: what finish() needs to know of a tile, when the tile before is finished with. True where the table is the one of the tile before. There must be a barrier between the two.
+template <int kColumns> __device__ __forceinline__ bool prepare_finish(const Parameters& a, const Tile& tile, Epilogue& shared, int* table) {
+    const Run& run = tile.run[0];
+    if (threadIdx.x < kRows) find_row(a, run, shared);
+    const bool same = same_key(table_key(a.p, tile, run), shared.table_key);
+    if (!same) fill_table<kColumns * kColumnWarps>(a.p, tile, run, [&] { return table; }, stores_pairs(a));
+    return same;
+}
+
+// Stores a tile's outputs, and leaves the moments where they are wanted.
+template <int kColumns> __device__ __forceinline__ void finish(const Parameters& a, const Tile& tile, Epilogue& shared, bool same_table, int* table, float* staged, Sums<kColumns>& sums) {
     const Problem& p = a.p;
     const Tiling& t = p.t;
     const Run& run = tile.run[0];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, phases_hw = packed_phases(t, p.s, 1) * p.s.axis[2].phases;
     const float first_scale = scaled_half::power_of_two(-scaled_half::shift_of(a.activation_max[tile.sample])), lowest = a.apply_relu ? 0.0f : -INFINITY;
-    if (threadIdx.x < kRows) find_row(a, run, shared);
-    const int4 key = table_key(p, tile, run);
-    const bool same = same_key(key, shared.table_key);
-    if (!same) fill_table<kColumns * kColumnWarps>(p, tile, run, [&] { return table; });
-    __syncthreads();
     const int* own_table = table + warp * kColumns;
     float2* moments = nullptr;
     if (a.workspace.sets.moments) {
-        if (!same) count_outputs<kColumns>(own_table, phases_hw, shared.counts[warp]);
+        if (!same_table) count_outputs<kColumns>(own_table, phases_hw, shared.counts[warp]);
         __syncwarp();
         const int64_t set = (index_of_run(p, tile, 0) * kColumnWarps + warp) * p.s.phases() + run.outer * t.rows.packed_phases;
         const int phases_d = packed_phases(t, p.s, 0);
         if (lane < t.rows.packed_phases && has_outputs(t, run, lane * phases_d / t.rows.packed_phases)) a.workspace.sets.counts[set + lane] = shared.counts[warp][lane % phases_hw].x;
         moments = a.workspace.sets.moments + set * t.channels();
     }
-    if (threadIdx.x == 0) shared.table_key = key;
+    if (threadIdx.x == 0) shared.table_key = table_key(p, tile, run);
+    if (stores_pairs(a)) {
+        const int64_t origin = region_origin<int64_t>(p, tile, run, run.channel0, run.od0);
+        store_pairs(shared, own_table + lane % 4 * 2, static_cast<float*>(a.out) + origin, int64_t(p.s.axis[1].out) * p.s.axis[2].out, first_scale, lowest, moments, sums);
+        return;
+    }
+    __syncthreads();    // the stages are not read any more
 #pragma unroll 1
     for (int half = 0; half < 2; half++) {
         if (half == 0) stage<kColumns, 0>(shared, own_table + lane % 4 * 2, staged, first_scale, lowest, moments, sums);

@@ -214,6 +214,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
         int published = 2 * kStepBatch;
         if (warp == 0) publish_steps(o, head, 0, published);
         __syncthreads();
+        const bool same_table = prepare_finish<kColumns>(o.a, head.tile, head.epilogue, table);
         Sums<kColumns> sums = {};
         Loader<kChunk> loader(o, head, places, shared_address(stages));
         const int first_row = head.tile.run[0].b_row + warp * kColumns;    // of the box
@@ -221,6 +222,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
         int rows = loader.step().rows;    // of the next one: read in advance
         bool more = !(rows & kNoMore);
         if (more) loader.load_box(0), loader.load_weights();
+        else __syncthreads();    // as there is in each of the rounds below
         for (int done = 0; more;) {
             cp_async_wait_all();
             __syncthreads();
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
                 loader.load_box(next);
             }
         }
-        finish<kColumns>(o.a, head.tile, head.epilogue, table, reinterpret_cast<float*>(stages), sums);
+        finish<kColumns>(o.a, head.tile, head.epilogue, same_table, table, reinterpret_cast<float*>(stages), sums);
     }
 }
 

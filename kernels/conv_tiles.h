@@ -249,9 +249,9 @@ HOST_DEVICE int alignment_of_region(const Problem& p, int channel, int plane) {
 // Outputs of a region, where they are neighbours in memory.
 HOST_DEVICE int contiguous_count(const Problem& p, const Run& run) { return p.t.whole_rows ? (run.oh_end - run.oh0) * p.s.axis[2].out : run.count; }
 
-// Where position q of a phase is staged in its region, or, of a run of several planes, behind the channel's first one; or -1; from contiguous_count() on: the next run's.
+// Where position q of a phase is in its region, whose rows and planes are so far apart, or, of a run of several planes, behind the channel's first one; or -1; from contiguous_count() on: the next run's.
 // Positions count the gaps, from column 0 of the run's first row on.
-HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
+HOST_DEVICE int place_of_position(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w, int row_stride, int plane_stride) {
     const Tiling& t = p.t;
     const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
     int row = q, region = 0;
@@ -259,13 +259,22 @@ HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run,
     if (t.run_planes > 1) {
         const int plane = row / t.box_rows;
         if (plane >= t.run_planes || !(run.live >> plane & 1)) return -1;
-        row -= plane * t.box_rows, region = plane * t.region_stride;
+        row -= plane * t.box_rows, region = plane * plane_stride;
     }
     const int oh = (run.h0 + row) * ah.phases + (t.packed[1] ? packed_h : run.phase_h) - ah.crop, ow = (tile.w0 + column) * aw.phases + phase_w - aw.crop;
     if (column >= tile.columns || oh < 0 || oh >= ah.out || ow < 0 || ow >= aw.out) return -1;
-    const int place = (t.packed[1] ? oh - run.oh0 : row) * staged_row(p) + ow - run.ow0 - run.first;
+    const int place = (t.packed[1] ? oh - run.oh0 : row) * row_stride + ow - run.ow0 - run.first;
     const bool own = row * t.tile_w + column - run.q0 < run.count, of_next = t.whole_sectors && place < contiguous_count(p, run) + kSector - 1;
     return own || of_next ? region + place : -1;
+}
+
+// The same where outputs are staged, and in memory.
+HOST_DEVICE int staged_place(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
+    return place_of_position(p, tile, run, q, packed_h, phase_w, staged_row(p), p.t.region_stride);
+}
+HOST_DEVICE int place_in_memory(const Problem& p, const Tile& tile, const Run& run, int q, int packed_h, int phase_w) {
+    const StencilAxis &ah = p.s.axis[1], &aw = p.s.axis[2];
+    return place_of_position(p, tile, run, q, packed_h, phase_w, (p.t.packed[1] ? 1 : ah.phases) * aw.out, region_plane_step(p.t, p.s) * ah.out * aw.out);
 }
 
 // The first position of a row of GEMM_M that is an output, given its staged places: columns 0 and 1 or the first row of the grid may be cropped, and the first plane

@@ -40,6 +40,7 @@ struct Tiling {
     bool contiguous;                           // the outputs of a run are neighbours in memory
     bool bulk, dense, vectors;                 // staged outputs are aligned as in memory; position q is float q of its region; with two phases of W, pairs of positions are aligned vectors
     bool tensor_store;                         // one copy of the whole run
+    bool pairs;                                // positions 2 i and 2 i + 1 are aligned pairs of outputs, or none, which float32 is stored by, not staged (mma.sync)
     int staging_unit;                          // contiguous outputs are staged as they are aligned to so many floats in memory
     int region_channels, region_stride;        // channels of a row tile that are staged; floats of the staged outputs of a channel
     int buffers, table_bytes;                  // one for each warpgroup, or one for all; what tells a warpgroup where to stage

@@ -61,7 +61,8 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         t.chunk = chunk;
         t.item_taps = t.items = 1;
         t.tile_w = ceil_div(w.positions, strips), t.strips = strips;
-        t.pitch = box_pitch(w, t.tile_w, strips);
+        t.pairs = w.phases == 1 && w.out % 2 == 0 && t.tile_w % 2 == 0;
+        t.pitch = round_up(box_pitch(w, t.tile_w, strips), t.pairs ? 2 : 1);
         if (!cut_runs(t, s, false) || (joins_planes && !join_planes(t, s, 1))) continue;
         lay_out_regions(t, s, t.rows.octets * 8, false);    // halves of all rows take turns
         const int halo_w = w.shift[w.taps - 1], halo_h = taps_per_box == 1 ? 0 : h.shift[h.taps - 1], row_bytes = 2 * chunk;
