@@ -1844,7 +1844,7 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 '''
 
 _SOURCES['swizzle.h'] = r'''
-// Where pieces of rows are in shared memory.
+// Where elements of operands are, in shared memory and as fragments.
 #pragma once
 
 #include "geometry.h"
@@ -1855,6 +1855,11 @@ HOST_DEVICE uint32_t swizzled(int row, int piece, int row_bytes) {
     const int turn = row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
     return row * row_bytes + ((piece ^ turn) << 4);
 }
+
+// 64 rows of 16 columns of operand A as the lanes of four mma.m16n8k16 hold them: 16 bytes of each lane, 32 lanes, 16 rows after 16 rows (PTX ISA, "mma.m16n8k16"). Where an element is,
+// in elements, is the sum of both; neighbouring columns, the first one even, are neighbours.
+HOST_DEVICE int fragment_place_of_row(int row) { return row / 16 * 256 + row % 8 * 32 + row % 16 / 8 * 2; }
+HOST_DEVICE int fragment_place_of_column(int column) { return column % 8 / 2 * 8 + column / 8 * 4 + column % 2; }
 '''
 
 _SOURCES['taps.h'] = r'''
@@ -4252,6 +4257,7 @@ _SOURCES['scaled_half.cuh'] = r'''
 
 #include "group_norm_backward.cuh"
 #include "stencil.h"
+#include "swizzle.h"
 
 namespace scaled_half {
 
@@ -4344,7 +4350,7 @@ inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_
 
 // w -> copy (taps, M_pad, source phases, phase_channels) fp16: the weight of each row, a (channel, phase) of the destination, at
 // each tap (d, h, w) of the stencil; zero where there is none. Rows that belong to no channel stay as they are. Split: phase_channels
-// is 4 * split, of the channel's own group [high, high, low, 0]. Thirds: [high, low, high].
+// is 4 * split, of the channel's own group [high, high, low, 0]. Thirds: [high, low, high]. Fragments: instead, 64 rows of 16 columns (a source phase's channel) after another.
 struct Weight {
     Stencil stencil;
     RowMap rows;
@@ -4352,6 +4358,7 @@ struct Weight {
     int split, third;                              // source channels of a group, of a third; or 0
     int64_t groups, group_C_out;                   // of the layer
     bool forward;                                  // the destination is the layer's output
+    bool fragments;
     const void* w;                                 // (C_in, C_out / groups, kernel)
     __half* copy;
     unsigned* max;                                 // (channels), starts at zero
@@ -4364,6 +4371,12 @@ struct Weight {
         return {group * out, out, int64_t(destination) * out * volume, volume};
     }
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
+    // Where the copy of a row of all taps begins, of a source phase; and where its columns are behind that.
+    HOST_DEVICE int64_t begin_of_row(int row, int phase) const {
+        const int64_t pitch = stencil.source_phases() * phase_channels, begin = phase * phase_channels;
+        return fragments ? (row / 64 * pitch + begin) * 64 + fragment_place_of_row(row % 64) : row * pitch + begin;
+    }
+    HOST_DEVICE int64_t place_of_column(int column) const { return fragments ? column / 16 * (64 * 16) + fragment_place_of_column(column % 16) : column; }
     // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, its columns, group) or (row, columns).
     HOST_DEVICE int64_t row_elements() const { return group_C_out * kernel_volume(stencil); }
     HOST_DEVICE int64_t look_blocks() const {    // none where a weight for dx has no channels: not wanted
@@ -4449,11 +4462,11 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
 // channel's first element, the rows that no element belongs to. kThirds: once for the first and the last third, once for the second.
 template <typename T, bool kThirds> __device__ void copy_weight_tile(const Weight& p, int tile) {
     __shared__ __half values[kWeightColumns][kWeightChannels + 2];    // the rows begin in different banks
-    __shared__ int rows[kWeightColumns];
+    __shared__ int64_t rows[kWeightColumns];    // where they begin
     const int volume = kernel_volume(p.stencil), columns = int(p.channels) * volume, column_tiles = int(ceil_div(columns, kWeightColumns));
     const int first = tile % column_tiles * kWeightColumns, c0 = tile / column_tiles * kWeightChannels, own = threadIdx.x % kWeightColumns, own_c = threadIdx.x / kWeightColumns;
     const int source_phases = p.stencil.source_phases();
-    const auto row_of = [&](int channel, int tap, int phase) { return (tap * int(p.M_pad) + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases; };    // one of the two is 1
+    const auto row_of = [&](int channel, int tap, int phase) { return p.begin_of_row(tap * int(p.M_pad) + p.rows.row(channel, phase / source_phases), phase % source_phases); };    // one of the two is 1
     const int column = min(first + own, columns - 1), channel = column / volume, k = column - channel * volume;
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin + k;
@@ -4473,10 +4486,9 @@ template <typename T, bool kThirds> __device__ void copy_weight_tile(const Weigh
     }
     __syncthreads();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = c0 + lane * 2;
-    const auto write = [&](int row, bool low, bool high, __half2 v) {
-        __half* to = p.copy + row * p.phase_channels + c;
+    const auto write = [&](int64_t row, bool low, bool high, __half2 v) {
         const auto write_to = [&](int third) {
-            if (c + third * p.third < (third < 2 && kThirds ? (third + 1) * p.third : p.phase_channels)) *reinterpret_cast<__half2*>(to + third * p.third) = v;
+            if (c + third * p.third < (third < 2 && kThirds ? (third + 1) * p.third : p.phase_channels)) *reinterpret_cast<__half2*>(p.copy + row + p.place_of_column(c + third * p.third)) = v;
         };
         if (high) write_to(0);
         if (kThirds && low) write_to(1);
@@ -4502,7 +4514,7 @@ template <typename T, bool kThirds> __device__ void copy_weight_tile(const Weigh
         const int tap = i % p.stencil.taps(), phase = i / p.stencil.taps();
         const unsigned without = __ballot_sync(~0u, i < all && kernel_index(p.stencil, tap, phase) < 0);
         for (int m = int(ceil_div(first, volume)); m * volume < min(first + kWeightColumns, columns); m++) {
-            const int row = row_of(m, tap, phase);
+            const int64_t row = row_of(m, tap, phase);
             for (unsigned left = without; left; left &= left - 1) write(__shfl_sync(~0u, row, __ffs(left) - 1), true, true, __half2half2(__float2half_rn(0.0f)));
         }
     }
@@ -4519,7 +4531,7 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
         const int k = kernel_index(p.stencil, tap, phase);
         const float v = k >= 0 && part < 3 ? to_acc(w[column % p.split * kernels.stride + k]) * scale : 0.0f;
         const __half high = __float2half_rn(v);
-        p.copy[(tap * p.M_pad + p.rows.row(channel, phase)) * p.phase_channels + column] = part < 2 ? high : __float2half_rn(v - __half2float(high));
+        p.copy[p.begin_of_row(tap * int(p.M_pad) + p.rows.row(channel, phase), 0) + p.place_of_column(column)] = part < 2 ? high : __float2half_rn(v - __half2float(high));
     }
 }
 
@@ -4814,6 +4826,7 @@ struct Tiling {
     int staging_unit;                          // contiguous outputs are staged as they are aligned to so many floats in memory
     int region_channels, region_stride;        // channels of a row tile that are staged; floats of the staged outputs of a channel
     int buffers, table_bytes;                  // one for each warpgroup, or one for all; what tells a warpgroup where to stage
+    bool fragments;                            // packed weights lie as mma.sync takes them (swizzle.h), else in rows
     int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
     int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where all warpgroups have the same rows
     int lag;                                   // taps by which the second warpgroup begins later
@@ -5712,7 +5725,7 @@ inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& 
 
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, unsigned* max, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, plan.third, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, max};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, plan.third, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, p.t.fragments, w, nullptr, max};
     weight.copy = scratch.take<__half>(weight.copied());
     return weight;
 }
@@ -7297,13 +7310,16 @@ namespace conv_sm80 {
 
 using namespace conv;
 
-constexpr int kSharedHeadBytes = 2688;
-constexpr int kMaxTapsOfStage = 5;
+constexpr int kSharedHeadBytes = 2560;
+constexpr int kMostTapsOfStage = 16, kStageSlots = 3;    // a stage is multiplied, the next one loaded, the one behind it found out
 constexpr int kColumnWarps = 4;    // of a block, each with a quarter of the positions
 constexpr int kThreads = 32 * kColumnWarps, kBytesAtOnce = 16 * kThreads;    // of a block; that it loads at a time
 
 // Blocks of a multiprocessor, as many as its registers hold.
 HOST_DEVICE constexpr int blocks_of(int block_n) { return block_n == 128 ? 4 : block_n == 192 ? 3 : 2; }
+
+// Four blocks on a multiprocessor have too few registers for chunks of 64.
+HOST_DEVICE constexpr bool is_built(int block_n, int chunk) { return block_n > 128 || chunk < 64; }
 
 // Rows of a box with the zeros behind it, which rows share, and the bytes of the table that tells where each comes from.
 HOST_DEVICE int loaded_rows(const Tiling& t, const StencilAxis& w) { return t.planes * t.box_rows * t.pitch + w.shift[w.taps - 1]; }
@@ -7315,15 +7331,27 @@ HOST_DEVICE int places_bytes(const Tiling& t, const StencilAxis& w) {
 // Where the pipeline's stages begin in shared memory, behind the head and the tables.
 HOST_DEVICE int stages_begin(const Tiling& t, const StencilAxis& w) { return kSharedHeadBytes + t.table_bytes + places_bytes(t, w); }
 
-// Shared memory of a block: the pipeline's stages, half of the taps' weights being loaded while the others are multiplied, and behind the last product, in their place, half of the staged outputs.
-inline int64_t pipeline_bytes(const Tiling& t) { return int64_t(t.input_stages) * t.input_bytes + int64_t(t.weight_stages) * t.weight_bytes; }
+// Shared memory of a block: the boxes, and behind the last product, in their place, half of the staged outputs.
 inline int64_t shared_bytes(const Tiling& t, const StencilAxis& w) {
-    const int64_t pipeline = pipeline_bytes(t), staged = t.buffer_bytes / 2;
-    return stages_begin(t, w) + (pipeline > staged ? pipeline : staged);
+    const int64_t boxes = int64_t(t.input_stages) * t.input_bytes, staged = t.buffer_bytes / 2;
+    return stages_begin(t, w) + (boxes > staged ? boxes : staged);
 }
 
 // Blocks of a multiprocessor.
 inline int resident_blocks(const Tiling& t, const StencilAxis& w, int64_t most_shared) { return int(std::min<int64_t>(blocks_of(t.block_n), blocks_that_fit(shared_bytes(t, w), most_shared))); }
+
+// Cycles, fitted to the times of 21 layers and 558 tilings (NOTES.md): of a tile from begin to end, what a block takes by itself for products, taps, boxes, less where another one
+// is being multiplied, and pieces of outputs that are staged; and what the blocks of a multiprocessor share, the ways of weights and boxes.
+inline double time_of(const Tiling& t, const Stencil& s, int64_t samples, int64_t channels, int blocks, int multiprocessors) {
+    const double part = largest_part(t, s), steps = steps_of(t, s) * part, boxes = boxes_of(t, s) * part;
+    const double pieces = t.pairs ? 0 : t.rows.octets * 8.0 * region_planes(t, s) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1));
+    const double by_itself = 0.32 * steps * t.block_n + 147 * steps / (t.chunk / 16) + 305 * boxes / t.input_stages + (t.contiguous ? 48 : 71) * pieces + 16200;
+    const double shared_units = 55 * steps + 0.015 * boxes * t.box_bytes();
+    const int64_t at_once = int64_t(multiprocessors) * blocks;
+    const double waves = t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5;
+    const double added_bytes = 4.0 * t.k_parts * samples * channels * s.axis[0].out * s.axis[1].out * s.axis[2].out;    // of the parts
+    return (by_itself + blocks * shared_units) * waves + (t.k_parts == 1 ? 0 : 2400 + added_bytes / 4000);
+}
 
 // The tiling of least estimated time, or one of block_n 0 where none fits. groups: of the split, or 1. most_shared: bytes that a block can have.
 inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_channels, int64_t channels, int64_t groups, int multiprocessors, int64_t most_shared) {
@@ -7336,6 +7364,7 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
     for (int chunk : {64, 32, 16})
     for (int input_stages : {1, 2})
     for (bool joins_planes : {false, true}) {
+        if (!is_built(block_n, chunk)) continue;
         Tiling t = {};
         t.warpgroups = 1, t.queues = 1, t.planes = t.run_planes = 1;
         t.block_n = block_n, t.taps_per_box = taps_per_box, t.input_stages = input_stages, t.column_warps = kColumnWarps;
@@ -7362,22 +7391,12 @@ inline Tiling choose_tiling(const Stencil& s, int64_t samples, int64_t source_ch
         const int64_t reach = first + block_n + halo_h * t.pitch + halo_w;
         const int64_t loaded = loaded_rows(t, w);
         t.input_bytes = round_up((reach > loaded ? reach : loaded) * row_bytes, kBytesAtOnce);
-        t.weight_bytes = kRows * row_bytes, t.weight_rings = 1;
-        if (!count_tiles(t, s, samples)) continue;
-        // Cycles of a tile from begin to end, fitted to the times of 16 layers and 184 tilings (NOTES.md): what a block takes by itself for taps, barriers, boxes, less where another
-        // one is being multiplied, and pieces of outputs; and what the blocks share, tensor cores and the ways to memory.
-        const double pieces = t.rows.octets * 8.0 * region_planes(t, s) * (t.contiguous ? 1 : t.run / t.tile_w * packed_phases(t, s, 1)), boxes = boxes_of(t, s), steps = steps_of(t, s);
-        const double by_itself = 0.26 * steps * block_n + 320 * steps / (chunk / 16) + 690 * boxes / input_stages + (t.contiguous ? 77 : 113) * pieces;
-        const double shared_units = 0.47 * steps * block_n + 0.035 * boxes * t.box_bytes() + 0.095 * out_bytes_of(t);
-        for (int blocks = blocks_of(block_n); blocks > 0; blocks--) {
-            const int64_t shared = (most_shared + 1024) / blocks - 1024, left = shared - stages_begin(t, w) - int64_t(input_stages) * t.input_bytes;
-            const int box_taps = taps_per_box * w.taps * t.products, most = int(std::min<int64_t>({left / t.weight_bytes / 2, kMaxTapsOfStage, box_taps}));
-            if (most < 1) continue;
-            const int box_stages = int(ceil_div(box_taps, most));
-            t.weight_stages = 2 * int(ceil_div(box_taps, box_stages));    // of one tap each: those of the stage that is multiplied, and of the one that is loaded
-            if (shared_bytes(t, w) > shared) continue;
-            const int64_t at_once = int64_t(multiprocessors) * blocks;
-            const double time = (by_itself + 260 * boxes * box_stages + blocks * shared_units) * (t.tiles < 4 * at_once ? double(ceil_div(t.tiles, at_once)) : double(t.tiles) / at_once + 0.5);
+        t.fragments = true;
+        const int blocks = resident_blocks(t, w, most_shared);
+        for (int k_parts : {1, 2, 3, 4, 5, 6, 8}) {
+            if (blocks < 1 || !cut_channels(t, s, k_parts) || !count_tiles(t, s, samples)) continue;
+            if (k_parts > 1 && (groups > 1 || t.tiles > 2 * k_parts * blocks * multiprocessors)) break;    // there are enough tiles
+            const double time = time_of(t, s, samples, channels, blocks, multiprocessors);
             if (best.block_n == 0 || time < best.cycles) best = t, best.cycles = time;
         }
     }
@@ -7607,10 +7626,9 @@ _SOURCES['conv_sm80.cuh'] = r'''
 // Convolution of stride 1 by mma.sync, on any tensor core from sm_80 up: what conv_sm90.cuh does, cut by the same tiles and with
 // the same operands, where there are no wgmma, TMA and warps that only load.
 //
-// A block is four warps, each with all 64 rows of a tile and a quarter of its positions, which balances what it reads of shared memory for
-// both operands. Weights come by cp.async, some taps at a time, while those before them are multiplied; a box of the source comes with its
-// first tap. A warp finds out what comes next, all load it. Two to four blocks share a multiprocessor, so that the tensor cores have
-// products of one while another loads a box, waits, or stores its outputs.
+// A block is four warps, each with all 64 rows of a tile and a quarter of its positions. Boxes of the source come by cp.async; weights lie in memory as the
+// lanes hold them (swizzle.h) and come straight from the L1 cache, which the four warps share, so that between two boxes no warp waits for another. A warp
+// finds out what comes next, all load it. Two to four blocks share a multiprocessor, so that the tensor cores have products of one while another loads a box, waits, or stores its outputs.
 //
 // What counts is the number of instructions: few warps issue one every six cycles.
 #pragma once
@@ -7628,108 +7646,91 @@ struct Operands {
 
 // ------------------------------------------------------------------------------------------------------------ Walk
 
-// A tap of a box, and its weights' first vector of 16 bytes.
-struct Step { int rows, weights; };    // of shared memory, by which the tap is shifted in its box; and flags
-constexpr int kOpensBox = 1 << 28, kEndsStage = 1 << 29, kNoMore = 1 << 30, kRowsOfStep = kOpensBox - 1;
-struct Box { int plane, source_row, channel; };
-constexpr int kStepBatch = 16, kStepSlots = 32;    // found out at a time; a stage is multiplied, one loaded, and the next one is known
-static_assert(2 * kMaxTapsOfStage + kMaxTapsOfStage - 1 + kStepBatch <= kStepSlots && 2 * kStepBatch <= kStepSlots, "what is found out has room");
+// What is multiplied between two barriers: taps of a box.
+struct Stage {
+    int count;                         // of taps; 0: there are no more stages
+    bool opens_box;
+    int plane, source_row, channel;    // of the box
+    int2 taps[kMostTapsOfStage + 1];   // rows of shared memory by which one is shifted in its box; its weights' first vector of 16 bytes
+};
 
 struct SharedHead {
     Tile tile;
     Epilogue epilogue;
-    Cursor at;                         // of the walk over the tile's steps: in shared memory, since a warp walks and all need registers
+    Cursor at;                         // of the walk over the tile's boxes: in shared memory, since a warp walks and all need registers
     int tap;                           // the next one of the box
-    Step steps[kStepSlots];
-    Box boxes[kStepSlots];             // of the steps that open one
+    int2 placed[kColumnWarps];         // the box whose places each warp found out: its first row, and its plane where it has several
+    Stage stages[kStageSlots];
+    __device__ __forceinline__ Stage& stage(int index) { return stages[unsigned(index) % kStageSlots]; }
 };
 static_assert(sizeof(SharedHead) <= kSharedHeadBytes, "the tables begin behind the head");
 
-// A warp: publishes a tile's steps from `begin` to `end`, to be called without gaps. A step is a tap of a box; a stage ends with the last tap of its box or where it is full.
-__device__ __forceinline__ void publish_steps(const Operands& o, SharedHead& head, int begin, int end) {
+// A warp: finds out a tile's stage, the one behind the one before.
+__device__ __forceinline__ void find_stage(const Operands& o, SharedHead& head, int index) {
     const Problem& p = o.a.p;
-    const int lane = threadIdx.x % 32, taps_of_stage = p.t.weight_stages / 2;
-    Cursor at = begin == 0 ? Cursor(p, head.tile) : head.at;
+    const int lane = threadIdx.x % 32;
+    Stage& stage = head.stage(index);
+    Cursor at = index == 0 ? Cursor(p, head.tile) : head.at;
     at.p = &p;
-    int tap = begin == 0 ? 0 : head.tap;
-    bool in_box = begin > 0;
-#pragma unroll 1
-    while (begin < end) {
-        if (!in_box || tap == BoxTaps(at).count) {
-            if (head.tile.empty || !at.next_box()) {
-                if (lane == 0) head.steps[unsigned(begin) % kStepSlots].rows = kNoMore;
-                break;
-            }
-            tap = 0, in_box = true;
+    int tap = index == 0 ? 0 : head.tap;
+    if (index == 0 || tap == BoxTaps(at).count) {
+        if (head.tile.empty || !at.next_box()) {
+            if (lane == 0) stage.count = 0;
+            return;
         }
-        const BoxTaps taps(at);
-        const int count = min(end - begin, taps.count - tap);
-        if (lane < count) {
-            const unsigned i = tap + lane, slot = unsigned(begin + lane) % kStepSlots;
-            const BoxTaps::Tap own = taps[i];
-            const bool ends_stage = i + 1 == taps.count || (i + 1) % taps_of_stage == 0;
-            head.steps[slot] = {own.rows | (i == 0 ? kOpensBox : 0) | (ends_stage ? kEndsStage : 0), int(((int64_t(own.tap) * p.t.M_pad + head.tile.run[0].row_tile * kRows) * o.w_pitch + own.column) / 8)};
-            if (i == 0) head.boxes[slot] = {at.plane(), at.source_row(), at.c};
-        }
-        tap += count, begin += count;
+        tap = 0;
+    }
+    const BoxTaps taps(at);
+    const int count = min(kMostTapsOfStage, taps.count - tap);
+    if (lane < count) {
+        const BoxTaps::Tap own = taps[tap + lane];
+        stage.taps[lane] = make_int2(own.rows, ((own.tap * p.t.row_tiles + head.tile.run[0].row_tile) * (o.w_pitch / 16) + own.column / 16) * (4 * 32));
     }
     __syncwarp();
-    if (lane == 0) head.at = at, head.tap = tap;
+    if (lane != 0) return;
+    stage.count = count, stage.opens_box = tap == 0, stage.plane = at.plane(), stage.source_row = at.source_row(), stage.channel = at.c;
+    head.at = at, head.tap = tap + count;
 }
 
 // --------------------------------------------------------------------------------------------------------- Loading
 
-// All threads: loads stages, one after another.
+// All threads: loads boxes.
 template <int kChunk> struct Loader {
     static constexpr int kRowBytes = kChunk * 2, kPieces = kRowBytes / 16, kAtOnce = kThreads / kPieces;    // rows that the block loads at a time
     static_assert(kAtOnce % 8 == 0, "those are swizzled alike");
     const Operands& o;
-    const SharedHead& head;
+    SharedHead& head;
     int* const places;              // of a box's rows in a plane of the source, in vectors of 16 bytes, or -1: each warp finds out those of the rows that it loads
-    const uint32_t boxes_at, weights_at;    // the stages, in shared memory
-    const uint32_t box_bytes, stage_bytes;  // of one of two; 0: there is one only
-    const uint32_t place;           // of this thread's first piece in a stage
-    const uint4* const weights;     // what this thread loads of each tap's
-    int steps = 0;                  // that were loaded or are on their way
-    int source_row = INT_MIN, source_plane = 0;    // that the places are of; the plane, where a box has several
-    uint32_t box = 0, stage = 0;    // where the next ones go
 
-    __device__ __forceinline__ Loader(const Operands& o, const SharedHead& head, int* places, uint32_t stages)
-        : o(o), head(head), places(places), boxes_at(stages), weights_at(stages + o.a.p.t.input_stages * o.a.p.t.input_bytes), box_bytes(o.a.p.t.input_stages == 1 ? 0 : o.a.p.t.input_bytes),
-          stage_bytes(o.a.p.t.weight_stages / 2 * (kRows * kRowBytes)), place(swizzled(threadIdx.x / kPieces, threadIdx.x % kPieces, kRowBytes)),
-          weights(reinterpret_cast<const uint4*>(o.w + int64_t(threadIdx.x / kPieces) * o.w_pitch) + threadIdx.x % kPieces) {}
-
-    __device__ __forceinline__ const Step& step() const { return head.steps[unsigned(steps) % kStepSlots]; }
-    // The stage behind the one at `offset`.
-    __device__ __forceinline__ uint32_t next_box(uint32_t offset) const { return box_bytes - offset; }
-    __device__ __forceinline__ uint32_t next_stage(uint32_t offset) const { return stage_bytes - offset; }
-
-    __device__ __forceinline__ void find_places() {
+    // A warp: finds out the places, unless they are those of the box before.
+    __device__ __forceinline__ void find_places(const Stage& from) {
         const StencilAxis &ad = o.a.p.s.axis[0], &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
         constexpr int kOwn = kAtOnce / kColumnWarps;    // rows of a warp
         const int warp = threadIdx.x / 32, count = passes() * kOwn, w0 = aw.first + head.tile.w0 - aw.shift[aw.taps - 1];
+        const int2 key = make_int2(from.source_row, o.a.p.t.planes > 1 ? from.plane : 0), last = head.placed[warp];
+        if (key.x == last.x && key.y == last.y) return;
         __syncwarp();
+        if (threadIdx.x % 32 == 0) head.placed[warp] = key;
 #pragma unroll 1
         for (int i = threadIdx.x % 32; i < count; i += 32) {
             const int row = i / kOwn * kAtOnce + warp * kOwn + i % kOwn;
             int h = row;
             const int w = w0 + o.a.p.t.by_pitch.take(h), plane = o.a.p.t.planes > 1 ? h / o.a.p.t.box_rows : 0;
-            h += source_row - plane * o.a.p.t.box_rows;
-            const bool inside = unsigned(h) < unsigned(ah.sources) && unsigned(w) < unsigned(aw.sources) && row < loaded_rows(o.a.p.t, aw) && (o.a.p.t.planes == 1 || unsigned(source_plane + plane) < unsigned(ad.sources));
+            h += from.source_row - plane * o.a.p.t.box_rows;
+            const bool inside = unsigned(h) < unsigned(ah.sources) && unsigned(w) < unsigned(aw.sources) && row < loaded_rows(o.a.p.t, aw) && (o.a.p.t.planes == 1 || unsigned(from.plane + plane) < unsigned(ad.sources));
             places[row] = inside ? ((plane * ah.sources + h) * aw.sources + w) * (o.x_pitch / 8) : -1;
         }
         __syncwarp();
     }
     __device__ __forceinline__ int passes() const { return (loaded_rows(o.a.p.t, o.a.p.s.axis[2]) + kAtOnce - 1) / kAtOnce; }
 
-    // The box of the stage whose first step is `first`. Behind a box there are the zeros that rows share.
-    __device__ __forceinline__ void load_box(int first) {
+    // The box of a stage. Behind a box there are the zeros that rows share.
+    __device__ __forceinline__ void load_box(const Stage& from, uint32_t box) {
         const StencilAxis &ad = o.a.p.s.axis[0], &ah = o.a.p.s.axis[1], &aw = o.a.p.s.axis[2];
-        const Box from = head.boxes[unsigned(first) % kStepSlots];
-        if (from.source_row != source_row || (o.a.p.t.planes > 1 && from.plane != source_plane)) source_row = from.source_row, source_plane = from.plane, find_places();
+        find_places(from);
         const char* plane = reinterpret_cast<const char*>(o.x + (int64_t(head.tile.sample) * ad.sources + from.plane) * ah.sources * aw.sources * o.x_pitch + head.tile.source_channel + from.channel + threadIdx.x % kPieces * 8);
         const int* row = places + threadIdx.x / kPieces;
-        uint32_t to = boxes_at + box + place;
+        uint32_t to = box + swizzled(threadIdx.x / kPieces, threadIdx.x % kPieces, kRowBytes);
 #pragma unroll 1
         for (int left = passes(); left > 0; left -= 4, row += 4 * kAtOnce, to += 4 * kBytesAtOnce) {
             int at[4];    // loaded in advance: no load moves in front of a copy
@@ -7739,53 +7740,49 @@ template <int kChunk> struct Loader {
             for (int i = 0; i < 4; i++)
                 if (i < left) cp_async_16(to + i * kBytesAtOnce, plane + int64_t(at[i]) * 16, at[i] >= 0);
         }
-        box = next_box(box);
-    }
-
-    // The weights of the next stage.
-    __device__ __forceinline__ void load_weights() {
-        uint32_t to = weights_at + stage + place;
-        const int stride = kAtOnce * o.w_pitch / 8;
-        stage = next_stage(stage);
-        Step loaded;
-        do {
-            loaded = step();
-            const uint4* from = weights + loaded.weights;
-#pragma unroll
-            for (int i = 0; i < kRows; i += kAtOnce, from += stride, to += kBytesAtOnce) cp_async_16(to, from, true);
-            steps++;
-        } while (!(loaded.rows & kEndsStage));
     }
 };
 
 // -------------------------------------------------------------------------------------------------------- Products
 
-// Products of steps `done` to `end`, whose weights are `weights` and what follows: 64 rows of them, kColumns positions from row `first_row` of the box on. `rows` are the first step's
-// and then those of step `end`. Operands are loaded ahead of the products, 16 rows of weights, or 16 positions, at a time; in the end once more, in vain.
-template <int kColumns, int kChunk>
-__device__ __forceinline__ void multiply(const SharedHead& head, uint32_t weights, uint32_t box, int first_row, int& done, int end, int& rows, Sums<kColumns>& sums) {
-    constexpr int kRowBytes = kChunk * 2, kSteps = kChunk / 16, kPairs = kColumns / 16;
-    const int lane = threadIdx.x % 32;
+// Fragments of 16 rows of weights that are on their way while one is multiplied, as many as there are registers for.
+HOST_DEVICE constexpr int ahead_of(int columns) { return columns == 32 ? 1 : 3; }
+
+template <int kAhead> struct Fragments { uint32_t v[kAhead + 1][4]; };    // fragment i is number i % (kAhead + 1)
+
+__device__ __forceinline__ void load_fragment(uint32_t (&fragment)[4], const uint4* from) {
+    const uint4 v = *from;
+    fragment[0] = v.x, fragment[1] = v.y, fragment[2] = v.z, fragment[3] = v.w;
+}
+
+// Products of a stage: 64 rows of weights, kColumns positions from row `first_row` of the box on. weights: the lane's own; a: the first tap's first fragments,
+// and then those at `after`. Positions are loaded ahead of the products, 16 channels at a time; in the end once more, in vain.
+template <int kColumns, int kChunk, int kAhead>
+__device__ __forceinline__ void multiply(const Stage& stage, const uint4* weights, int after, uint32_t box, int first_row, Fragments<kAhead>& a, Sums<kColumns>& sums) {
+    constexpr int kRowBytes = kChunk * 2, kSteps = kChunk / 16, kPairs = kColumns / 16, kFragments = kSteps * 4;
+    static_assert(kFragments % (kAhead + 1) == 0, "taps begin with fragment 0");
+    const int lane = threadIdx.x % 32, count = stage.count;
     // A step of 16 channels is two pieces on, which only the swizzle's bits tell of; 16 rows on, the swizzle is the same.
-    const auto place_of_row = [&](int row) { return box + swizzled(first_row + (row & kRowsOfStep) + lane / 16 * 8 + lane % 8, lane / 8 % 2, kRowBytes); };
-    uint32_t a[2][4], b[2][kPairs][4], a_at = weights + swizzled(lane % 16, lane / 16, kRowBytes), b_at = place_of_row(rows);
+    const auto place_of_row = [&](int row) { return box + swizzled(first_row + row + lane / 16 * 8 + lane % 8, lane / 8 % 2, kRowBytes); };
+    uint32_t b[2][kPairs][4], b_at = place_of_row(stage.taps[0].x);
+    const uint4* a_at = weights + stage.taps[0].y;
 #pragma unroll
     for (int j = 0; j < kPairs; j++) ldmatrix_x4(b[0][j], b_at + j * 16 * kRowBytes);
-    ldmatrix_x4(a[0], a_at);
 #pragma unroll 1
-    for (; done < end; done++) {
-        rows = head.steps[unsigned(done + 1) % kStepSlots].rows;
-        const bool last = done + 1 == end;
-        const uint32_t next_a = last ? a_at : a_at + kRows * kRowBytes, next_b = last ? b_at : place_of_row(rows);
+    for (int tap = 1; tap <= count; tap++) {
+        const int2 next = stage.taps[tap];    // behind the last one, any
+        const uint4* const next_a = weights + (tap < count ? next.y : after);
+        const uint32_t next_b = tap < count ? place_of_row(next.x) : b_at;
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
-            const uint32_t a_ahead = step + 1 < kSteps ? a_at ^ (step + 1) << 5 : next_a, b_ahead = step + 1 < kSteps ? b_at ^ (step + 1) << 5 : next_b;
+            const uint32_t b_ahead = step + 1 < kSteps ? b_at ^ (step + 1) << 5 : next_b;
 #pragma unroll
             for (int m = 0; m < 4; m++) {
-                ldmatrix_x4(a[(m + 1) % 2], m < 3 ? (a_at ^ step << 5) + (m + 1) * 16 * kRowBytes : a_ahead);
+                const int fragment = step * 4 + m, ahead = fragment + kAhead;
+                load_fragment(a.v[ahead % (kAhead + 1)], ahead < kFragments ? a_at + ahead * 32 : next_a + (ahead - kFragments) * 32);
                 if (m < kPairs) ldmatrix_x4(b[(step + 1) % 2][m], b_ahead + m * 16 * kRowBytes);
 #pragma unroll
-                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(sums.v[m][j], a[m % 2], b[step % 2][j / 2][j % 2 * 2], b[step % 2][j / 2][j % 2 * 2 + 1]);
+                for (int j = 0; j < kColumns / 8; j++) mma_m16n8k16_f16(sums.v[m][j], a.v[fragment % (kAhead + 1)], b[step % 2][j / 2][j % 2 * 2], b[step % 2][j / 2][j % 2 * 2 + 1]);
             }
         }
         if (kSteps % 2 == 1) {
@@ -7809,47 +7806,48 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kBlockN)) conv_kernel(cons
     SharedHead& head = *reinterpret_cast<SharedHead*>(base);
     int* table = reinterpret_cast<int*>(base + kSharedHeadBytes);
     int* places = reinterpret_cast<int*>(base + kSharedHeadBytes + t.table_bytes);
-    uint8_t* stages = base + stages_begin(t, p.s.axis[2]);
-    constexpr int kColumns = kBlockN / kColumnWarps;
+    const uint32_t boxes = shared_address(base + stages_begin(t, p.s.axis[2]));
+    constexpr int kColumns = kBlockN / kColumnWarps, kAhead = ahead_of(kColumns);
     const int warp = threadIdx.x / 32;
+    const uint4* const weights = reinterpret_cast<const uint4*>(o.w) + threadIdx.x % 32;
     if (threadIdx.x == 0) head.epilogue.table_key = make_int4(-1, 0, 0, 0);
     for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
         __syncthreads();
         if (threadIdx.x == 0) locate(p, index, head.tile);
+        if (threadIdx.x < kColumnWarps) head.placed[threadIdx.x] = make_int2(INT_MIN, 0);
         __syncwarp();
-        int published = 2 * kStepBatch;
-        if (warp == 0) publish_steps(o, head, 0, published);
+        if (warp == 0) find_stage(o, head, 0);
         __syncthreads();
-        const bool same_table = prepare_finish<kColumns>(o.a, head.tile, head.epilogue, table);
         Sums<kColumns> sums = {};
-        Loader<kChunk> loader(o, head, places, shared_address(stages));
-        const int first_row = head.tile.run[0].b_row + warp * kColumns;    // of the box
-        uint32_t box = 0, stage = 0;    // that are multiplied
-        int rows = loader.step().rows;    // of the next one: read in advance
-        bool more = !(rows & kNoMore);
-        if (more) loader.load_box(0), loader.load_weights();
-        else __syncthreads();    // as there is in each of the rounds below
-        for (int done = 0; more;) {
+        Fragments<kAhead> first;       // of the next stage
+        Loader<kChunk> loader = {o, head, places};
+        bool more = head.stage(0).count > 0;
+        if (more) {
+            loader.load_box(head.stage(0), boxes);
+#pragma unroll
+            for (int i = 0; i < kAhead; i++) load_fragment(first.v[i], weights + head.stage(0).taps[0].y + i * 32);
+            if (warp == 1) find_stage(o, head, 1);
+        }
+        const bool same_table = prepare_finish<kColumns>(o.a, head.tile, head.epilogue, table);
+        if (!more) __syncthreads();    // as there is in each of the rounds below
+        uint32_t box = boxes;          // that is multiplied
+        for (int i = 0; more; i++) {
             cp_async_wait_all();
-            __syncthreads();
-            const int next = loader.steps, first = loader.step().rows;
-            more = !(first & kNoMore);
-            const bool opens_box = more && first & kOpensBox, waits = opens_box && t.input_stages == 1;    // for this box's products
-            if (more) loader.load_weights();
-            if (opens_box && !waits) loader.load_box(next);
-            if (published < loader.steps + kMaxTapsOfStage) {
-                if (warp == published / kStepBatch % kColumnWarps) publish_steps(o, head, published, published + kStepBatch);    // warps take turns
-                published += kStepBatch;
-            }
-            multiply<kColumns, kChunk>(head, loader.weights_at + stage, loader.boxes_at + box, first_row, done, next, rows, sums);
-            stage = loader.next_stage(stage);
-            if (opens_box) box = loader.next_box(box);
+            __syncthreads();           // stage i is there, stage i + 1 found out, and stage i - 1 multiplied
+            const Stage &stage = head.stage(i), &next = head.stage(i + 1);
+            more = next.count > 0;
+            const bool opens_box = more && next.opens_box, waits = opens_box && t.input_stages == 1;    // for this box's products
+            const uint32_t next_box = !opens_box || waits ? box : 2 * boxes + t.input_bytes - box;
+            if (opens_box && !waits) loader.load_box(next, next_box);
+            if (more && warp == (i + 2) % kColumnWarps) find_stage(o, head, i + 2);    // warps take turns
+            multiply<kColumns, kChunk>(stage, weights, more ? next.taps[0].y : stage.taps[0].y, box, head.tile.run[0].b_row + warp * kColumns, first, sums);
+            box = next_box;
             if (waits) {
                 __syncthreads();
-                loader.load_box(next);
+                loader.load_box(next, box);
             }
         }
-        finish<kColumns>(o.a, head.tile, head.epilogue, same_table, table, reinterpret_cast<float*>(stages), sums);
+        finish<kColumns>(o.a, head.tile, head.epilogue, same_table, table, reinterpret_cast<float*>(base + stages_begin(t, p.s.axis[2])), sums);
     }
 }
 
@@ -7886,7 +7884,9 @@ struct Path {
         const int most_blocks = multiprocessors * resident_blocks(p.t, p.s.axis[2], block_shared_bytes(device));
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
-            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, most_blocks, stream) : p.t.block_n == 192 ? launch_conv<192, kChunk>(o, most_blocks, stream) : launch_conv<128, kChunk>(o, most_blocks, stream);
+            if constexpr (is_built(128, kChunk))
+                if (p.t.block_n == 128) return launch_conv<128, kChunk>(o, most_blocks, stream);
+            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, most_blocks, stream) : launch_conv<192, kChunk>(o, most_blocks, stream);
         };
         return p.t.chunk == 64 ? launch_chunk(std::integral_constant<int, 64>{}) : p.t.chunk == 32 ? launch_chunk(std::integral_constant<int, 32>{}) : launch_chunk(std::integral_constant<int, 16>{});
     }
@@ -10144,7 +10144,7 @@ struct Memory {
         ticket = scratch.take_zeroed<unsigned>(1);
         if (fused) sets = conv::take_moment_sets(scratch, g.N, g.C_out, p.parts(), kRows * p.channel_tiles);
         source = conv::take_activation(packed, make_stencil(Direction::kForward, g), g.N, g.C_in, 0, 0, x);
-        weight = {make_stencil(Direction::kForward, plain), {1, kRows / 8, p.channel_tiles}, g.C_out, g.C_in, kRows * p.channel_tiles, source.phase_channels, 0, 0, 1, g.C_out, true, w, nullptr, weight_max};
+        weight = {make_stencil(Direction::kForward, plain), {1, kRows / 8, p.channel_tiles}, g.C_out, g.C_in, kRows * p.channel_tiles, source.phase_channels, 0, 0, 1, g.C_out, true, false, w, nullptr, weight_max};
         weight.copy = scratch.take<__half>(weight.copied());
     }
 };

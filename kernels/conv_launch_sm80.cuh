@@ -27,7 +27,9 @@ struct Path {
         const int most_blocks = multiprocessors * resident_blocks(p.t, p.s.axis[2], block_shared_bytes(device));
         const auto launch_chunk = [&](auto chunk) {
             constexpr int kChunk = decltype(chunk)::value;
-            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, most_blocks, stream) : p.t.block_n == 192 ? launch_conv<192, kChunk>(o, most_blocks, stream) : launch_conv<128, kChunk>(o, most_blocks, stream);
+            if constexpr (is_built(128, kChunk))
+                if (p.t.block_n == 128) return launch_conv<128, kChunk>(o, most_blocks, stream);
+            return p.t.block_n == 256 ? launch_conv<256, kChunk>(o, most_blocks, stream) : launch_conv<192, kChunk>(o, most_blocks, stream);
         };
         return p.t.chunk == 64 ? launch_chunk(std::integral_constant<int, 64>{}) : p.t.chunk == 32 ? launch_chunk(std::integral_constant<int, 32>{}) : launch_chunk(std::integral_constant<int, 16>{});
     }

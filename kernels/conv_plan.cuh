@@ -141,7 +141,7 @@ inline scaled_half::Activation take_activation(Scratch& scratch, const Stencil& 
 
 inline scaled_half::Weight take_weight(Scratch& scratch, const Plan& plan, const Geometry& g, unsigned* max, const void* w) {
     const Problem& p = plan.problem;
-    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, plan.third, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, w, nullptr, max};
+    scaled_half::Weight weight = {p.s, p.t.rows, p.C_out, plan.source_channels, p.t.M_pad, p.t.phase_channels * p.t.products, p.t.split, plan.third, g.groups, g.C_out / g.groups, plan.direction == Direction::kForward, p.t.fragments, w, nullptr, max};
     weight.copy = scratch.take<__half>(weight.copied());
     return weight;
 }

@@ -44,6 +44,7 @@ struct Tiling {
     int staging_unit;                          // contiguous outputs are staged as they are aligned to so many floats in memory
     int region_channels, region_stride;        // channels of a row tile that are staged; floats of the staged outputs of a channel
     int buffers, table_bytes;                  // one for each warpgroup, or one for all; what tells a warpgroup where to stage
+    bool fragments;                            // packed weights lie as mma.sync takes them (swizzle.h), else in rows
     int item_taps, items;                      // taps of a stage of weights: 1, all w, or all (h, w); products of those taps, or 1
     int input_bytes, weight_bytes, input_stages, weight_rings, weight_stages;    // stages of each ring; one ring where all warpgroups have the same rows
     int lag;                                   // taps by which the second warpgroup begins later

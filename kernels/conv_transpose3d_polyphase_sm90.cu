@@ -24,7 +24,7 @@ struct Memory {
         ticket = scratch.take_zeroed<unsigned>(1);
         if (fused) sets = conv::take_moment_sets(scratch, g.N, g.C_out, p.parts(), kRows * p.channel_tiles);
         source = conv::take_activation(packed, make_stencil(Direction::kForward, g), g.N, g.C_in, 0, 0, x);
-        weight = {make_stencil(Direction::kForward, plain), {1, kRows / 8, p.channel_tiles}, g.C_out, g.C_in, kRows * p.channel_tiles, source.phase_channels, 0, 0, 1, g.C_out, true, w, nullptr, weight_max};
+        weight = {make_stencil(Direction::kForward, plain), {1, kRows / 8, p.channel_tiles}, g.C_out, g.C_in, kRows * p.channel_tiles, source.phase_channels, 0, 0, 1, g.C_out, true, false, w, nullptr, weight_max};
         weight.copy = scratch.take<__half>(weight.copied());
     }
 };

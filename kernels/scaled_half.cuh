@@ -12,6 +12,7 @@
 
 #include "group_norm_backward.cuh"
 #include "stencil.h"
+#include "swizzle.h"
 
 namespace scaled_half {
 
@@ -104,7 +105,7 @@ inline Activation make_activation(const Stencil& s, int64_t N, int64_t C, int64_
 
 // w -> copy (taps, M_pad, source phases, phase_channels) fp16: the weight of each row, a (channel, phase) of the destination, at
 // each tap (d, h, w) of the stencil; zero where there is none. Rows that belong to no channel stay as they are. Split: phase_channels
-// is 4 * split, of the channel's own group [high, high, low, 0]. Thirds: [high, low, high].
+// is 4 * split, of the channel's own group [high, high, low, 0]. Thirds: [high, low, high]. Fragments: instead, 64 rows of 16 columns (a source phase's channel) after another.
 struct Weight {
     Stencil stencil;
     RowMap rows;
@@ -112,6 +113,7 @@ struct Weight {
     int split, third;                              // source channels of a group, of a third; or 0
     int64_t groups, group_C_out;                   // of the layer
     bool forward;                                  // the destination is the layer's output
+    bool fragments;
     const void* w;                                 // (C_in, C_out / groups, kernel)
     __half* copy;
     unsigned* max;                                 // (channels), starts at zero
@@ -124,6 +126,12 @@ struct Weight {
         return {group * out, out, int64_t(destination) * out * volume, volume};
     }
     HOST_DEVICE int64_t copied() const { return stencil.taps() * M_pad * stencil.source_phases() * phase_channels; }
+    // Where the copy of a row of all taps begins, of a source phase; and where its columns are behind that.
+    HOST_DEVICE int64_t begin_of_row(int row, int phase) const {
+        const int64_t pitch = stencil.source_phases() * phase_channels, begin = phase * phase_channels;
+        return fragments ? (row / 64 * pitch + begin) * 64 + fragment_place_of_row(row % 64) : row * pitch + begin;
+    }
+    HOST_DEVICE int64_t place_of_column(int column) const { return fragments ? column / 16 * (64 * 16) + fragment_place_of_column(column % 16) : column; }
     // Rows of neighbouring elements that memory has, and blocks that look at parts of them: (rows of a group, its columns, group) or (row, columns).
     HOST_DEVICE int64_t row_elements() const { return group_C_out * kernel_volume(stencil); }
     HOST_DEVICE int64_t look_blocks() const {    // none where a weight for dx has no channels: not wanted
@@ -209,11 +217,11 @@ template <typename T> __device__ void look_at_weight(const Weight& p, int block)
 // channel's first element, the rows that no element belongs to. kThirds: once for the first and the last third, once for the second.
 template <typename T, bool kThirds> __device__ void copy_weight_tile(const Weight& p, int tile) {
     __shared__ __half values[kWeightColumns][kWeightChannels + 2];    // the rows begin in different banks
-    __shared__ int rows[kWeightColumns];
+    __shared__ int64_t rows[kWeightColumns];    // where they begin
     const int volume = kernel_volume(p.stencil), columns = int(p.channels) * volume, column_tiles = int(ceil_div(columns, kWeightColumns));
     const int first = tile % column_tiles * kWeightColumns, c0 = tile / column_tiles * kWeightChannels, own = threadIdx.x % kWeightColumns, own_c = threadIdx.x / kWeightColumns;
     const int source_phases = p.stencil.source_phases();
-    const auto row_of = [&](int channel, int tap, int phase) { return (tap * int(p.M_pad) + p.rows.row(channel, phase / source_phases)) * source_phases + phase % source_phases; };    // one of the two is 1
+    const auto row_of = [&](int channel, int tap, int phase) { return p.begin_of_row(tap * int(p.M_pad) + p.rows.row(channel, phase / source_phases), phase % source_phases); };    // one of the two is 1
     const int column = min(first + own, columns - 1), channel = column / volume, k = column - channel * volume;
     const Weight::Kernels kernels = p.kernels_of(channel);
     const T* w = static_cast<const T*>(p.w) + kernels.begin + k;
@@ -233,10 +241,9 @@ template <typename T, bool kThirds> __device__ void copy_weight_tile(const Weigh
     }
     __syncthreads();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = c0 + lane * 2;
-    const auto write = [&](int row, bool low, bool high, __half2 v) {
-        __half* to = p.copy + row * p.phase_channels + c;
+    const auto write = [&](int64_t row, bool low, bool high, __half2 v) {
         const auto write_to = [&](int third) {
-            if (c + third * p.third < (third < 2 && kThirds ? (third + 1) * p.third : p.phase_channels)) *reinterpret_cast<__half2*>(to + third * p.third) = v;
+            if (c + third * p.third < (third < 2 && kThirds ? (third + 1) * p.third : p.phase_channels)) *reinterpret_cast<__half2*>(p.copy + row + p.place_of_column(c + third * p.third)) = v;
         };
         if (high) write_to(0);
         if (kThirds && low) write_to(1);
@@ -262,7 +269,7 @@ template <typename T, bool kThirds> __device__ void copy_weight_tile(const Weigh
         const int tap = i % p.stencil.taps(), phase = i / p.stencil.taps();
         const unsigned without = __ballot_sync(~0u, i < all && kernel_index(p.stencil, tap, phase) < 0);
         for (int m = int(ceil_div(first, volume)); m * volume < min(first + kWeightColumns, columns); m++) {
-            const int row = row_of(m, tap, phase);
+            const int64_t row = row_of(m, tap, phase);
             for (unsigned left = without; left; left &= left - 1) write(__shfl_sync(~0u, row, __ffs(left) - 1), true, true, __half2half2(__float2half_rn(0.0f)));
         }
     }
@@ -279,7 +286,7 @@ template <typename T> __device__ void copy_split_weight(const Weight& p, int cha
         const int k = kernel_index(p.stencil, tap, phase);
         const float v = k >= 0 && part < 3 ? to_acc(w[column % p.split * kernels.stride + k]) * scale : 0.0f;
         const __half high = __float2half_rn(v);
-        p.copy[(tap * p.M_pad + p.rows.row(channel, phase)) * p.phase_channels + column] = part < 2 ? high : __float2half_rn(v - __half2float(high));
+        p.copy[p.begin_of_row(tap * int(p.M_pad) + p.rows.row(channel, phase), 0) + p.place_of_column(column)] = part < 2 ? high : __float2half_rn(v - __half2float(high));
     }
 }
 
